@@ -1,0 +1,3 @@
+"""wherry gives a laptop a Docker engine: the host's side."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,121 @@
+"""What wherry needs to know of, and have from, the operating system.
+
+One implementation per system, chosen once in :mod:`wherry.platform`. No other
+module asks which system this is.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Protocol
+
+
+class LocalStream(Protocol):
+    """A connection between two programs on this machine; a ``socket.socket`` is one.
+
+    Reading and writing may happen in two threads at once.
+    """
+
+    def recv(self, size: int, /) -> bytes:
+        """Wait for bytes and return up to ``size`` of them; ``b""`` at the end of the stream."""
+
+    def recv_into(self, buffer: memoryview, /) -> int:
+        """Like :meth:`recv`, into a buffer; 0 at the end of the stream."""
+
+    def send(self, data: memoryview | bytes, /) -> int:
+        """Send some of ``data`` and return how many bytes were taken."""
+
+    def sendall(self, data: memoryview | bytes, /) -> None:
+        """Send all of ``data``."""
+
+    def shutdown(self, how: int, /) -> None:
+        """End one direction (``socket.SHUT_WR``) or both (``socket.SHUT_RDWR``).
+
+        Ending both wakes threads that are blocked in this stream.
+        """
+
+    def fileno(self) -> int:
+        """Return the descriptor to poll, or -1 where the system has none to poll."""
+
+    def close(self) -> None:
+        """Release the stream; safe to call twice."""
+
+
+class LocalListener(Protocol):
+    """An address on this machine at which only its user can connect."""
+
+    @property
+    def docker_host(self) -> str:
+        """The address in the form of ``DOCKER_HOST``: ``unix:///…`` or ``npipe:////./pipe/…``."""
+
+    def accept(self) -> LocalStream:
+        """Wait for a connection.
+
+        :raises OSError: the listener was closed.
+        """
+
+    def close(self) -> None:
+        """Stop listening, wake the waiting accept, remove the address; safe to call twice."""
+
+
+class Platform(Protocol):
+    """One operating system."""
+
+    @property
+    def name(self) -> str:
+        """``linux``, ``macos`` or ``windows``."""
+
+    @property
+    def accelerators(self) -> tuple[str, ...]:
+        """QEMU's accelerators on this system, the fastest first, ``tcg`` last."""
+
+    @property
+    def data_directory(self) -> Path:
+        """Where wherry keeps its machines and images when ``WHERRY_HOME`` is not set."""
+
+    @property
+    def socket_path_limit(self) -> int | None:
+        """Bytes that a socket's path may have, without the final NUL; None for no limit."""
+
+    @property
+    def qemu_hint(self) -> str:
+        """How to install QEMU here."""
+
+    def accelerator_problem(self, accelerator: str) -> str | None:
+        """Return why an accelerator cannot be used here at all, or None if it is worth a try."""
+
+    def architecture(self) -> str:
+        """Return the processor as the images name it: ``x86_64`` or ``aarch64``."""
+
+    def cpu_model(self) -> str:
+        """Return the processor's name; a key for caches, not for people."""
+
+    def memory_bytes(self) -> int:
+        """Return the size of the machine's memory."""
+
+    def cpu_count(self) -> int:
+        """Return the number of logical processors this program may use."""
+
+    def make_private_directory(self, path: Path) -> None:
+        """Make a directory, and its parents, that only the user can enter.
+
+        :raises OSError: it cannot be made, or is another user's.
+        """
+
+    def short_directory(self) -> Path:
+        """Return the user's private directory for sockets whose own would be too deep."""
+
+    def listen_local(self, path: Path) -> LocalListener:
+        """Listen where only the user can connect.
+
+        On POSIX systems ``path`` is a Unix socket's, and a stale socket there is
+        replaced; on Windows the pipe takes the last part's name.
+
+        :raises OSError: another program listens there, or the place is not writable.
+        """
+
+    def connect_local(self, path: Path, timeout_s: float) -> LocalStream:
+        """Connect to what :meth:`listen_local` made; the timeout is for connecting alone.
+
+        :raises OSError: nothing listens there.
+        """

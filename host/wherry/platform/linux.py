@@ -1,0 +1,53 @@
+"""Linux."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from wherry.platform.posix import Posix
+
+
+class Linux(Posix):
+    """Linux: KVM, the XDG directories."""
+
+    name = "linux"
+    accelerators = ("kvm", "tcg")
+    qemu_hint = "install it with your package manager, on Debian: apt install qemu-system"
+
+    def accelerator_problem(self, accelerator: str) -> str | None:
+        """Open /dev/kvm: its permissions, not its existence, decide."""
+        if accelerator == "tcg":
+            return None
+        if accelerator != "kvm":
+            return "Linux does not have it"
+        try:
+            os.close(os.open("/dev/kvm", os.O_RDWR | os.O_CLOEXEC))
+        except FileNotFoundError:
+            return "this system has no /dev/kvm"
+        except PermissionError:
+            return "/dev/kvm may not be opened: join the group kvm and log in again"
+        except OSError as error:
+            return f"/dev/kvm cannot be opened: {error.strerror}"
+        return None
+
+    def cpu_model(self) -> str:
+        """``model name`` of /proc/cpuinfo; arm64 has implementer and part instead."""
+        facts: dict[str, str] = {}
+        with Path("/proc/cpuinfo").open(encoding="utf-8", errors="replace") as lines:
+            for line in lines:
+                key, _, value = line.partition(":")
+                facts.setdefault(key.strip(), value.strip())
+        keys = ("model name", "CPU implementer", "CPU part", "microcode")
+        return " ".join(facts[key] for key in keys if key in facts)
+
+    def cpu_count(self) -> int:
+        """The processors in this process's affinity mask."""
+        return len(os.sched_getaffinity(0))
+
+    def short_directory(self) -> Path:
+        """$XDG_RUNTIME_DIR, else a directory of ours in /tmp."""
+        runtime = os.environ.get("XDG_RUNTIME_DIR")
+        path = Path(runtime) / "wherry" if runtime else Path(f"/tmp/wherry-{os.getuid()}")
+        self.make_private_directory(path)
+        return path

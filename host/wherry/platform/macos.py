@@ -1,0 +1,52 @@
+"""macOS."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from wherry.core.errors import WherryError
+from wherry.core.processes import run
+from wherry.platform.posix import Posix
+
+_SYSCTL_TIMEOUT_S = 5.0
+
+
+class MacOS(Posix):
+    """macOS: the Hypervisor framework."""
+
+    name = "macos"
+    accelerators = ("hvf", "tcg")
+    qemu_hint = "install it with: brew install qemu"
+
+    def accelerator_problem(self, accelerator: str) -> str | None:
+        """``kern.hv_support`` tells whether the Hypervisor framework works here."""
+        if accelerator == "tcg":
+            return None
+        if accelerator != "hvf":
+            return "macOS does not have it"
+        try:
+            if _sysctl("kern.hv_support") == "1":
+                return None
+        except WherryError as error:
+            return error.message
+        return "this Mac has no Hypervisor framework (kern.hv_support is 0)"
+
+    def cpu_model(self) -> str:
+        """``machdep.cpu.brand_string``."""
+        return _sysctl("machdep.cpu.brand_string")
+
+    def cpu_count(self) -> int:
+        """All logical processors: macOS has no affinity masks."""
+        return os.cpu_count() or 1
+
+    def short_directory(self) -> Path:
+        """A directory of ours in /tmp: $TMPDIR is itself some 50 bytes deep on macOS."""
+        path = Path(f"/tmp/wherry-{os.getuid()}")
+        self.make_private_directory(path)
+        return path
+
+
+def _sysctl(name: str) -> str:
+    done = run(["sysctl", "-n", name], timeout_s=_SYSCTL_TIMEOUT_S)
+    return done.stdout.decode().strip()

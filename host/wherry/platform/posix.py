@@ -1,0 +1,132 @@
+"""What Linux and macOS share: Unix sockets, permissions, processors."""
+
+from __future__ import annotations
+
+import errno
+import os
+import platform
+import socket
+import stat
+from pathlib import Path
+
+import platformdirs
+
+_BACKLOG = 512
+_PROBE_TIMEOUT_S = 1.0
+
+
+class UnixListener:
+    """A Unix socket of mode 0600."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            _remove_stale_socket(path)
+            # The mode is set by umask and not afterwards: between bind and chmod
+            # another user could connect.
+            previous = os.umask(0o177)
+            try:
+                self._socket.bind(os.fspath(path))
+            finally:
+                os.umask(previous)
+            self._identity = _identity(path)
+            self._socket.listen(_BACKLOG)
+        except BaseException:
+            self._socket.close()
+            raise
+
+    @property
+    def docker_host(self) -> str:
+        """The socket as a ``DOCKER_HOST``."""
+        return f"unix://{self._path}"
+
+    def accept(self) -> socket.socket:
+        """Wait for a connection; OSError once the listener is closed."""
+        connection, _ = self._socket.accept()
+        return connection
+
+    def close(self) -> None:
+        """Stop listening and remove the socket, unless another program replaced it."""
+        if self._socket.fileno() < 0:
+            return
+        if _identity(self._path) == self._identity:
+            self._path.unlink(missing_ok=True)
+        try:
+            # On Linux close() alone leaves a thread waiting in accept().
+            self._socket.shutdown(socket.SHUT_RDWR)
+        except OSError:
+            pass  # macOS: the socket is not connected
+        self._socket.close()
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    try:
+        found = path.lstat()
+    except FileNotFoundError:
+        return None
+    return found.st_dev, found.st_ino
+
+
+def _remove_stale_socket(path: Path) -> None:
+    """Remove a socket that nobody listens on any more."""
+    try:
+        mode = path.lstat().st_mode
+    except FileNotFoundError:
+        return
+    if not stat.S_ISSOCK(mode):
+        raise FileExistsError(errno.EEXIST, "something that is no socket is in the way", str(path))
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.settimeout(_PROBE_TIMEOUT_S)
+        try:
+            probe.connect(os.fspath(path))
+        except (ConnectionRefusedError, FileNotFoundError):
+            path.unlink(missing_ok=True)
+            return
+    raise OSError(errno.EADDRINUSE, "another program listens there", str(path))
+
+
+class Posix:
+    """The parts of :class:`wherry.platform.base.Platform` that POSIX defines."""
+
+    socket_path_limit: int | None = 103
+    """macOS has 104 bytes with the NUL (``sys/un.h``), Linux 108: one limit for both."""
+
+    @property
+    def data_directory(self) -> Path:
+        """platformdirs' data directory."""
+        return platformdirs.user_data_path("wherry", appauthor=False)
+
+    def architecture(self) -> str:
+        """The machine's own word, which macOS and Linux differ in for arm64."""
+        machine = platform.machine()
+        return {"arm64": "aarch64", "amd64": "x86_64"}.get(machine, machine)
+
+    def memory_bytes(self) -> int:
+        """Physical memory, by sysconf(3)."""
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+    def make_private_directory(self, path: Path) -> None:
+        """Mode 0700; an existing directory is narrowed to it, and must be ours."""
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        found = path.stat()
+        if found.st_uid != os.getuid():
+            raise PermissionError(errno.EPERM, "the directory belongs to another user", str(path))
+        if stat.S_IMODE(found.st_mode) & 0o077:
+            path.chmod(0o700)
+
+    def listen_local(self, path: Path) -> UnixListener:
+        """A Unix socket."""
+        return UnixListener(path)
+
+    def connect_local(self, path: Path, timeout_s: float) -> socket.socket:
+        """A connection to a Unix socket, in blocking mode."""
+        connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            connection.settimeout(timeout_s)
+            connection.connect(os.fspath(path))
+            connection.settimeout(None)
+        except BaseException:
+            connection.close()
+            raise
+        return connection
