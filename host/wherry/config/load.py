@@ -1,0 +1,157 @@
+"""Reading and editing ``config.toml``.
+
+Reading is strict: an unknown key or a wrong value is an error that names the file
+and the line. Editing keeps comments and order (tomlkit).
+"""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from wherry.config.model import SETTINGS, Config, build
+from wherry.core.errors import ConfigError, UsageError
+from wherry.core.files import write_atomic
+from wherry.platform import Platform
+
+_FREE_TABLES = ("engine",)
+"""Tables whose keys are not ours: what is below them is not looked at here."""
+
+
+def load(path: Path, platform: Platform) -> Config:
+    """Read a machine's configuration; a missing file is an empty one.
+
+    :raises ConfigError: the file is malformed, or a key or value is wrong.
+    """
+    return build(read_values(path), platform)
+
+
+def read_values(path: Path) -> dict[str, Any]:
+    """Return the parsed values that the file sets, by dotted key.
+
+    :raises ConfigError: as :func:`load`.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return {}
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} cannot be read: {error}") from error
+    return parse(text, path)
+
+
+def parse(text: str, path: Path) -> dict[str, Any]:
+    """Parse a configuration's text; ``path`` is for messages alone."""
+    try:
+        document = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{path} is not valid TOML: {error}", hint=f"edit {path}") from error
+    values = {}
+    for key, raw in _flatten(document):
+        where = f"{path}:{_line_of(text, key)}"
+        if key not in SETTINGS:
+            raise ConfigError(f"{where}: unknown key {key}", hint=_suggestion(key))
+        try:
+            values[key] = SETTINGS[key].parse(raw)
+        except ValueError as error:
+            raise ConfigError(f"{where}: {key}: {error}", hint=SETTINGS[key].help) from error
+    return values
+
+
+def edit(path: Path, changes: Mapping[str, Any]) -> None:
+    """Set keys, or remove those whose new value is None, and keep the rest as it is.
+
+    :param changes: values by dotted key, not yet parsed; ``engine.KEY`` reaches into
+        the engine's table.
+    :raises UsageError: a key or value is wrong; the file is then unchanged.
+    :raises ConfigError: the file itself is malformed.
+    """
+    import tomlkit
+    import tomlkit.items
+
+    read_values(path)  # a malformed file must not be half understood and rewritten
+    try:
+        document = tomlkit.parse(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        document = tomlkit.document()
+    for key, raw in changes.items():
+        *tables, leaf = _split(key)
+        holder: Any = document
+        for table in tables:
+            if table not in holder:
+                if raw is None:
+                    break
+                holder.add(table, tomlkit.table())
+            holder = holder[table]
+        else:
+            if raw is None:
+                holder.pop(leaf, None)
+            else:
+                holder[leaf] = _checked(key, raw)
+    text = tomlkit.dumps(document)
+    parse(text, path)
+    write_atomic(path, text.encode())
+
+
+def _checked(key: str, raw: Any) -> Any:
+    """Return the value as it goes into the file."""
+    if _split(key)[0] in _FREE_TABLES:
+        return _scalar(raw)
+    if key not in SETTINGS:
+        raise UsageError(f"unknown key {key}", hint=_suggestion(key))
+    setting = SETTINGS[key]
+    try:
+        setting.parse(raw)
+    except ValueError as error:
+        raise UsageError(f"{key}: {error}", hint=setting.help) from error
+    return setting.parse(raw) if key not in ("memory", "disk") else raw
+
+
+def _scalar(raw: Any) -> Any:
+    """Read a word of the command line as TOML does, and as a text when it is none."""
+    if not isinstance(raw, str):
+        return raw
+    try:
+        return tomllib.loads(f"value = {raw}")["value"]
+    except tomllib.TOMLDecodeError:
+        return raw
+
+
+def _split(key: str) -> list[str]:
+    head, *rest = key.split(".", 1)
+    return [head, *rest]
+
+
+def _flatten(document: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in document.items():
+        key = f"{prefix}{name}"
+        if isinstance(value, Mapping) and key not in _FREE_TABLES:
+            yield from _flatten(value, f"{key}.")
+        else:
+            yield key, value
+
+
+def _suggestion(key: str) -> str:
+    close = difflib.get_close_matches(key, SETTINGS, n=1)
+    if close:
+        return f"did you mean {close[0]}?"
+    return f"known keys: {', '.join(SETTINGS)}"
+
+
+def _line_of(text: str, key: str) -> int:
+    """Return the line, from 1, that sets a key: tomllib tells no positions of values."""
+    table = ""
+    for number, line in enumerate(text.splitlines(), 1):
+        line = line.strip()
+        if line.startswith("["):
+            table = line.strip("[]").strip() + "."
+            if table == key + ".":
+                return number
+        elif "=" in line and not line.startswith("#"):
+            name = table + line.split("=", 1)[0].strip().replace('"', "")
+            if name == key or name.startswith(key + ".") or key.startswith(name + "."):
+                return number
+    return 1

@@ -1,0 +1,211 @@
+"""The settings of one machine: names, types, defaults, limits.
+
+``SETTINGS`` is the only list of them. Loading, ``wherry config`` and the README's
+table are made from it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from wherry.config.units import format_size, parse_size
+from wherry.core.errors import UsageError
+from wherry.platform import Platform
+
+GIB = 1 << 30
+MIB = 1 << 20
+
+ACCELERATORS = ("auto", "kvm", "hvf", "whpx", "tcg")
+
+SMALLEST_MEMORY = 512 * MIB
+"""Below this the engine itself does not start reliably."""
+
+SMALLEST_DISK = 1 * GIB
+
+
+def _as_is(value: Any) -> Any:
+    return value
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One key of ``config.toml``.
+
+    ``parse`` takes what TOML or the command line gave and returns the value, or
+    raises ValueError with the reason.
+    """
+
+    key: str
+    parse: Callable[[Any], Any]
+    default: Callable[[Platform], Any]
+    help: str
+    show: Callable[[Any], Any] = _as_is
+    """What is written to the file and shown for a value."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """The effective settings of a machine: what the file says, over the defaults."""
+
+    cpus: int
+    memory_bytes: int
+    disk_bytes: int
+    accelerator: str
+    image: str
+    default_socket: bool
+    engine: Mapping[str, Any] = field(default_factory=dict)
+    """Keys for the engine's ``daemon.json``, as its documentation names them."""
+
+
+def _count(value: Any) -> int:
+    if isinstance(value, str) and value.strip().isdecimal():
+        value = int(value)
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{value!r} is not a whole number above 0")
+    return value
+
+
+def _size(smallest: int) -> Callable[[Any], int]:
+    def parse(value: Any) -> int:
+        if isinstance(value, int) and not isinstance(value, bool):
+            size = value
+        elif isinstance(value, str):
+            size = parse_size(value)
+        else:
+            raise ValueError(f"{value!r} is not a size such as 4GiB")
+        if size < smallest:
+            raise ValueError(f"{format_size(size)} is below the least, {format_size(smallest)}")
+        return size
+
+    return parse
+
+
+def _one_of(choices: tuple[str, ...]) -> Callable[[Any], str]:
+    def parse(value: Any) -> str:
+        if value not in choices:
+            raise ValueError(f"{value!r} is none of {', '.join(choices)}")
+        return str(value)
+
+    return parse
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"{value!r} is not a text")
+    return value
+
+
+def _flag(value: Any) -> bool:
+    words = {"true": True, "false": False}
+    if isinstance(value, str) and value.lower() in words:
+        return words[value.lower()]
+    if not isinstance(value, bool):
+        raise ValueError(f"{value!r} is neither true nor false")
+    return value
+
+
+def _table(value: Any) -> Mapping[str, Any]:
+    if not isinstance(value, Mapping):
+        raise ValueError(f"{value!r} is not a table")
+    return dict(value)
+
+
+SETTINGS: Mapping[str, Setting] = {
+    setting.key: setting
+    for setting in (
+        Setting(
+            "cpus",
+            _count,
+            lambda platform: min(4, platform.cpu_count()),
+            "virtual processors",
+        ),
+        Setting(
+            "memory",
+            _size(SMALLEST_MEMORY),
+            lambda platform: max(SMALLEST_MEMORY, min(4 * GIB, platform.memory_bytes() // 2)),
+            "memory of the guest, such as 4GiB",
+            format_size,
+        ),
+        Setting(
+            "disk",
+            _size(SMALLEST_DISK),
+            lambda platform: 64 * GIB,
+            "size that the data disk may grow to, such as 64GiB",
+            format_size,
+        ),
+        Setting(
+            "accelerator",
+            _one_of(ACCELERATORS),
+            lambda platform: "auto",
+            f"one of {', '.join(ACCELERATORS)}; auto tries which one works",
+        ),
+        Setting(
+            "image",
+            _text,
+            lambda platform: "",
+            "version of the guest image; empty for the newest installed one",
+        ),
+        Setting(
+            "endpoint.default_socket",
+            _flag,
+            lambda platform: False,
+            "whether /var/run/docker.sock leads to this machine",
+        ),
+        Setting(
+            "engine",
+            _table,
+            lambda platform: {},
+            "keys of the engine's daemon.json",
+        ),
+    )
+}
+
+
+def build(values: Mapping[str, Any], platform: Platform) -> Config:
+    """Make the configuration of parsed values, by key, and defaults for the rest."""
+
+    def value(key: str) -> Any:
+        return values[key] if key in values else SETTINGS[key].default(platform)
+
+    return Config(
+        cpus=value("cpus"),
+        memory_bytes=value("memory"),
+        disk_bytes=value("disk"),
+        accelerator=value("accelerator"),
+        image=value("image"),
+        default_socket=value("endpoint.default_socket"),
+        engine=value("engine"),
+    )
+
+
+def check_host(config: Config, platform: Platform, *, disk_total: int | None = None) -> None:
+    """Refuse what this host cannot give.
+
+    :param disk_total: size in bytes of the file system of the data disk. The disk is
+        sparse, so it may be larger than what is free, but not than all there is.
+    :raises UsageError: more processors, memory or disk than the host has.
+    """
+    if config.cpus > platform.cpu_count():
+        raise UsageError(
+            f"cpus = {config.cpus} is more than the {platform.cpu_count()} of this computer",
+            hint="set a smaller number: wherry config set cpus N",
+        )
+    if config.memory_bytes > platform.memory_bytes():
+        raise UsageError(
+            f"memory = {format_size(config.memory_bytes)} is more than the "
+            f"{format_size(platform.memory_bytes())} of this computer",
+            hint="set a smaller size: wherry config set memory SIZE",
+        )
+    if config.accelerator not in ("auto", *platform.accelerators):
+        raise UsageError(
+            f"accelerator = {config.accelerator} does not exist on {platform.name}",
+            hint=f"use one of auto, {', '.join(platform.accelerators)}",
+        )
+    if disk_total is not None and config.disk_bytes > disk_total:
+        raise UsageError(
+            f"disk = {format_size(config.disk_bytes)} is more than the "
+            f"{format_size(disk_total)} that this computer's disk has",
+            hint="set a smaller size: wherry start --disk SIZE",
+        )
