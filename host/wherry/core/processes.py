@@ -14,6 +14,10 @@ from pathlib import Path
 from wherry.core.errors import WherryError
 
 Argument = str | os.PathLike[str]
+Child = subprocess.Popen[bytes]
+TimeoutExpired = subprocess.TimeoutExpired
+PIPE = subprocess.PIPE
+STDOUT = subprocess.STDOUT
 
 _STDERR_LINES_SHOWN = 5
 
@@ -71,7 +75,7 @@ def spawn(
     pass_fds: Sequence[int] = (),
     new_session: bool = False,
     hint: str = "",
-) -> subprocess.Popen[bytes]:
+) -> Child:
     """Start a program that runs beside us; the caller owns it and ends it.
 
     :param env: variables added to this process's environment.

@@ -1,0 +1,130 @@
+"""QEMU's command line, as a pure function of what is to run.
+
+Names and defaults are those of qemu(1). Devices are chosen per architecture, the
+processor model per accelerator.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from wherry.vm.driver import MachineSpec
+
+GUEST_SSH_PORT = 22
+SSH_HOST = "127.0.0.1"
+
+NETWORK_DEVICE = "net0"
+"""The id of the user-mode network, which ``hostfwd_add`` names."""
+
+_MIB = 1 << 20
+
+
+@dataclass(frozen=True)
+class Board:
+    """What differs between the guest architectures."""
+
+    machine: str
+    serial: str
+    """The console's name in the guest."""
+    bus: str
+    """Suffix of virtio devices: how they are attached."""
+
+
+BOARDS = {
+    "x86_64": Board("q35,hpet=off,vmport=off,smbus=off,sata=off,i8042=off,usb=off", "ttyS0", "pci"),
+    "aarch64": Board("virt,gic-version=max", "ttyAMA0", "pci"),
+}
+
+
+def processor(accelerator: str, architecture: str) -> str:
+    """Return the ``-cpu`` model.
+
+    Hardware acceleration passes the host's processor through. WHPX knows no
+    ``host``, so it gets a plain model. Emulation gets all that TCG can emulate.
+    """
+    if accelerator in ("kvm", "hvf"):
+        return "host"
+    if accelerator == "whpx":
+        return "qemu64,+ssse3,+sse4.1,+sse4.2,+popcnt,+aes" if architecture == "x86_64" else "host"
+    return "max"
+
+
+def base_arguments(
+    *,
+    architecture: str,
+    accelerator: str,
+    cpus: int,
+    memory_bytes: int,
+    kernel: Path,
+    initrd: Path,
+    cmdline: str,
+) -> list[str]:
+    """Return what every boot has, also the trial boot of an accelerator."""
+    board = BOARDS[architecture]
+    accel = "tcg,thread=multi,tb-size=512" if accelerator == "tcg" else accelerator
+    # fmt: off
+    return [
+        "-no-user-config",
+        "-nodefaults",
+        "-display", "none",
+        "-vga", "none",
+        "-parallel", "none",
+        "-machine", board.machine,
+        "-accel", accel,
+        "-cpu", processor(accelerator, architecture),
+        "-smp", str(cpus),
+        "-m", f"{memory_bytes // _MIB}M",
+        "-no-reboot",
+        "-kernel", os.fspath(kernel),
+        "-initrd", os.fspath(initrd),
+        "-append", f"{cmdline} panic=-1 console={board.serial}".strip(),
+    ]
+    # fmt: on
+
+
+def arguments(spec: MachineSpec) -> list[str]:
+    """Return the arguments for a whole machine, without the program's own name.
+
+    The SSH port is 0: QEMU binds a free one, and its monitor tells which, so that
+    nobody can take it between choice and use.
+    """
+    bus = BOARDS[spec.image.architecture].bus
+    root, data = _escape(spec.image.root), _escape(spec.data_disk)
+    # fmt: off
+    result = base_arguments(
+        architecture=spec.image.architecture,
+        accelerator=spec.accelerator,
+        cpus=spec.cpus,
+        memory_bytes=spec.memory_bytes,
+        kernel=spec.image.kernel,
+        initrd=spec.image.initrd,
+        cmdline=spec.image.cmdline,
+    )
+    result += [
+        "-name", f"wherry-{spec.name}",
+        "-rtc", "base=utc",
+        "-chardev", f"file,id=console,path={_escape(spec.console_log)}",
+        "-serial", "chardev:console",
+        "-qmp", f"unix:{_escape(spec.qmp_socket)},server=on,wait=off",
+        "-blockdev", f"driver=file,node-name=root-file,filename={root},read-only=on",
+        "-blockdev", "driver=raw,node-name=root,file=root-file,read-only=on",
+        "-device", f"virtio-blk-{bus},drive=root,serial=wherry-root",
+        "-blockdev", f"driver=file,node-name=data-file,filename={data},discard=unmap",
+        "-blockdev", "driver=qcow2,node-name=data,file=data-file,discard=unmap,detect-zeroes=unmap",
+        "-device", f"virtio-blk-{bus},drive=data,serial=wherry-data",
+        "-netdev", f"user,id={NETWORK_DEVICE},hostfwd=tcp:{SSH_HOST}:0-:{GUEST_SSH_PORT}",
+        "-device", f"virtio-net-{bus},netdev={NETWORK_DEVICE},romfile=",
+        "-device", f"virtio-balloon-{bus},free-page-reporting=on",
+        "-device", f"virtio-rng-{bus}",
+    ]
+    for name, path in sorted(spec.firmware_files.items()):
+        result += ["-fw_cfg", f"name=opt/wherry/{name},file={_escape(path)}"]
+    # fmt: on
+    return result
+
+
+def _escape(path: Path) -> str:
+    """Double the commas: QEMU's option syntax separates by them."""
+    return os.fspath(path).replace(",", ",,")

@@ -1,0 +1,118 @@
+"""The QEMU process: started by us, or left running by an earlier service."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import psutil
+
+from wherry.core.bridge import in_thread
+from wherry.core.errors import WherryError
+from wherry.core.processes import Argument, Child, TimeoutExpired, spawn
+from wherry.vm.driver import ProcessIdentity
+
+_KILL_TIMEOUT_S = 10.0
+
+
+def find(identity: ProcessIdentity) -> psutil.Process | None:
+    """Return the process if it still runs; a later one with its number is not it."""
+    try:
+        process = psutil.Process(identity.pid)
+        # The kernel counts in ticks of 10 ms, and psutil adds the time of boot to it.
+        same = abs(process.create_time() - identity.created) < 0.5
+        return process if same and process.status() != psutil.STATUS_ZOMBIE else None
+    except psutil.Error:
+        return None
+
+
+def identify(pid: int) -> ProcessIdentity:
+    """Return the identity of a running process.
+
+    :raises WherryError: it does not run.
+    """
+    try:
+        return ProcessIdentity(pid, psutil.Process(pid).create_time())
+    except psutil.Error as error:
+        raise WherryError(f"process {pid} does not run") from error
+
+
+class QemuProcess:
+    """One running QEMU."""
+
+    def __init__(self, process: psutil.Process, child: Child | None, log: Path) -> None:
+        self._process = process
+        self._child = child
+        self._log = log
+        self.identity = ProcessIdentity(process.pid, process.create_time())
+
+    @classmethod
+    def launch(cls, argv: Sequence[Argument], log: Path) -> QemuProcess:
+        """Start QEMU in a session of its own, its messages going to ``log``.
+
+        :raises WherryError: the program is missing or cannot be executed.
+        """
+        with log.open("wb") as messages:
+            child = spawn(
+                argv, stdout=messages.fileno(), stderr=messages.fileno(), new_session=True
+            )
+        try:
+            return cls(psutil.Process(child.pid), child, log)
+        except psutil.Error as error:
+            child.kill()
+            child.wait()
+            raise WherryError("QEMU ended at once", hint=f"see {log}") from error
+
+    @classmethod
+    def adopt(cls, identity: ProcessIdentity, log: Path) -> QemuProcess:
+        """Take over a QEMU that is not our child.
+
+        :raises WherryError: it does not run any more.
+        """
+        process = find(identity)
+        if process is None:
+            raise WherryError(f"QEMU (process {identity.pid}) does not run any more")
+        return cls(process, None, log)
+
+    @property
+    def alive(self) -> bool:
+        """Whether QEMU runs."""
+        if self._child is not None:
+            return self._child.poll() is None
+        return find(self.identity) is not None
+
+    async def wait(self) -> str:
+        """Wait for its end, however long that takes, and return how it ended."""
+        child, process = self._child, self._process
+        if child is None:
+            await in_thread(process.wait, name="qemu wait")
+            return "QEMU ended"
+        status = await in_thread(child.wait, name="qemu wait")
+        if status < 0:
+            return f"QEMU was killed by signal {-status}"
+        return f"QEMU ended with status {status}" + (f": {self.last_message()}" if status else "")
+
+    def last_message(self) -> str:
+        """Return the last line that QEMU logged, or an empty text."""
+        try:
+            lines = self._log.read_text(errors="replace").strip().splitlines()
+        except OSError:
+            return ""
+        return lines[-1] if lines else ""
+
+    def kill(self) -> None:
+        """End QEMU by force and wait until it is gone.
+
+        :raises WherryError: the system cannot end it.
+        """
+        try:
+            if self._child is not None:
+                self._child.kill()
+                self._child.wait(_KILL_TIMEOUT_S)
+            else:
+                self._process.kill()
+                self._process.wait(_KILL_TIMEOUT_S)
+        except psutil.NoSuchProcess:
+            pass
+        except (psutil.Error, TimeoutExpired) as error:
+            raise WherryError(f"QEMU (process {self.identity.pid}) cannot be ended") from error

@@ -1,0 +1,112 @@
+"""QEMU's monitor: the few commands wherry needs, with its errors and time limits."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from qemu.qmp import EventListener, ExecuteError, QMPClient, QMPError
+
+from wherry.core.errors import WherryError
+
+_COMMAND_TIMEOUT_S = 10.0
+_RETRY_S = 0.02
+
+
+class Monitor:
+    """A QMP connection.
+
+    :param on_event: called on the loop with each event's name and data.
+    """
+
+    def __init__(self, name: str, on_event: Callable[[str, Mapping[str, Any]], None]) -> None:
+        self._client = QMPClient(name)
+        # The library logs what we raise ourselves, with tracebacks.
+        self._client.logger.disabled = True
+        self._on_event = on_event
+        self._events: asyncio.Task[None] | None = None
+
+    async def connect(
+        self, socket: Path, *, timeout_s: float, still_alive: Callable[[], bool]
+    ) -> None:
+        """Connect as soon as QEMU listens, and negotiate.
+
+        :param still_alive: whether QEMU runs: it ends the wait when it does not.
+        :raises WherryError: QEMU ended, or did not answer in time.
+        """
+        listener = EventListener()
+        self._client.register_listener(listener)
+        try:
+            async with asyncio.timeout(timeout_s):
+                while True:
+                    try:
+                        await self._client.connect(str(socket))
+                        break
+                    except (QMPError, OSError) as error:
+                        if not still_alive():
+                            raise WherryError("QEMU ended before its monitor answered") from error
+                    await asyncio.sleep(_RETRY_S)
+        except TimeoutError as error:
+            raise WherryError(f"QEMU's monitor did not answer within {timeout_s:g} s") from error
+        self._events = asyncio.create_task(self._watch(listener), name="qmp events")
+
+    async def execute(
+        self,
+        command: str,
+        arguments: Mapping[str, object] | None = None,
+        *,
+        timeout_s: float = _COMMAND_TIMEOUT_S,
+    ) -> Any:
+        """Run one QMP command and return its result.
+
+        :raises WherryError: QEMU refused it, went away, or took too long.
+        """
+        try:
+            async with asyncio.timeout(timeout_s):
+                return await self._client.execute(command, dict(arguments) if arguments else None)
+        except ExecuteError as error:
+            raise WherryError(f"QEMU refused {command}: {error}") from error
+        except (QMPError, OSError, EOFError) as error:
+            raise WherryError(f"QEMU went away during {command}") from error
+        except TimeoutError as error:
+            raise WherryError(f"QEMU did not answer {command} within {timeout_s:g} s") from error
+
+    async def human(self, line: str) -> str:
+        """Run one line of the human monitor, for what QMP has no command for."""
+        return str(await self.execute("human-monitor-command", {"command-line": line}))
+
+    async def close(self) -> None:
+        """Leave the monitor; QEMU goes on. Safe to call twice."""
+        if self._events is not None:
+            self._events.cancel()
+            await asyncio.gather(self._events, return_exceptions=True)
+            self._events = None
+        try:
+            await self._client.disconnect()
+        except (QMPError, OSError, EOFError):
+            pass  # QEMU closed it first
+
+    async def _watch(self, listener: EventListener) -> None:
+        async for event in listener:
+            data = event.get("data")
+            self._on_event(str(event["event"]), data if isinstance(data, Mapping) else {})
+
+
+_FORWARD = re.compile(
+    r"^\s*TCP\[HOST_FORWARD\]\s+\d+\s+(?P<host>\S+)\s+(?P<port>\d+)\s+\S+\s+(?P<guest>\d+)\s",
+    re.MULTILINE,
+)
+
+
+def forwarded_port(usernet: str, guest_port: int) -> int:
+    """Find the host's port of a forward in the output of ``info usernet``.
+
+    :raises WherryError: no TCP forward leads to that port.
+    """
+    for match in _FORWARD.finditer(usernet):
+        if int(match["guest"]) == guest_port:
+            return int(match["port"])
+    raise WherryError(f"QEMU forwards nothing to the guest's port {guest_port}")
