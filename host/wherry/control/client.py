@@ -1,0 +1,72 @@
+"""The command line's end of the control API."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from wherry.control import MAX_LINE_BYTES
+from wherry.core.errors import NotRunning, WherryError
+from wherry.platform import Platform
+
+_CONNECT_TIMEOUT_S = 5.0
+
+
+def call(
+    platform: Platform,
+    socket: Path,
+    method: str,
+    params: Mapping[str, Any] | None = None,
+    *,
+    on_event: Callable[[Mapping[str, Any]], None] = lambda event: None,
+) -> Any:
+    """Ask a machine's service and return its result.
+
+    How long that takes is bounded by the service, which bounds each of its stages;
+    a service that dies ends the call.
+
+    :param on_event: called with each event before the result.
+    :raises NotRunning: no service listens.
+    :raises WherryError: what the service reports, with its exit status.
+    """
+    try:
+        stream = platform.connect_local(socket, _CONNECT_TIMEOUT_S)
+    except OSError as error:
+        raise NotRunning("the machine's service does not run", hint="wherry start") from error
+    try:
+        request = {"method": method, "params": dict(params or {})}
+        stream.sendall(json.dumps(request).encode() + b"\n")
+        buffered = b""
+        while True:
+            while b"\n" not in buffered:
+                chunk = stream.recv(65536)
+                if not chunk or len(buffered) > MAX_LINE_BYTES:
+                    raise _ended()
+                buffered += chunk
+            line, buffered = buffered.split(b"\n", 1)
+            reply = json.loads(line)
+            if "event" in reply:
+                on_event(reply["event"])
+            elif "error" in reply:
+                raise _failure(reply["error"])
+            else:
+                return reply["result"]
+    except OSError as error:
+        raise _ended() from error
+    finally:
+        stream.close()
+
+
+def _ended() -> WherryError:
+    return WherryError(
+        "the machine's service ended before it answered",
+        hint="see: wherry logs --source service",
+    )
+
+
+def _failure(fields: Mapping[str, Any]) -> WherryError:
+    error = WherryError(str(fields["message"]), hint=str(fields.get("hint", "")))
+    error.exit_status = int(fields.get("exit_status", 1))
+    return error

@@ -1,0 +1,324 @@
+"""Channels as streams: Unix sockets of the guest, and commands in it.
+
+A Unix socket in the guest is reached by ``direct-streamlocal@openssh.com`` (OpenSSH
+PROTOCOL §2.4), which paramiko cannot open (paramiko#544). :class:`StreamChannel`
+replaces what paramiko's Channel does with data (see :mod:`wherry.tunnel.inbox`) and
+keeps what it does with windows, requests and the end.
+
+Locks are taken in this order: the channel's, then its inbox's. A sink is told of the
+end outside both, since it may close the channel.
+"""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Callable
+from typing import Any
+
+from paramiko.channel import Channel
+from paramiko.common import cMSG_CHANNEL_CLOSE, cMSG_CHANNEL_REQUEST, cMSG_CHANNEL_WINDOW_ADJUST
+from paramiko.message import Message
+from paramiko.ssh_exception import SSHException
+
+from wherry.core.errors import TunnelError
+from wherry.tunnel.inbox import Inbox
+from wherry.tunnel.stream import DrainWrite, Sink
+
+WINDOW_BYTES = 2 * 1024 * 1024
+"""How much the guest may send ahead of a reader; also OpenSSH's own choice (``channels.h``)."""
+
+MAX_PACKET_BYTES = 128 * 1024
+"""The longest data we take in one packet; the guest fills it when bytes wait there."""
+
+_STDERR = 1
+"""SSH_EXTENDED_DATA_STDERR (RFC 4254 §5.2)."""
+
+_SEND_AT_ONCE_BYTES = 128 * 1024
+"""How much one call sends before other streams may: a bound on what they wait."""
+
+LOST = "the connection to the guest was lost"
+
+
+class StreamChannel(Channel):  # type: ignore[misc]  # paramiko ships no types
+    """A channel as a :class:`wherry.tunnel.stream.Stream`.
+
+    It can be used while it is being opened: sending waits for the confirmation.
+
+    :param chanid: our number of the channel.
+    :param open_deadline: until when, on the monotonic clock, opening may take.
+    :param target: what is opened, for messages.
+    """
+
+    def __init__(self, chanid: int, open_deadline: float, target: str) -> None:
+        super().__init__(chanid)
+        self.in_buffer = Inbox()
+        self.in_stderr_buffer = Inbox()
+        self.target = target
+        self.closed_while_opening = False
+        self._open_deadline = open_deadline
+        self._failure: TunnelError | None = None
+
+    # -- Stream -----------------------------------------------------------------------
+
+    def recv(self, size: int) -> bytes:
+        """See :meth:`Stream.recv`."""
+        data: bytes = self.in_buffer.read(size)
+        if data:
+            self._acknowledge(len(data))
+        else:
+            self._raise_failure()
+        return data
+
+    def recv_into(self, buffer: memoryview) -> int:
+        """See :meth:`Stream.recv_into`."""
+        count: int = self.in_buffer.read_into(buffer)
+        if count:
+            self._acknowledge(count)
+        else:
+            self._raise_failure()
+        return count
+
+    def sendall(self, data: memoryview | bytes) -> None:
+        """See :meth:`Stream.sendall`."""
+        self.send_until(data, None)
+
+    def send_until(self, data: memoryview | bytes, deadline: float | None) -> None:
+        """Like :meth:`sendall`, giving up at a time of the monotonic clock."""
+        view = memoryview(data)
+        while view:
+            count = self._take_window(min(len(view), _SEND_AT_ONCE_BYTES), deadline)
+            part = view[:count]
+            try:
+                self.transport.send_data(self.remote_chanid, part, self.out_max_packet_size)
+            except (EOFError, OSError, SSHException) as error:
+                raise TunnelError(LOST) from error
+            view = view[count:]
+
+    def shutdown_write(self) -> None:
+        """See :meth:`Stream.shutdown_write`."""
+        try:
+            self.wait_open()
+            super().shutdown_write()
+        except (EOFError, OSError, SSHException, TunnelError):
+            pass  # there is no other side left to learn of the end
+
+    def close(self) -> None:
+        """See :meth:`Stream.close`."""
+        with self.lock:
+            if not self.closed and self._failure is None:
+                self._failure = TunnelError(f"the stream to {self.target} was closed")
+            if not self.active and not self.closed:
+                # paramiko's close() would do nothing, and the guest's confirmation,
+                # when it comes, would leave the channel open there for ever.
+                self.closed_while_opening = True
+                self._set_closed()
+        try:
+            super().close()
+        except (EOFError, OSError, SSHException):
+            pass  # the connection is gone, and the channel with it
+        self._tell_end()
+
+    def deliver_to(self, sink: Sink) -> None:
+        """See :meth:`Stream.deliver_to`."""
+        self.in_buffer.attach(sink)
+        self._tell_end()
+
+    def drain(self, sink_write: DrainWrite) -> None:
+        """See :meth:`Stream.drain`."""
+        taken: list[int] = []
+        try:
+            while self.in_buffer.drain(sink_write, taken):
+                self._acknowledge(taken.pop())
+        finally:
+            self._tell_end()
+
+    def wait_open(self) -> None:
+        """Wait until the guest has confirmed the channel.
+
+        :raises TunnelError: it refused, or did not answer in time.
+        """
+        with self.lock:
+            self._wait_active()
+
+    # -- what the transport's thread calls ---------------------------------------------
+
+    def feed(self, data: memoryview | bytes) -> None:
+        """Take channel data."""
+        taken = self.in_buffer.feed(data)
+        if taken:
+            self._acknowledge(taken)
+
+    def refused(self, error: TunnelError) -> None:
+        """Take the guest's refusal to open the channel."""
+        with self.lock:
+            if self._failure is None:
+                self._failure = error
+            self._set_closed()
+        self._tell_end()
+
+    def close_message(self) -> Message:
+        """Return the message that closes the channel in the guest (RFC 4254 §5.3)."""
+        message = Message()
+        message.add_byte(cMSG_CHANNEL_CLOSE)
+        message.add_int(self.remote_chanid)
+        return message
+
+    def _set_window(self, window_size: int, max_packet_size: int) -> None:
+        super()._set_window(window_size, max_packet_size)
+        # paramiko acknowledges each tenth of the window; each costs a packet and
+        # the guest's time. With a quarter, three quarters are in flight meanwhile.
+        self.in_window_threshold = window_size // 4
+
+    def _set_remote_channel(self, chanid: int, window_size: int, max_packet_size: int) -> None:
+        with self.lock:
+            super()._set_remote_channel(chanid, window_size, max_packet_size)
+            self.out_buffer_cv.notify_all()
+
+    def _feed(self, m: Any) -> None:
+        self.feed(m if isinstance(m, bytes) else m.get_binary())
+
+    def _feed_extended(self, m: Any) -> None:
+        kind = m.get_int()
+        data = m.get_binary()
+        taken = self.in_stderr_buffer.feed(data) if kind == _STDERR else len(data)
+        if taken:
+            self._acknowledge(taken)
+
+    def _handle_eof(self, m: Any) -> None:
+        super()._handle_eof(m)
+        self._tell_end()
+
+    def _handle_close(self, m: Any) -> None:
+        super()._handle_close(m)
+        self._tell_end()
+
+    def _request_failed(self, m: Any) -> None:
+        super()._request_failed(m)
+        self._tell_end()
+
+    def _unlink(self) -> None:
+        with self.lock:
+            if not self.closed and not self.eof_received and self._failure is None:
+                self._failure = TunnelError(LOST)
+        super()._unlink()
+        self._tell_end()
+
+    # -- internals ---------------------------------------------------------------------
+
+    def _tell_end(self) -> None:
+        self.in_buffer.tell_end(self._failure)
+
+    def _raise_failure(self) -> None:
+        if self._failure is not None:
+            raise self._failure
+
+    def _acknowledge(self, count: int) -> None:
+        """Give window back to the guest, in large portions (RFC 4254 §5.2)."""
+        more = self._check_add_window(count)
+        if more > 0:
+            message = Message()
+            message.add_byte(cMSG_CHANNEL_WINDOW_ADJUST)
+            message.add_int(self.remote_chanid)
+            message.add_int(more)
+            try:
+                self.transport._send_user_message(message)
+            except (EOFError, OSError, SSHException):
+                pass  # the connection is going; reading goes on to what has arrived
+
+    def _wait_active(self) -> None:
+        """Wait, holding the lock, until the channel is open."""
+        while not self.active and not self.closed:
+            left = self._open_deadline - time.monotonic()
+            if left <= 0:
+                raise TunnelError(f"the guest did not open {self.target} in time")
+            self.out_buffer_cv.wait(left)
+        if self.closed:
+            raise self._failure or TunnelError(f"{self.target} closed the stream")
+
+    def _take_window(self, wanted: int, deadline: float | None) -> int:
+        """Wait for room in the guest's window and take up to ``wanted`` bytes of it."""
+        with self.lock:
+            self._wait_active()
+            while not self.out_window_size:
+                left = None if deadline is None else deadline - time.monotonic()
+                if left is not None and left <= 0:
+                    raise TunnelError(f"{self.target} did not take the data in time")
+                self.out_buffer_cv.wait(left)
+                if self.closed:
+                    break
+            if self.closed or self.eof_sent:
+                raise self._failure or TunnelError(f"{self.target} takes no more data")
+            count = min(wanted, self.out_window_size)
+            self.out_window_size -= count
+            return count
+
+
+class CommandChannel(StreamChannel):
+    """A session channel that runs one command (RFC 4254 §6.5).
+
+    As a stream it is the command's standard input and output.
+    """
+
+    def start(self, command: str, deadline: float) -> None:
+        """Have the guest's shell run ``command``.
+
+        :raises TunnelError: the guest refused, or did not answer in time.
+        """
+        with self.lock:
+            self._wait_active()
+        self._event_pending()
+        message = Message()
+        message.add_byte(cMSG_CHANNEL_REQUEST)
+        message.add_int(self.remote_chanid)
+        message.add_string("exec")
+        message.add_boolean(True)
+        message.add_string(command)
+        try:
+            self.transport._send_user_message(message)
+        except (EOFError, OSError, SSHException) as error:
+            raise TunnelError(LOST) from error
+        answered = self.event.wait(max(0.0, deadline - time.monotonic()))
+        if not answered or not self.event_ready:
+            self.close()
+            reason = "refused to run" if answered else "did not answer in time to run"
+            raise TunnelError(f"the guest {reason}: {command}")
+
+    def recv_stderr(self, size: int) -> bytes:
+        """Wait for bytes on the standard error; ``b""`` at its end."""
+        data: bytes = self.in_stderr_buffer.read(size)
+        if data:
+            self._acknowledge(len(data))
+        return data
+
+    def collect(self, stdout: Sink, stderr: Sink) -> None:
+        """Hand both outputs to sinks that never stall."""
+        self.in_stderr_buffer.attach(stderr)
+        self.deliver_to(stdout)
+
+    def wait(self, timeout_s: float) -> int:
+        """Wait for the command's end and return its exit status, 128 + N for signal N.
+
+        :raises TunnelError: it did not end in time, or the connection was lost.
+        """
+        if not self.status_event.wait(timeout_s):
+            raise TunnelError(f"the command did not end within {timeout_s:g} s")
+        if self.exit_status < 0:
+            self._raise_failure()
+            raise TunnelError("the guest did not tell the command's exit status")
+        return int(self.exit_status)
+
+    def _handle_request(self, m: Any) -> None:
+        # paramiko knows "exit-status" alone and would leave a killed command at -1.
+        start = m.packet.tell()
+        if m.get_text() == "exit-signal":
+            m.get_boolean()
+            number = getattr(signal, f"SIG{m.get_text()}", 0)
+            self.exit_status = 128 + int(number)
+            self.status_event.set()
+            return
+        m.packet.seek(start)
+        super()._handle_request(m)
+
+
+ChannelClass = Callable[[int, float, str], StreamChannel]

@@ -1,0 +1,136 @@
+"""The bytes that arrived on a channel and that nobody has taken yet."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+
+from wherry.core.errors import TunnelError
+from wherry.tunnel.stream import DrainWrite, Sink
+
+
+class Inbox:
+    """A queue of bytes from the transport's thread to whoever reads the stream.
+
+    It has no bound of its own: the channel's window is the bound, since only bytes
+    that were taken are given back to the sender.
+
+    Takes the place of paramiko's BufferedPipe (``feed``, ``close``, ``len``), which
+    copies each byte twice and wakes a thread for each packet. With a sink, bytes do
+    not stop here while the sink has room. Invariant: the sink is written by the
+    transport's thread while ``_draining`` is false, and by the drainer's while it
+    is true, so order is kept.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._ready = threading.Condition(self._lock)
+        self._chunks: deque[memoryview | bytes] = deque()
+        self._closed = False
+        self._sink: Sink | None = None
+        self._draining = False
+        self._told_end = False
+
+    def __len__(self) -> int:
+        with self._lock:
+            return sum(len(chunk) for chunk in self._chunks)
+
+    def feed(self, data: memoryview | bytes) -> int:
+        """Add bytes; return how many of them the sink took at once."""
+        taken = 0
+        stalled: Sink | None = None
+        with self._lock:
+            sink = self._sink
+            if sink is not None and not self._draining:
+                try:
+                    taken = sink.write(data)
+                except OSError:
+                    # Whoever owns the sink learns of it by its own means; these bytes
+                    # go nowhere, and taking them keeps the window from closing.
+                    return len(data)
+                if taken == len(data):
+                    return taken
+                data = data[taken:]
+                self._draining = True
+                stalled = sink
+            self._chunks.append(data)
+            if sink is None:
+                self._ready.notify()
+        if stalled is not None:
+            stalled.stalled()
+        return taken
+
+    def close(self) -> None:
+        """Let readers see the end once the bytes are taken; :meth:`tell_end` tells the sink."""
+        with self._lock:
+            self._closed = True
+            self._ready.notify_all()
+
+    def tell_end(self, error: TunnelError | None) -> None:
+        """Tell the sink of the end, unless bytes wait or it was told; without a channel's lock."""
+        with self._lock:
+            sink = self._sink
+            if sink is None or not self._closed or self._draining or self._told_end:
+                return
+            self._told_end = True
+        sink.ended(error)
+
+    def read_into(self, buffer: memoryview) -> int:
+        """Wait for bytes, move them into ``buffer``, return how many; 0 at the end."""
+        count = 0
+        with self._lock:
+            while not self._chunks and not self._closed:
+                self._ready.wait()
+            while self._chunks and count < len(buffer):
+                chunk = self._chunks[0]
+                part = chunk[: len(buffer) - count]
+                buffer[count : count + len(part)] = part
+                count += len(part)
+                if len(part) == len(chunk):
+                    self._chunks.popleft()
+                else:
+                    self._chunks[0] = chunk[len(part) :]
+        return count
+
+    def read(self, size: int) -> bytes:
+        """Wait for bytes and return up to ``size`` of them; ``b""`` at the end."""
+        with self._lock:
+            while not self._chunks and not self._closed:
+                self._ready.wait()
+            if not self._chunks:
+                return b""
+            chunk = self._chunks[0]
+            if len(chunk) <= size:
+                self._chunks.popleft()
+                return bytes(chunk)
+            self._chunks[0] = chunk[size:]
+            return bytes(chunk[:size])
+
+    def attach(self, sink: Sink) -> None:
+        """Write to ``sink`` from now on; it is told to drain first if bytes wait."""
+        with self._lock:
+            self._sink = sink
+            self._draining = waiting = bool(self._chunks)
+        if waiting:
+            sink.stalled()
+
+    def drain(self, write: DrainWrite, taken: list[int]) -> bool:
+        """Write one waiting chunk; return False, and end draining, when there is none.
+
+        :param taken: the written chunk's length is appended.
+        :raises OSError: what ``write`` raised; this and later bytes are dropped.
+        """
+        with self._lock:
+            if not self._chunks:
+                self._draining = False
+                return False
+            chunk = self._chunks.popleft()
+        taken.append(len(chunk))
+        try:
+            write(chunk)
+        except BaseException:
+            with self._lock:
+                self._chunks.clear()
+                self._draining = False
+            raise
+        return True

@@ -1,0 +1,285 @@
+"""paramiko's Transport with the choices of a tunnel into our own guest.
+
+What is overridden, and why:
+
+- the lists of algorithms: the guest's processor may be emulated, so the cheapest
+  safe choice is first, and nothing that needs much arithmetic is offered;
+- the packetizer (:mod:`wherry.tunnel.packetizer`), and the way of channel data;
+- opening channels: paramiko opens no streamlocal, waits by polling, keeps the
+  reason of a refusal where concurrent openings overwrite it, and forgets a channel
+  that was closed before it was confirmed;
+- sending from the transport's own thread: paramiko's waits there for the end of a
+  key exchange, which only that thread can bring about;
+- keepalive: paramiko's never looks whether an answer came.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from paramiko.common import (
+    CONNECTION_FAILED_CODE,
+    cMSG_CHANNEL_OPEN,
+    cMSG_GLOBAL_REQUEST,
+)
+from paramiko.kex_curve25519 import KexCurve25519
+from paramiko.message import Message
+from paramiko.ssh_exception import SSHException
+from paramiko.transport import Transport
+
+from wherry.core.errors import TunnelError
+from wherry.tunnel.channels import (
+    LOST,
+    MAX_PACKET_BYTES,
+    WINDOW_BYTES,
+    CommandChannel,
+    StreamChannel,
+)
+from wherry.tunnel.packetizer import FastPacketizer
+
+C = TypeVar("C", bound=StreamChannel)
+
+# Reaches no handler unless --debug asks: what it says is in our errors as well.
+_logger = logging.getLogger("wherry.tunnel.paramiko")
+_logger.setLevel(logging.CRITICAL)
+
+_ADMINISTRATIVELY_PROHIBITED = 1
+_CONNECT_FAILED = 2
+"""Reasons of SSH_MSG_CHANNEL_OPEN_FAILURE (RFC 4254 §5.1)."""
+
+
+class _ChannelData:
+    """Channel data on its way through paramiko's ``_send_user_message``."""
+
+    __slots__ = ("channel", "data", "most")
+
+    def __init__(self, channel: int, data: memoryview, most: int) -> None:
+        self.channel, self.data, self.most = channel, data, most
+
+
+class _Seen:
+    """Which channel numbers were ever in use, without paramiko's entry for each.
+
+    Numbers are given out in ascending order.
+    """
+
+    def __init__(self) -> None:
+        self._last = -1
+
+    def __setitem__(self, chanid: int, _: bool) -> None:
+        self._last = max(self._last, chanid)
+
+    def __contains__(self, chanid: int) -> bool:
+        return chanid <= self._last
+
+
+class TunnelTransport(Transport):  # type: ignore[misc]  # paramiko ships no types
+    """One SSH connection to the guest.
+
+    :param sock: connected; owned by the transport from now on.
+    :param keepalive_s: seconds of silence after which the guest is asked for a sign.
+    :param dead_after_s: seconds of silence after which the connection is given up.
+    :param ended: called once, in the transport's thread, when it ends; with why.
+    """
+
+    _preferred_kex = (
+        *(("curve25519-sha256@libssh.org",) if KexCurve25519.is_available() else ()),
+        "ecdh-sha2-nistp256",
+    )
+    _preferred_keys = ("ssh-ed25519",)
+    _preferred_pubkeys = ("ssh-ed25519",)
+    # paramiko 5.1 has no chacha20-poly1305.
+    _preferred_ciphers = (
+        "aes128-gcm@openssh.com",
+        "aes256-gcm@openssh.com",
+        "aes128-ctr",
+        "aes256-ctr",
+    )
+    _preferred_macs = ("hmac-sha2-256-etm@openssh.com", "hmac-sha2-256")
+    _preferred_compression = ("none",)
+
+    def __init__(
+        self,
+        sock: Any,
+        *,
+        keepalive_s: float,
+        dead_after_s: float,
+        ended: Callable[[BaseException | None], None],
+    ) -> None:
+        # A wait in the socket lasts until its timeout at most: then the silence is looked at.
+        self._active_check_timeout = keepalive_s / 2
+        super().__init__(
+            sock,
+            default_window_size=WINDOW_BYTES,
+            default_max_packet_size=MAX_PACKET_BYTES,
+            packetizer_class=FastPacketizer,
+        )
+        self.name = "tunnel"
+        self.logger = _logger
+        self.packetizer.set_log(_logger)
+        self.packetizer.on_data = self._channel_data
+        self.packetizer.on_tick = self._tick
+        self.channels_seen = _Seen()
+        self._keepalive_s = keepalive_s
+        self._dead_after_s = dead_after_s
+        self._asked_at = 0.0
+        self._ended = ended
+        self._opening: dict[int, StreamChannel] = {}
+        self._deferred: list[Any] = []
+
+    def run(self) -> None:
+        """Serve the connection until it ends, then say so."""
+        try:
+            super().run()
+        finally:
+            self._fail_opening()
+            self._ended(self.saved_exception)
+
+    # -- opening ------------------------------------------------------------------------
+
+    def begin_unix(self, path: str, deadline: float) -> StreamChannel:
+        """Ask for a stream to a Unix socket of the guest, without waiting for the answer."""
+        tail = Message()
+        tail.add_string(path)
+        tail.add_string("")  # reserved
+        tail.add_int(0)  # reserved
+        return self._begin(
+            StreamChannel, "direct-streamlocal@openssh.com", tail.asbytes(), deadline, path
+        )
+
+    def begin_session(self, deadline: float) -> CommandChannel:
+        """Ask for a session channel (RFC 4254 §6.1), without waiting for the answer."""
+        return self._begin(CommandChannel, "session", b"", deadline, "a command")
+
+    def _begin(
+        self, channel_class: type[C], kind: str, tail: bytes, deadline: float, target: str
+    ) -> C:
+        message = Message()
+        message.add_byte(cMSG_CHANNEL_OPEN)
+        message.add_string(kind)
+        with self.lock:
+            if not self.active:
+                raise TunnelError(LOST)
+            chanid = self._next_channel()
+            channel = channel_class(chanid, deadline, target)
+            self._channels.put(chanid, channel)
+            self.channels_seen[chanid] = True
+            self._opening[chanid] = channel
+            channel._set_transport(self)
+            channel._set_window(WINDOW_BYTES, MAX_PACKET_BYTES)
+        message.add_int(chanid)
+        message.add_int(WINDOW_BYTES)
+        message.add_int(MAX_PACKET_BYTES)
+        message.add_bytes(tail)
+        try:
+            self._send_user_message(message)
+        except (EOFError, OSError, SSHException) as error:
+            raise TunnelError(LOST) from error
+        if not self.active:
+            # The thread may have ended before the channel was in its table.
+            self._fail_opening()
+        return channel
+
+    def _parse_channel_open_success(self, m: Any) -> None:
+        start = m.packet.tell()
+        channel = self._opening.pop(m.get_int(), None)
+        m.packet.seek(start)
+        super()._parse_channel_open_success(m)
+        if channel is not None and channel.closed_while_opening:
+            self._send_user_message(channel.close_message())
+
+    def _parse_channel_open_failure(self, m: Any) -> None:
+        chanid = m.get_int()
+        code = m.get_int()
+        text = m.get_text()
+        channel = self._opening.pop(chanid, None)
+        if channel is None:
+            return
+        self._channels.delete(chanid)
+        channel.refused(_refusal(channel.target, code, text))
+
+    def _fail_opening(self) -> None:
+        while self._opening:
+            try:
+                _, channel = self._opening.popitem()
+            except KeyError:
+                return  # another thread was faster
+            channel.refused(TunnelError(LOST))
+
+    # -- data ---------------------------------------------------------------------------
+
+    def send_data(self, channel: int, data: memoryview, most: int) -> None:
+        """Send channel data in packets of up to ``most`` bytes; waits during a key exchange."""
+        self._send_user_message(_ChannelData(channel, data, most))
+
+    def _channel_data(self, chanid: int, data: memoryview) -> bool:
+        """Take data without paramiko's detour; False leaves a special case to paramiko."""
+        if self._expected_packet:
+            return False
+        channel = self._channels.get(chanid)
+        if channel is None:
+            return False
+        channel.feed(data)
+        return True
+
+    def _send_message(self, data: Any) -> None:
+        if isinstance(data, _ChannelData):
+            self.packetizer.send_data(data.channel, data.data, data.most)
+        else:
+            self.packetizer.send_message(data)
+
+    def _send_user_message(self, data: Any) -> None:
+        if threading.current_thread() is not self:
+            super()._send_user_message(data)
+            return
+        with self.clear_to_send_lock:
+            if not self.clear_to_send.is_set():
+                self._deferred.append(data)
+                return
+            self._send_message(data)
+
+    def _parse_newkeys(self, m: Any) -> None:
+        super()._parse_newkeys(m)
+        deferred, self._deferred = self._deferred, []
+        for data in deferred:
+            self._send_user_message(data)
+
+    # -- keepalive ----------------------------------------------------------------------
+
+    def _tick(self) -> None:
+        """Look at the silence; called when the socket was not ready for a while."""
+        if not self.authenticated_as_client():
+            return  # the handshake has a deadline of its own
+        now = time.monotonic()
+        silence = now - self.packetizer.last_received
+        if silence >= self._dead_after_s:
+            raise EOFError(f"no sign of life for {silence:.0f} s")
+        if silence >= self._keepalive_s and now - self._asked_at >= self._keepalive_s:
+            message = Message()
+            message.add_byte(cMSG_GLOBAL_REQUEST)
+            message.add_string("keepalive@openssh.com")
+            message.add_boolean(True)
+            # When another thread is sending, what it sends asks for an answer too.
+            if self.clear_to_send.is_set() and self.packetizer.send_message_now(message):
+                self._asked_at = now
+
+    def authenticated_as_client(self) -> bool:
+        """Whether the handshake is over."""
+        return self.auth_handler is not None and bool(self.auth_handler.is_authenticated())
+
+
+def _refusal(target: str, code: int, text: str) -> TunnelError:
+    """Explain SSH_MSG_CHANNEL_OPEN_FAILURE (RFC 4254 §5.1)."""
+    if code == _CONNECT_FAILED:
+        return TunnelError(
+            f"nothing answers at {target} in the guest (connect failed: {text})",
+            hint="the guest may still be starting",
+        )
+    if code == _ADMINISTRATIVELY_PROHIBITED:
+        return TunnelError(f"the guest forbids {target} (administratively prohibited: {text})")
+    reason = CONNECTION_FAILED_CODE.get(code, f"code {code}")
+    return TunnelError(f"the guest did not open {target} ({reason}: {text})")
