@@ -270,12 +270,14 @@ class AgentClient:
         with self._state:
             if id > self._last_id:
                 raise WireError(f"{type(message).__name__} answers a request never made")
-            kind, future = self._waiting.pop(id, (Message, None))
-        if not isinstance(message, (kind, Failure)):
-            raise WireError(f"{type(message).__name__} instead of {kind.__name__}")
-        # The reply to a request that has timed out is nobody's.
-        if future is not None:
-            future.set_result(message)
+            if id not in self._waiting:
+                return  # The reply to a request that has timed out is nobody's.
+            kind, future = self._waiting[id]
+            # A request stays in the table until it is answered, to fail with the session.
+            if not isinstance(message, (kind, Failure)):
+                raise WireError(f"{type(message).__name__} instead of {kind.__name__}")
+            del self._waiting[id]
+        future.set_result(message)
 
     def _finish(self, end: _SessionEnded, *, tell: bool = True) -> None:
         with self._state:

@@ -1,0 +1,133 @@
+"""What the agent answers, and its start and end."""
+
+from __future__ import annotations
+
+import _thread
+import os
+import sys
+import time
+
+from wherry_guest import engine, system
+from wherry_guest.session import Session
+from wherry_wire import PROTOCOL
+from wherry_wire.frames import WireError
+from wherry_wire.messages import (
+    ClockReport,
+    ClockSet,
+    Done,
+    HealthReport,
+    HealthRequest,
+    HealthWatch,
+    Hello,
+    HelloReply,
+    PowerOff,
+    Trim,
+    TrimReport,
+)
+
+
+class Agent:
+    """The requests that are about the guest as a whole."""
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+        self._hello: Hello | None = None
+        self._reporting = _thread.allocate_lock()
+        session.answer(Hello, self.hello)
+        session.answer(HealthRequest, self.health, slow=True)
+        session.answer(HealthWatch, self.watch)
+        session.answer(ClockSet, self.set_clock)
+        session.answer(Trim, self.trim, slow=True)
+        session.answer(PowerOff, self.power_off, slow=True)
+
+    @property
+    def _settings(self) -> Hello:
+        if self._hello is None:
+            raise OSError("hello has to come first")
+        return self._hello
+
+    def hello(self, request: Hello) -> HelloReply:
+        """Take the host's settings; after this all other requests can be answered."""
+        self._hello = request
+        return HelloReply(
+            protocol=PROTOCOL,
+            # Python puts a zipapp, and our bootstrap likewise, at the head of the path.
+            agent=os.path.basename(sys.path[0]),  # noqa: PTH119 - pathlib is slow to import
+            boot_id=system.boot_id(),
+        )
+
+    def health(self, request: HealthRequest) -> HealthReport:
+        """Say how the guest and its engine are."""
+        version, problem = "", "not asked"
+        if request.engine_timeout_s > 0:
+            try:
+                version = engine.ping(self._settings.engine_socket, request.engine_timeout_s)
+                problem = ""
+            except OSError as error:
+                problem = str(error) or type(error).__name__
+        memory_total, memory_available = system.memory()
+        data_total, data_available = system.space(self._settings.data_path)
+        return HealthReport(
+            uptime_s=system.uptime_s(),
+            load=system.load(),
+            memory_total_bytes=memory_total,
+            memory_available_bytes=memory_available,
+            data_total_bytes=data_total,
+            data_available_bytes=data_available,
+            engine_version=version,
+            engine_problem=problem,
+            # Last, because the host takes it for the time at which the report was sent.
+            time_s=time.time(),
+        )
+
+    def watch(self, request: HealthWatch) -> Done:
+        """Report the guest's health every so often from now on, or no longer."""
+        question = HealthRequest(engine_timeout_s=request.engine_timeout_s)
+
+        def report() -> None:
+            try:
+                self._session.send(self.health(question), 0)
+            finally:
+                self._reporting.release()
+
+        def tick() -> None:
+            if self._reporting.acquire(False):
+                _thread.start_new_thread(report, ())
+
+        self._session.every(request.interval_s, tick if request.interval_s > 0 else None)
+        return Done()
+
+    def set_clock(self, request: ClockSet) -> ClockReport:
+        """Correct the clock if it is off by more than the threshold."""
+        offset_s = time.time() - request.time_s
+        corrected = abs(offset_s) > request.threshold_s
+        if corrected:
+            system.set_clock(request.time_s)
+        return ClockReport(offset_s=offset_s, corrected=corrected)
+
+    def trim(self, request: Trim) -> TrimReport:
+        """Discard the data disk's free blocks."""
+        return TrimReport(trimmed_bytes=system.trim(self._settings.data_path))
+
+    def power_off(self, request: PowerOff) -> Done:
+        """Begin to shut the guest down."""
+        system.power_off()
+        return Done()
+
+
+def main() -> int:
+    """Serve one session on standard input and output; return the exit status."""
+    # A stray print, or a program that we start, must not get between the frames.
+    source, sink = os.dup(0), os.dup(1)
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(nothing, 0)
+    os.close(nothing)
+    os.dup2(2, 1)
+    session = Session(source, sink)
+    Agent(session)
+    try:
+        session.run()
+    except WireError as error:
+        print(f"wherry agent: {error}", file=sys.stderr)
+        return 1
+    return 0
