@@ -42,6 +42,8 @@ class Record:
     service: ProcessIdentity | None = None
     qemu: ProcessIdentity | None = None
     accelerator: str = ""
+    warning: str = ""
+    """What the user should know of a machine that runs, such as that it is emulated."""
     started: float = 0.0
     """When the engine answered first, in seconds since the epoch."""
 
@@ -67,6 +69,11 @@ def read(paths: MachinePaths) -> Record:
         state = State.BROKEN
         reason = "the service died; the virtual machine still runs"
     return replace(record, state=state, reason=reason, service=service, qemu=qemu)
+
+
+def mark_stopped(paths: MachinePaths) -> None:
+    """Forget why a machine broke: the user stopped it, and nothing of it runs."""
+    write(paths, Record())
 
 
 def ourselves() -> ProcessIdentity:
@@ -109,6 +116,7 @@ def _load(paths: MachinePaths) -> Record:
             service=_identity(fields["service"]),
             qemu=_identity(fields["qemu"]),
             accelerator=str(fields["accelerator"]),
+            warning=str(fields["warning"]),
             started=float(fields["started"]),
         )
     except FileNotFoundError:

@@ -47,6 +47,17 @@ def create(path: Path, size: int, *, qemu_img: Path) -> None:
         ) from error
 
 
+def virtual_size(path: Path, *, qemu_img: Path) -> int:
+    """Return the size in bytes that the guest sees.
+
+    :raises WherryError: the disk is missing, or no qcow2.
+    """
+    # -U reads beside a QEMU that has the disk open.
+    argv: list[Argument] = [qemu_img, "info", "-U", "-f", "qcow2", "--output=json", path]
+    information: dict[str, Any] = json.loads(run(argv, timeout_s=_INFO_TIMEOUT_S).stdout)
+    return int(information["virtual-size"])
+
+
 def check(path: Path, *, qemu_img: Path) -> int:
     """Make sure that a disk is one, is whole, and is a qcow2; return its size in bytes.
 
@@ -55,9 +66,8 @@ def check(path: Path, *, qemu_img: Path) -> int:
     restore = f"restore {path.name} from a backup, or delete the machine to start afresh"
     if not path.is_file():
         raise WherryError(f"the data disk {path} is missing", hint=restore)
-    argv: list[Argument] = [qemu_img, "info", "-f", "qcow2", "--output=json", path]
     try:
-        information: dict[str, Any] = json.loads(run(argv, timeout_s=_INFO_TIMEOUT_S).stdout)
+        size = virtual_size(path, qemu_img=qemu_img)
         checked = run(
             [qemu_img, "check", "-q", "-f", "qcow2", path], timeout_s=_CHECK_TIMEOUT_S, check=False
         )
@@ -71,7 +81,7 @@ def check(path: Path, *, qemu_img: Path) -> int:
             f"the data disk {path} is truncated or corrupt: {' '.join(said[:1])}",
             hint=restore,
         )
-    return int(information["virtual-size"])
+    return size
 
 
 def grow(path: Path, size: int, *, qemu_img: Path) -> None:

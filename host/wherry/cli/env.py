@@ -1,0 +1,46 @@
+"""env: point Docker clients that know no contexts at a machine."""
+
+from __future__ import annotations
+
+import os
+from pathlib import PurePath
+
+import click
+
+from wherry.cli.common import layout, name_argument
+from wherry.cli.status import status_of
+
+_LINES = {
+    "bash": "export DOCKER_HOST='{host}'",
+    "zsh": "export DOCKER_HOST='{host}'",
+    "fish": "set -gx DOCKER_HOST '{host}'",
+    "powershell": "$Env:DOCKER_HOST = '{host}'",
+}
+_USES = {
+    "bash": '# Run: eval "$(wherry env{name})"',
+    "zsh": '# Run: eval "$(wherry env{name})"',
+    "fish": "# Run: wherry env{name} | source",
+    "powershell": "# Run: wherry env{name} | Invoke-Expression",
+}
+
+
+@click.command()
+@name_argument
+@click.option("--shell", "chosen", type=click.Choice(list(_LINES)), help="The shell to print for.")
+def env(name: str, chosen: str | None) -> None:
+    """Print what makes Docker clients use machine NAME."""
+    from wherry.service import machine
+
+    where = layout()
+    fields = status_of(where, machine.require(where, name))
+    shell = chosen or _guess()
+    click.echo(_LINES[shell].format(host=fields["docker_host"]))
+    click.echo(_USES[shell].format(name="" if name == "default" else f" {name}"))
+
+
+def _guess() -> str:
+    """$SHELL on POSIX systems; Windows sets none, and has PowerShell."""
+    shell = os.environ.get("SHELL")
+    if not shell:
+        return "powershell"
+    return PurePath(shell).name if PurePath(shell).name in _LINES else "bash"

@@ -1,0 +1,181 @@
+"""start, stop, restart, delete."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from wherry.cli.common import layout, name_argument
+from wherry.config.layout import Layout, MachinePaths
+from wherry.core.errors import NotRunning, UsageError, WherryError
+
+
+def _settings(cpus: str | None, memory: str | None, disk: str | None, accel: str | None,
+              image: str | None) -> dict[str, Any]:  # fmt: skip
+    given = {
+        "cpus": cpus,
+        "memory": memory,
+        "disk": disk,
+        "accelerator": accel,
+        "image": image,
+    }
+    return {key: value for key, value in given.items() if value is not None}
+
+
+@click.command()
+@name_argument
+@click.option("--cpus", metavar="N", help="Virtual processors.")
+@click.option("--memory", metavar="SIZE", help="Memory of the guest, such as 4GiB.")
+@click.option("--disk", metavar="SIZE", help="Size the data disk may grow to; it cannot shrink.")
+@click.option("--accel", metavar="NAME", help="kvm, hvf, whpx or tcg instead of a trial of each.")
+@click.option("--image", metavar="VERSION", help="Guest image; the newest if left out.")
+@click.option("--use", is_flag=True, help="Make this machine the docker CLI's current context.")
+def start(
+    name: str,
+    cpus: str | None,
+    memory: str | None,
+    disk: str | None,
+    accel: str | None,
+    image: str | None,
+    use: bool,
+) -> None:
+    """Start machine NAME, making it if there is none; returns when the engine answers.
+
+    Settings given here are kept for later starts.
+    """
+    status = start_machine(layout(), name, _settings(cpus, memory, disk, accel, image), use=use)
+    if status.get("warning"):
+        click.echo(f"wherry: warning: {status['warning']}", err=True)
+    click.echo(
+        f"Machine {name} is running Docker {status['engine_version']}. "
+        f"Try: docker --context {status['docker_context']} ps"
+    )
+
+
+def start_machine(
+    where: Layout, name: str, settings: dict[str, Any], *, use: bool = False
+) -> dict[str, Any]:
+    """Start a machine and return its status.
+
+    An interrupt ends what this call began: a machine it made is removed again.
+    """
+    from wherry.cli.progress import stages
+    from wherry.control.client import call
+    from wherry.service import docker_context, launch, machine
+
+    paths = where.machine(name)
+    made = launched = False
+    try:
+        with machine.locked(where, name):
+            if not machine.exists(paths):
+                _require_image(where, settings)
+                machine.create(where, name, settings)
+                made = True
+            elif settings:
+                if launch.answers(where, paths):
+                    raise UsageError(
+                        f"machine {name} is running, and these settings need it stopped",
+                        hint=f"wherry stop {name}, then start it with them",
+                    )
+                machine.reconfigure(where, paths, settings)
+            launched = launch.ensure(where, paths)
+        with stages() as show:
+            status: dict[str, Any] = call(
+                where.platform, paths.control_socket, "wait_running", on_event=show
+            )
+        docker_context.create(paths.docker_context, status["docker_host"], name)
+        if use:
+            docker_context.use(paths.docker_context)
+        return status
+    except KeyboardInterrupt:
+        _undo(where, paths, made=made, launched=launched or made)
+        raise
+
+
+def _require_image(where: Layout, settings: dict[str, Any]) -> None:
+    """Refuse before anything is made for it."""
+    from wherry.vm import image
+
+    image.choose(where, str(settings.get("image", "")), where.platform.architecture())
+
+
+def _undo(where: Layout, paths: MachinePaths, *, made: bool, launched: bool) -> None:
+    from wherry.control.client import call
+    from wherry.service import launch, machine
+
+    if launched:
+        try:
+            call(where.platform, paths.control_socket, "stop", {"force": True})
+            launch.wait_gone(where, paths)
+        except NotRunning:
+            pass
+    if made and machine.exists(paths):
+        machine.delete(paths)
+
+
+@click.command()
+@name_argument
+@click.option("--force", is_flag=True, help="Do not wait for the guest: like pulling the plug.")
+def stop(name: str, force: bool) -> None:
+    """Stop machine NAME."""
+    if stop_machine(layout(), name, force=force):
+        click.echo(f"Machine {name} is stopped.")
+    else:
+        click.echo(f"Machine {name} was not running.")
+
+
+def stop_machine(where: Layout, name: str, *, force: bool) -> bool:
+    """Stop a machine and return whether there was anything to stop."""
+    from wherry.cli.progress import stages
+    from wherry.control.client import call
+    from wherry.service import launch, machine, state
+
+    paths = machine.require(where, name)
+    with machine.locked(where, name), stages() as show:
+        if not launch.answers(where, paths):
+            orphan = state.find_orphan(paths)
+            if orphan is None:
+                state.mark_stopped(paths)
+                return False
+            # Its service died. A new one adopts the machine, and can stop it in order.
+            launch.ensure(where, paths)
+        call(where.platform, paths.control_socket, "stop", {"force": force}, on_event=show)
+        launch.wait_gone(where, paths)
+    return True
+
+
+@click.command()
+@name_argument
+def restart(name: str) -> None:
+    """Stop machine NAME and start it again."""
+    where = layout()
+    stop_machine(where, name, force=False)
+    start_machine(where, name, {})
+    click.echo(f"Machine {name} is running.")
+
+
+@click.command()
+@name_argument
+@click.option("--yes", "-y", is_flag=True, help="Do not ask.")
+def delete(name: str, yes: bool) -> None:
+    """Remove machine NAME: its images, containers, volumes and settings."""
+    from wherry.service import docker_context, machine
+
+    where = layout()
+    paths = machine.require(where, name)
+    if not yes:
+        click.confirm(
+            f"Remove machine {name} with all its images, containers and volumes?", abort=True
+        )
+    try:
+        stop_machine(where, name, force=True)
+    except WherryError as error:
+        raise WherryError(
+            f"machine {name} cannot be stopped, so it is not removed: {error.message}",
+            hint=error.hint,
+        ) from error
+    with machine.locked(where, name):
+        machine.delete(paths)
+        docker_context.remove(paths.docker_context)
+    click.echo(f"Machine {name} is removed.")

@@ -1,0 +1,51 @@
+"""The stages of a start, on a terminal alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+from wherry.cli.common import stderr_is_terminal
+
+_WORDS = {
+    "image": "Checking the image",
+    "accelerator": "Trying which acceleration works",
+    "disk": "Checking the data disk",
+    "machine": "Starting QEMU",
+    "adopt": "Taking over the running machine",
+    "boot": "Booting the guest",
+    "tunnel": "Connecting over SSH",
+    "engine": "Waiting for the engine",
+    "stop": "Stopping the engine and its containers",
+}
+
+
+class Show(Protocol):
+    """Takes the service's events."""
+
+    def __call__(self, event: Mapping[str, Any]) -> None: ...
+
+
+@contextmanager
+def stages() -> Iterator[Show]:
+    """Show each stage with its elapsed time while it runs, and a line when it has ended."""
+    if not stderr_is_terminal():
+        yield lambda event: None
+        return
+    # rich takes 50 ms to import, which a script never needs.
+    from rich.console import Console
+    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    columns = (SpinnerColumn(finished_text="✓"), TextColumn("{task.description}"))
+    with Progress(*columns, TimeElapsedColumn(), console=Console(stderr=True)) as progress:
+        tasks: dict[str, Any] = {}
+
+        def show(event: Mapping[str, Any]) -> None:
+            stage = str(event.get("stage", ""))
+            if event.get("state") == "begin":
+                tasks[stage] = progress.add_task(_WORDS.get(stage, stage), total=1)
+            elif stage in tasks:
+                progress.update(tasks[stage], completed=1)
+
+        yield show

@@ -1,0 +1,78 @@
+"""status and list."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from wherry.cli.common import json_option, layout, name_argument, print_json, print_table
+from wherry.config.layout import Layout, MachinePaths
+from wherry.config.units import format_size
+from wherry.core.errors import WherryError
+
+
+def status_of(where: Layout, paths: MachinePaths) -> dict[str, Any]:
+    """Ask the machine's service; if there is none, look at what is on disk."""
+    from wherry.control.client import call
+    from wherry.service.status import describe
+
+    try:
+        fields: dict[str, Any] = call(where.platform, paths.control_socket, "status")
+    except WherryError:
+        fields = describe(where, paths)
+    return fields
+
+
+@click.command()
+@name_argument
+@json_option
+def status(name: str, as_json: bool) -> None:
+    """Show the state of machine NAME."""
+    from wherry.service import machine
+
+    where = layout()
+    fields = status_of(where, machine.require(where, name))
+    if as_json:
+        print_json(fields)
+        return
+    memory = fields["memory_bytes"]
+    lines = {
+        "State": fields["state"] + (f" ({fields['reason']})" if fields["reason"] else ""),
+        "Docker host": fields["docker_host"],
+        "Context": fields["docker_context"],
+        "Engine": fields["engine_version"],
+        "Accelerator": fields["accelerator"],
+        "Size": f"{fields['cpus']} CPUs, {format_size(memory)} memory" if memory else None,
+        "Image": fields["image"]["version"] if fields["image"] else None,
+        "Uptime": f"{fields['uptime_s']:.0f} s" if fields["uptime_s"] else None,
+    }
+    click.echo(f"Machine {name}")
+    for label, value in lines.items():
+        if value:
+            click.echo(f"  {label + ':':<13}{value}")
+
+
+@click.command("list")
+@json_option
+def list_(as_json: bool) -> None:
+    """Show all machines."""
+    where = layout()
+    machines = [status_of(where, where.machine(name)) for name in where.machine_names()]
+    if as_json:
+        print_json(machines)
+        return
+    print_table(
+        ("NAME", "STATE", "CPUS", "MEMORY", "DISK", "CONTEXT"),
+        [
+            (
+                fields["name"],
+                fields["state"],
+                str(fields["cpus"] or "?"),
+                format_size(fields["memory_bytes"]) if fields["memory_bytes"] else "?",
+                format_size(fields["disk_bytes"]) if fields["disk_bytes"] else "?",
+                fields["docker_context"],
+            )
+            for fields in machines
+        ],
+    )

@@ -1,0 +1,421 @@
+"""A machine's service: the only place where its parts are wired together.
+
+One process per machine, from its start to its stop. It owns QEMU, the tunnel, the
+endpoint and the control socket, and closes them in the opposite order. State lives
+on the event loop; what blocks runs in threads and posts messages back.
+
+A service that is killed leaves QEMU running. The next one finds it by its monitor
+socket and adopts it, or ends it when it no longer answers, so that never two run on
+one disk.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import signal
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from wherry.config.layout import Layout, MachinePaths
+from wherry.config.load import load
+from wherry.config.model import Config, check_host
+from wherry.control.server import ControlServer, Emit
+from wherry.core.bridge import in_thread, post
+from wherry.core.errors import StageError, TunnelError, WherryError
+from wherry.relay.relay import Relay
+from wherry.service import console, engine, state, status
+from wherry.service.guest import Guest
+from wherry.service.stages import Stages
+from wherry.service.state import Record, State
+from wherry.tunnel.connection import Connection
+from wherry.tunnel.keys import load_keys
+from wherry.tunnel.tunnel import Tunnel
+from wherry.vm import disk, image
+from wherry.vm.driver import Exit, MachineSpec
+from wherry.vm.qemu import probe, programs
+from wherry.vm.qemu.driver import QemuDriver
+from wherry.vm.qemu.process import QemuProcess
+
+log = logging.getLogger(__name__)
+
+_EMULATION_FACTOR = 5.0
+"""How much longer the guest may take for each stage when it is emulated."""
+
+_IMAGE_S, _DISK_S, _MACHINE_S, _ADOPT_S = 60.0, 300.0, 30.0, 10.0
+_ACCELERATOR_S = 120.0
+_BOOT_S, _TUNNEL_S, _ENGINE_S = 45.0, 20.0, 45.0
+_GUEST_STOP_S = 60.0
+"""The engine gives its containers 10 s by default, then the guest syncs its disk."""
+_QUIT_S = 10.0
+_ENGINE_RETRY_S = 0.1
+
+
+class Service:
+    """One machine's service."""
+
+    def __init__(self, layout: Layout, paths: MachinePaths) -> None:
+        self._layout = layout
+        self._paths = paths
+        self._record = Record(State.STARTING, service=state.ourselves())
+        self._stages = Stages()
+        self._warning = ""
+        self._engine_version = ""
+        self._image: image.Image | None = None
+        self._driver: QemuDriver | None = None
+        self._tunnel: Tunnel | None = None
+        self._relay: Relay | None = None
+        self._guest: Guest | None = None
+        self._ssh: tuple[str, int] | None = None
+        self._event_listeners: list[Emit] = []
+
+    async def run(self) -> int:
+        """Start the machine, serve it until it ends, and return the exit status."""
+        loop = asyncio.get_running_loop()
+        self._stop_wanted = asyncio.Event()
+        self._stopped: asyncio.Future[None] = loop.create_future()
+        self._started: asyncio.Future[None] = loop.create_future()
+        # A failure that nobody waits for is in the log and the state all the same.
+        self._started.add_done_callback(lambda future: future.cancelled() or future.exception())
+        for number in (signal.SIGTERM, signal.SIGINT):
+            try:
+                loop.add_signal_handler(number, self._stop_wanted.set)
+            except NotImplementedError:
+                pass  # Windows: the control socket is the only way
+        self._save()
+        control = ControlServer(
+            self._layout.platform.listen_local(self._paths.control_socket),
+            {
+                "hello": self._on_hello,
+                "status": self._on_status,
+                "wait_running": self._on_wait_running,
+                "stop": self._on_stop,
+                "events": self._on_events,
+            },
+            loop,
+        )
+        try:
+            return await self._live()
+        finally:
+            if not self._stopped.done():
+                self._stopped.set_result(None)
+            await asyncio.sleep(0)  # the waiting handlers answer first
+            await in_thread(control.close, name="control close")
+
+    async def _live(self) -> int:
+        """Start, wait for the end, clean up; every path ends with nothing left running."""
+        start = asyncio.create_task(self._start(), name="start")
+        wanted = asyncio.create_task(self._stop_wanted.wait(), name="stop wanted")
+        try:
+            await asyncio.wait({start, wanted}, return_when=asyncio.FIRST_COMPLETED)
+            if not start.done():
+                start.cancel()
+                await asyncio.gather(start, return_exceptions=True)
+                self._fail_start(WherryError("the start was interrupted"))
+            elif (error := start.exception()) is not None:
+                log.error("%s", error, exc_info=error)
+                self._fail_start(error)
+                await self._tear_down(force=True)
+                self._transition(State.BROKEN, str(error))
+                return 1
+            else:
+                ended = await self._await_end(wanted)
+                if ended is not None and not ended.expected:
+                    await self._tear_down(force=True)
+                    self._transition(State.BROKEN, ended.reason)
+                    return 1
+            await self._tear_down(force=self._force)
+            self._transition(State.STOPPED)
+            return 0
+        finally:
+            wanted.cancel()
+
+    _force = False
+
+    def _fail_start(self, error: BaseException) -> None:
+        if not isinstance(error, WherryError):
+            error = WherryError(f"an internal error: {error!r}", hint="see: wherry logs")
+        if not self._started.done():
+            self._started.set_exception(error)
+
+    async def _await_end(self, wanted: asyncio.Task[bool]) -> Exit | None:
+        """Wait until the VM ends by itself, which is returned, or a stop is asked for."""
+        assert self._driver is not None
+        gone = asyncio.create_task(self._driver.wait(), name="vm exit")
+        try:
+            await asyncio.wait({gone, wanted}, return_when=asyncio.FIRST_COMPLETED)
+            return gone.result() if gone.done() else None
+        finally:
+            gone.cancel()
+
+    async def _start(self) -> None:
+        layout, paths = self._layout, self._paths
+        config = load(paths.config, layout.platform)
+        check_host(config, layout.platform)
+        chosen = image.choose(layout, config.image, layout.platform.architecture())
+        self._image = chosen
+        tools = programs.find(chosen.architecture, layout.platform)
+        self._driver = driver = QemuDriver(tools, paths.qemu_log)
+        keys = load_keys(paths.keys)
+        orphan = state.find_orphan(paths)
+        accelerator = self._record.accelerator or state.read(paths).accelerator
+
+        adopted = False
+        if orphan is not None:
+            spec = self._spec(chosen, config, accelerator or "tcg")
+            try:
+                await self._stages.run(
+                    "adopt",
+                    lambda: driver.adopt(spec, orphan, timeout_s=_ADOPT_S),
+                    timeout_s=_ADOPT_S + 1,
+                )
+                adopted = True
+            except StageError as error:
+                log.warning("QEMU (process %d) is ended: %s", orphan.pid, error)
+                await in_thread(
+                    QemuProcess.adopt(orphan, paths.qemu_log).kill, name="end the orphan"
+                )
+        if not adopted:
+            await self._launch(config, chosen, tools, driver)
+        factor = _EMULATION_FACTOR if self._record.accelerator in ("tcg", "") else 1.0
+        await self._connect(driver, keys, factor)
+
+    async def _launch(
+        self, config: Config, chosen: image.Image, tools: programs.Programs, driver: QemuDriver
+    ) -> None:
+        layout, paths, stages = self._layout, self._paths, self._stages
+        await stages.run(
+            "image",
+            lambda: in_thread(lambda: image.verify(chosen), name="verify image"),
+            timeout_s=_IMAGE_S,
+        )
+        accelerator = config.accelerator
+        if accelerator == "auto":
+            verdict = await stages.run(
+                "accelerator",
+                lambda: probe.choose(tools, chosen, layout.platform, layout.accelerators),
+                timeout_s=_ACCELERATOR_S,
+            )
+            accelerator, self._warning = verdict.accelerator, verdict.warning
+        if self._warning:
+            log.warning("%s", self._warning)
+        await stages.run(
+            "disk",
+            lambda: in_thread(
+                lambda: disk.grow(paths.data_disk, config.disk_bytes, qemu_img=tools.img),
+                name="check disk",
+            ),
+            timeout_s=_DISK_S,
+        )
+        spec = self._spec(chosen, config, accelerator)
+        await stages.run(
+            "machine",
+            lambda: driver.start(spec, timeout_s=_MACHINE_S),
+            timeout_s=_MACHINE_S + 5,
+        )
+        self._record = replace(
+            self._record, qemu=driver.identity, accelerator=accelerator, warning=self._warning
+        )
+        self._save()
+
+    async def _connect(self, driver: QemuDriver, keys: Any, factor: float) -> None:
+        paths, stages = self._paths, self._stages
+        self._record = replace(self._record, qemu=driver.identity)
+        self._save()
+        await stages.run(
+            "boot",
+            lambda: self._unless_exit(console.wait_for_line(paths.console_log, "wherry: ssh")),
+            timeout_s=_BOOT_S * factor,
+            hint="see: wherry logs --source console",
+        )
+        self._ssh = address = await driver.ssh_address()
+        tunnel = self._tunnel = Tunnel(
+            lambda watcher: Connection.connect(
+                address,
+                user_key=keys.user,
+                host_public=keys.host.public,
+                timeout_s=_TUNNEL_S * factor,
+                watcher=watcher,
+            ),
+            changed=self._tunnel_changed(),
+        )
+        tunnel.start()
+        await stages.run(
+            "tunnel",
+            lambda: self._unless_exit(
+                in_thread(lambda: tunnel.wait(_TUNNEL_S * factor), name="tunnel wait")
+            ),
+            timeout_s=_TUNNEL_S * factor + 1,
+            hint="see: wherry logs --source console",
+        )
+        self._relay = Relay(
+            self._layout.platform.listen_local(paths.docker_socket),
+            lambda: tunnel.begin_unix(engine.SOCKET),
+            name="endpoint",
+        )
+        self._relay.start()
+        self._engine_version = await stages.run(
+            "engine",
+            lambda: self._unless_exit(self._await_engine(tunnel, _ENGINE_S * factor)),
+            timeout_s=_ENGINE_S * factor + 1,
+            hint="see: wherry logs --source engine",
+        )
+        self._record = replace(self._record, state=State.RUNNING, started=time.time())
+        self._transition(State.RUNNING)
+        self._guest = Guest(tunnel)
+        self._guest.start()
+        self._started.set_result(None)
+
+    async def _await_engine(self, tunnel: Tunnel, timeout_s: float) -> str:
+        """Ask until the engine answers: its socket is there before it listens."""
+        while True:
+            try:
+                return await in_thread(
+                    lambda: engine.ping(tunnel.open_unix(engine.SOCKET, timeout_s=timeout_s)),
+                    name="engine ping",
+                )
+            except WherryError as error:
+                log.info("the engine is not ready: %s", error)
+                failure = console.explain(console.read(self._paths.console_log))
+                if failure:
+                    raise WherryError(failure, hint="see: wherry logs --source engine") from error
+            await asyncio.sleep(_ENGINE_RETRY_S)
+
+    async def _unless_exit(self, work: Any) -> Any:
+        """Await ``work``; the VM's end ends it with the reason."""
+        assert self._driver is not None
+        gone = asyncio.create_task(self._driver.wait(), name="vm exit")
+        task = asyncio.ensure_future(work)
+        try:
+            await asyncio.wait({gone, task}, return_when=asyncio.FIRST_COMPLETED)
+            if task.done():
+                return task.result()
+            reason = console.explain(console.read(self._paths.console_log)) or gone.result().reason
+            raise WherryError(reason, hint="see: wherry logs --source console")
+        finally:
+            gone.cancel()
+            task.cancel()
+
+    def _spec(self, chosen: image.Image, config: Config, accelerator: str) -> MachineSpec:
+        paths = self._paths
+        machine_file = paths.directory / "machine.json"
+        machine_file.write_text(
+            json.dumps({"hostname": paths.docker_context, "memory_bytes": config.memory_bytes})
+        )
+        return MachineSpec(
+            name=paths.name,
+            image=chosen,
+            cpus=config.cpus,
+            memory_bytes=config.memory_bytes,
+            accelerator=accelerator,
+            data_disk=paths.data_disk,
+            console_log=paths.console_log,
+            qmp_socket=paths.qmp_socket,
+            firmware_files={
+                "host_key": paths.keys / "host_ed25519",
+                "authorized_key": paths.keys / "user_ed25519.pub",
+                "machine.json": machine_file,
+            },
+        )
+
+    def _tunnel_changed(self) -> Any:
+        loop = asyncio.get_running_loop()
+
+        def changed(new: Any, error: TunnelError | None) -> None:
+            post(loop, self._on_tunnel, str(new.value), error)
+
+        return changed
+
+    def _on_tunnel(self, new: str, error: TunnelError | None) -> None:
+        if error is not None:
+            log.warning("tunnel %s: %s", new, error)
+        self._tell({"event": "tunnel", "state": new, "reason": error.message if error else ""})
+        if new == "connected" and self._guest is not None:
+            self._guest.reconnected()
+
+    async def _tear_down(self, *, force: bool) -> None:
+        """Close everything, the newest first; the guest is shut down unless ``force``."""
+        if self._record.state is State.RUNNING and not force:
+            self._transition(State.STOPPING)
+        relay, guest, tunnel, driver = self._relay, self._guest, self._tunnel, self._driver
+        if relay is not None:
+            await in_thread(relay.close, name="relay close")
+        if guest is not None:
+            await in_thread(guest.close, name="agent close")
+        if driver is not None and driver.identity is not None and tunnel is not None and not force:
+            self._stages.tell("stop", "begin")
+            driver.expect_shutdown()
+            try:
+                await in_thread(lambda: tunnel.run("poweroff", timeout_s=_QUIT_S), name="poweroff")
+            except TunnelError as error:
+                # It may go down before it has answered; whether it does is seen below.
+                log.info("poweroff: %s", error)
+            factor = _EMULATION_FACTOR if self._record.accelerator == "tcg" else 1.0
+            try:
+                await asyncio.wait_for(driver.wait(), _GUEST_STOP_S * factor)
+            except TimeoutError:
+                log.warning("the guest did not shut down; ending QEMU")
+            self._stages.tell("stop", "end")
+        if tunnel is not None:
+            await in_thread(tunnel.close, name="tunnel close")
+        if driver is not None:
+            await driver.stop(timeout_s=_QUIT_S)
+
+    def _transition(self, new: State, reason: str = "") -> None:
+        log.info("state %s %s", new, reason)
+        record = replace(self._record, state=new, reason=reason)
+        if new in (State.STOPPED, State.BROKEN):
+            record = replace(record, service=None, qemu=None, started=0.0)
+        self._record = record
+        self._save()
+        self._tell({"event": "state", "state": str(new), "reason": reason})
+
+    def _save(self) -> None:
+        state.write(self._paths, self._record)
+
+    def _tell(self, event: Mapping[str, Any]) -> None:
+        for emit in list(self._event_listeners):
+            emit({"time": round(time.time(), 3), "machine": self._paths.name, **event})
+
+    async def _on_hello(self, params: Mapping[str, Any], emit: Emit) -> dict[str, Any]:
+        return {"service_pid": self._record.service.pid if self._record.service else None}
+
+    async def _on_status(self, params: Mapping[str, Any], emit: Emit) -> dict[str, Any]:
+        return self._status()
+
+    async def _on_wait_running(self, params: Mapping[str, Any], emit: Emit) -> dict[str, Any]:
+        silence = self._stages.listen(emit)
+        try:
+            await asyncio.shield(self._started)
+        finally:
+            silence()
+        return self._status()
+
+    async def _on_stop(self, params: Mapping[str, Any], emit: Emit) -> None:
+        self._force = self._force or bool(params.get("force"))
+        silence = self._stages.listen(emit)
+        self._stop_wanted.set()
+        try:
+            await asyncio.shield(self._stopped)
+        finally:
+            silence()
+
+    async def _on_events(self, params: Mapping[str, Any], emit: Emit) -> None:
+        self._event_listeners.append(emit)
+        try:
+            await asyncio.shield(self._stopped)
+        finally:
+            self._event_listeners.remove(emit)
+
+    def _status(self) -> dict[str, Any]:
+        live: dict[str, Any] = {"warning": self._warning or self._record.warning}
+        if self._image is not None:
+            live["image"] = {"version": self._image.version, "sha256": self._image.sha256}
+        if self._engine_version:
+            live["engine_version"] = self._engine_version
+        if self._ssh is not None:
+            live["ssh"] = {"host": self._ssh[0], "port": self._ssh[1]}
+        return status.describe(self._layout, self._paths, self._record, **live)
