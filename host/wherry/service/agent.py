@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
-from wherry.core.errors import WherryError
+from wherry.core.errors import TunnelError, WherryError
 from wherry.service.agent_bundle import AgentBundle
 from wherry_wire import PROTOCOL
 from wherry_wire.frames import Decoder, WireError
@@ -41,22 +41,24 @@ _CLOSE_TIMEOUT_S = 5.0
 _RECEIVE_BYTES = 64 * 1024
 _HINT = "see `wherry logs --source console`, or restart the machine"
 
+_STREAM_ERRORS = (OSError, TunnelError)
+
 M = TypeVar("M", bound=Message)
 
 
 class Stream(Protocol):
-    """A connection to a program in the guest: its standard input and output."""
+    """What of :class:`wherry.tunnel.stream.Stream` a session needs; a pipe has no more."""
 
     def recv(self, size: int, /) -> bytes:
         """Wait for bytes and return up to ``size`` of them; ``b""`` at the end.
 
-        :raises OSError: the stream is lost.
+        :raises OSError, TunnelError: the stream is lost.
         """
 
     def sendall(self, data: bytes, /) -> None:
         """Send all of ``data``; returns once the transport holds it, or has found itself dead.
 
-        :raises OSError: the stream is lost.
+        :raises OSError, TunnelError: the stream is lost.
         """
 
     def close(self) -> None:
@@ -128,7 +130,7 @@ class AgentClient:
         self._end: WherryError | None = None
         try:
             stream.sendall(bundle.data)
-        except OSError as error:
+        except _STREAM_ERRORS as error:
             stream.close()
             raise _stream_error(error) from error
         self._reader = threading.Thread(target=self._read, name="agent", daemon=True)
@@ -224,6 +226,11 @@ class AgentClient:
         try:
             with self._sending:
                 self._stream.sendall(pack(request, id))
+        except _STREAM_ERRORS as error:
+            # Wakes the reader, which ends the session.
+            self._stream.close()
+            raise _stream_error(error) from error
+        try:
             reply = future.result(timeout_s)
         except TimeoutError as error:
             raise WherryError(
@@ -231,10 +238,6 @@ class AgentClient:
                 f" within {timeout_s:g} s",
                 hint=_HINT,
             ) from error
-        except OSError as error:
-            # Wakes the reader, which ends the session.
-            self._stream.close()
-            raise _stream_error(error) from error
         finally:
             with self._state:
                 self._waiting.pop(id, None)
@@ -250,7 +253,7 @@ class AgentClient:
             while data := self._stream.recv(_RECEIVE_BYTES):
                 for frame in decoder.feed(data):
                     self._take(unpack(frame), frame.id)
-        except OSError as error:
+        except _STREAM_ERRORS as error:
             end = _stream_error(error)
         except WireError as error:
             end = _SessionEnded(f"the agent in the guest broke the protocol: {error}", hint=_HINT)
@@ -297,7 +300,7 @@ class _SessionEnded(WherryError):
     """The session is over, whatever the reason; told apart only in this module."""
 
 
-def _stream_error(error: OSError) -> _SessionEnded:
+def _stream_error(error: Exception) -> _SessionEnded:
     end = _SessionEnded(f"the connection to the agent was lost: {error}", hint=_HINT)
     end.__cause__ = error
     return end

@@ -24,9 +24,10 @@ sys.exit(main())
 
 # The command's standard input is the zipapp's bytes and then, on the same stream, frames.
 # So nothing may be read beyond the bytes announced: os.read takes no more than it is asked
-# for, whereas head(1) reads blocks. The interpreter that stores the zipapp goes on to run
-# it, as starting a second one takes longer than all of this. -I and -S leave out what the
-# agent does not use: the environment, the user's directories, and site-packages.
+# for, whereas busybox's head reads whole blocks. The interpreter that stores the zipapp goes
+# on to run it: dd(1), mv(1) and a second start of Python take half as long again. -I and -S
+# leave out what the agent does not use: the environment, the user's directories and
+# site-packages.
 _BOOTSTRAP = (
     """\
 import os, sys

@@ -119,7 +119,7 @@ class Service:
                 log.error("%s", error, exc_info=error)
                 self._fail_start(error)
                 await self._tear_down(force=True)
-                self._transition(State.BROKEN, str(error))
+                self._transition(State.BROKEN, getattr(error, "message", str(error)))
                 return 1
             else:
                 ended = await self._await_end(wanted)
