@@ -118,6 +118,8 @@ class StreamChannel(Channel):  # type: ignore[misc]  # paramiko ships no types
         except (EOFError, OSError, SSHException):
             pass  # the connection is gone, and the channel with it
         self._tell_end()
+        self.in_buffer.detach()
+        self.in_stderr_buffer.detach()
 
     def deliver_to(self, sink: Sink) -> None:
         """See :meth:`Stream.deliver_to`."""
@@ -207,7 +209,8 @@ class StreamChannel(Channel):  # type: ignore[misc]  # paramiko ships no types
     # -- internals ---------------------------------------------------------------------
 
     def _tell_end(self) -> None:
-        self.in_buffer.tell_end(self._failure)
+        self.in_buffer.tell_end(self._failure, gone=self.closed)
+        self.in_stderr_buffer.tell_end(self._failure, gone=self.closed)
 
     def _raise_failure(self) -> None:
         if self._failure is not None:
@@ -306,7 +309,8 @@ class CommandChannel(StreamChannel):
         if self.exit_status < 0:
             self._raise_failure()
             raise TunnelError("the guest did not tell the command's exit status")
-        return int(self.exit_status)
+        status: int = self.exit_status
+        return status
 
     def _handle_request(self, m: Any) -> None:
         # paramiko knows "exit-status" alone and would leave a killed command at -1.

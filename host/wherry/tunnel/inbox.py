@@ -29,7 +29,7 @@ class Inbox:
         self._closed = False
         self._sink: Sink | None = None
         self._draining = False
-        self._told_end = False
+        self._told = 0
 
     def __len__(self) -> int:
         with self._lock:
@@ -66,14 +66,27 @@ class Inbox:
             self._closed = True
             self._ready.notify_all()
 
-    def tell_end(self, error: TunnelError | None) -> None:
-        """Tell the sink of the end, unless bytes wait or it was told; without a channel's lock."""
+    def tell_end(self, error: TunnelError | None, *, gone: bool) -> None:
+        """Tell the sink what it has not been told of the end, unless bytes still wait.
+
+        The caller holds no lock of the channel, as the sink may close the channel.
+
+        :param gone: the other side takes nothing more either.
+        """
         with self._lock:
-            sink = self._sink
-            if sink is None or not self._closed or self._draining or self._told_end:
+            sink, told = self._sink, self._told
+            if sink is None or not self._closed or self._draining:
                 return
-            self._told_end = True
-        sink.ended(error)
+            self._told = 2 if gone else max(told, 1)
+        if told < 1:
+            sink.ended(error)
+        if gone and told < 2:
+            sink.hung_up()
+
+    def detach(self) -> None:
+        """Write to no sink any more; when this returns no write is under way."""
+        with self._lock:
+            self._sink = None
 
     def read_into(self, buffer: memoryview) -> int:
         """Wait for bytes, move them into ``buffer``, return how many; 0 at the end."""

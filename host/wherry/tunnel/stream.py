@@ -32,6 +32,9 @@ class Sink(Protocol):
         :param error: why the stream broke off; None when the other side ended it.
         """
 
+    def hung_up(self) -> None:
+        """Learn, once and after :meth:`ended`, that the other side takes no more bytes either."""
+
 
 class Stream(Protocol):
     """A byte stream to a program in the guest.
@@ -59,7 +62,10 @@ class Stream(Protocol):
         """End our direction: the other side reads the end of the stream. Safe to repeat."""
 
     def close(self) -> None:
-        """End both directions at once; safe to call twice and from any thread."""
+        """End both directions at once; safe to call twice and from any thread.
+
+        When this returns, the sink is not written any more.
+        """
 
     def deliver_to(self, sink: Sink, /) -> None:
         """Hand all bytes, the ones waiting first, to ``sink`` instead of :meth:`recv`.

@@ -19,6 +19,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 from paramiko.common import (
@@ -77,6 +78,15 @@ class _Seen:
         return chanid <= self._last
 
 
+def _dispatch(name: str) -> Callable[[Any, Any], None]:
+    """Return what calls a channel's own method of that name with a message."""
+
+    def call(channel: Any, message: Any) -> None:
+        getattr(channel, name)(message)
+
+    return call
+
+
 class TunnelTransport(Transport):  # type: ignore[misc]  # paramiko ships no types
     """One SSH connection to the guest.
 
@@ -102,6 +112,11 @@ class TunnelTransport(Transport):  # type: ignore[misc]  # paramiko ships no typ
     _preferred_macs = ("hmac-sha2-256-etm@openssh.com", "hmac-sha2-256")
     _preferred_compression = ("none",)
 
+    # paramiko's table holds Channel's own functions, so no subclass is asked.
+    _channel_handler_table = MappingProxyType(
+        {kind: _dispatch(f.__name__) for kind, f in Transport._channel_handler_table.items()}
+    )
+
     def __init__(
         self,
         sock: Any,
@@ -120,6 +135,7 @@ class TunnelTransport(Transport):  # type: ignore[misc]  # paramiko ships no typ
         )
         self.name = "tunnel"
         self.logger = _logger
+        self.log_name = _logger.name
         self.packetizer.set_log(_logger)
         self.packetizer.on_data = self._channel_data
         self.packetizer.on_tick = self._tick
@@ -137,6 +153,11 @@ class TunnelTransport(Transport):  # type: ignore[misc]  # paramiko ships no typ
             super().run()
         finally:
             self._fail_opening()
+            # paramiko wakes these waits only when the other side ended the connection.
+            if self.completion_event is not None:
+                self.completion_event.set()
+            if self.auth_handler is not None:
+                self.auth_handler.abort()
             self._ended(self.saved_exception)
 
     # -- opening ------------------------------------------------------------------------

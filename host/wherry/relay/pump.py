@@ -1,0 +1,215 @@
+"""Moving bytes between a program on the host and one in the guest.
+
+Each direction ends on its own: when one side sends no more, the other is told
+(``shutdown``), and bytes the other way go on. Only when both have ended, or one
+side is gone, is everything closed.
+
+Towards the guest a thread reads the local stream and sends. From the guest, bytes
+are written to a local *socket* in the thread that decrypted them (see
+:meth:`wherry.tunnel.stream.Stream.deliver_to`), and by a worker only while the
+reader is slower than the guest. A local stream that cannot be polled (a named pipe)
+has a second thread instead.
+"""
+
+from __future__ import annotations
+
+import select
+import socket
+import threading
+from collections.abc import Callable
+
+from wherry.core.errors import TunnelError
+from wherry.platform.base import LocalStream
+from wherry.tunnel.stream import Stream
+
+Spawn = Callable[[Callable[[], None]], None]
+"""Runs a job in another thread; see :meth:`wherry.relay.workers.Workers.spawn`."""
+
+_FIRST_BUFFER_BYTES = 16 * 1024
+_FULL_BUFFER_BYTES = 128 * 1024
+_LOOK_AGAIN_MS = 1000
+
+
+class Pump:
+    """One relayed connection.
+
+    :param local: the host's side; a socket is made non-blocking.
+    :param remote: the guest's side; need not be confirmed yet.
+    :param spawn: runs helpers in other threads.
+    :param head: bytes already read from ``local``, sent before all others.
+    """
+
+    def __init__(
+        self, local: LocalStream, remote: Stream, spawn: Spawn, *, head: bytes = b""
+    ) -> None:
+        self._local = local
+        self._remote = remote
+        self._spawn = spawn
+        self._head = head
+        self._down_done = threading.Event()
+        self._draining = threading.Lock()
+        self._socket: socket.socket | None = None
+        if isinstance(local, socket.socket) and hasattr(select, "poll"):
+            self._socket = local
+        self.bytes_up = 0
+        """Bytes sent to the guest; written by one thread."""
+        self.bytes_down = 0
+        """Bytes received from the guest; written by one thread at a time."""
+
+    def run(self) -> None:
+        """Relay until both directions have ended or one side is gone; close both sides."""
+        try:
+            if self._socket is not None:
+                self._socket.setblocking(False)
+                self._remote.deliver_to(self)
+            else:
+                self._spawn(self._copy_down)
+            try:
+                if self._head:
+                    self._remote.sendall(self._head)
+                    self.bytes_up += len(self._head)
+                self._copy_up()
+            except TunnelError:
+                # The guest's side takes no more; what it sent is still delivered.
+                pass
+            else:
+                self._remote.shutdown_write()
+            self._await_down()
+        except OSError:
+            pass  # the local side is gone
+        finally:
+            self.abort()
+            with self._draining:
+                self._local.close()
+
+    def abort(self) -> None:
+        """End both directions at once; from any thread; :meth:`run` then returns soon."""
+        self._remote.close()
+        try:
+            self._local.shutdown(socket.SHUT_RDWR)
+        except OSError:
+            pass  # it has ended already
+
+    # -- towards the guest ---------------------------------------------------------------
+
+    def _copy_up(self) -> None:
+        """Send what the local side sends until it ends."""
+        local, remote = self._local, self._remote
+        poller = None
+        buffer = memoryview(bytearray(_FIRST_BUFFER_BYTES))
+        while True:
+            try:
+                count = local.recv_into(buffer)
+            except BlockingIOError:
+                if poller is None:
+                    poller = _poller(local, select.POLLIN)
+                poller.poll()
+                continue
+            if not count:
+                return
+            remote.sendall(buffer[:count])
+            self.bytes_up += count
+            if count == len(buffer) < _FULL_BUFFER_BYTES:
+                # Most connections never send this much, so they do not pay for it.
+                buffer = memoryview(bytearray(_FULL_BUFFER_BYTES))
+
+    def _await_down(self) -> None:
+        """Wait for the end of the other direction, or for the local side to be gone."""
+        if self._socket is None:
+            self._down_done.wait()
+            return
+        # Nothing is asked for: a poll tells of a hang-up all the same (poll(2)), and on
+        # Linux that is the local program's end, not its half-close.
+        poller = _poller(self._socket, 0)
+        while not self._down_done.is_set():
+            for _, events in poller.poll(_LOOK_AGAIN_MS):
+                if events & (select.POLLHUP | select.POLLERR) and not self._down_done.is_set():
+                    return
+
+    # -- from the guest: the Sink ----------------------------------------------------------
+
+    def write(self, data: memoryview | bytes) -> int:
+        """Write as much as the local socket has room for; never waits."""
+        assert self._socket is not None
+        try:
+            count = self._socket.send(data)
+        except BlockingIOError:
+            return 0
+        except OSError:
+            # Not closed here: the thread that calls this holds the stream's lock.
+            self._spawn_quietly(self.abort)
+            raise
+        self.bytes_down += count
+        return count
+
+    def stalled(self) -> None:
+        """Have a worker write what the local socket had no room for."""
+        self._spawn_quietly(self._drain)
+
+    def ended(self, error: TunnelError | None) -> None:
+        """Pass the end on to the local side."""
+        self._down_done.set()
+        try:
+            self._local.shutdown(socket.SHUT_WR if error is None else socket.SHUT_RDWR)
+        except OSError:
+            pass  # the local side was faster
+
+    def hung_up(self) -> None:
+        """Wake the thread that reads the local side: nobody wants it any more."""
+        try:
+            self._local.shutdown(socket.SHUT_RDWR)
+        except OSError:
+            pass  # the local side was faster
+
+    def _spawn_quietly(self, job: Callable[[], None]) -> None:
+        try:
+            self._spawn(job)
+        except RuntimeError:
+            # The relay is being closed, which closes this connection too.
+            pass
+
+    def _drain(self) -> None:
+        with self._draining:
+            try:
+                self._remote.drain(self._write_waiting)
+            except OSError:
+                self.abort()
+
+    def _write_waiting(self, data: memoryview | bytes) -> None:
+        assert self._socket is not None
+        view = memoryview(data)
+        poller = None
+        while view:
+            try:
+                count = self._socket.send(view)
+            except BlockingIOError:
+                if poller is None:
+                    poller = _poller(self._socket, select.POLLOUT)
+                poller.poll()
+                continue
+            self.bytes_down += count
+            view = view[count:]
+
+    # -- from the guest: a thread ------------------------------------------------------------
+
+    def _copy_down(self) -> None:
+        """Write what the guest sends to a local stream that cannot be polled."""
+        error: TunnelError | None = None
+        buffer = memoryview(bytearray(_FIRST_BUFFER_BYTES))
+        try:
+            while count := self._remote.recv_into(buffer):
+                self._local.sendall(buffer[:count])
+                self.bytes_down += count
+                if count == len(buffer) < _FULL_BUFFER_BYTES:
+                    buffer = memoryview(bytearray(_FULL_BUFFER_BYTES))
+        except TunnelError as failure:
+            error = failure
+        except OSError:
+            self.abort()
+        self.ended(error)
+
+
+def _poller(stream: LocalStream, events: int) -> select.poll:
+    poller = select.poll()
+    poller.register(stream.fileno(), events)
+    return poller
