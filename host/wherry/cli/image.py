@@ -10,6 +10,7 @@ from pathlib import Path
 import click
 
 from wherry.cli.common import (
+    F,
     json_option,
     layout,
     print_json,
@@ -28,7 +29,7 @@ def image() -> None:
     """Build, fetch and manage guest images."""
 
 
-def _architecture_option(function):  # type: ignore[no-untyped-def]
+def _architecture_option(function: F) -> F:
     return click.option(
         "--arch",
         "architecture",
