@@ -202,16 +202,17 @@ class AgentClient:
         The session may end before the agent's answer is here, so that counts as an answer.
         Whether the guest does power off, only the virtual machine's end tells.
 
-        :raises WherryError: the guest refused, or the agent did not answer in time.
+        :raises WherryError: the guest refused, the agent did not answer in time, or was lost
+            before it was asked.
         """
         try:
             self._request(PowerOff(), Done, timeout_s)
-        except _SessionEnded:
+        except _CutOff:
             pass
 
     def close(self) -> None:
         """End the session; safe to call twice, and from the callbacks."""
-        self._finish(_SessionEnded("the session with the agent was closed"), tell=False)
+        self._finish(WherryError("the session with the agent was closed"), tell=False)
         if threading.current_thread() is not self._reader:
             self._reader.join(_CLOSE_TIMEOUT_S)
 
@@ -219,7 +220,7 @@ class AgentClient:
         future: concurrent.futures.Future[Message] = concurrent.futures.Future()
         with self._state:
             if self._end is not None:
-                raise self._end
+                raise WherryError(self._end.message, hint=self._end.hint) from self._end
             self._last_id += 1
             id = self._last_id
             self._waiting[id] = (kind, future)
@@ -248,15 +249,16 @@ class AgentClient:
 
     def _read(self) -> None:
         decoder = Decoder()
-        end = _SessionEnded("the agent in the guest has ended", hint=_HINT)
+        end = WherryError("the agent in the guest has ended", hint=_HINT)
         try:
             while data := self._stream.recv(_RECEIVE_BYTES):
                 for frame in decoder.feed(data):
                     self._take(unpack(frame), frame.id)
         except _STREAM_ERRORS as error:
             end = _stream_error(error)
+            end.__cause__ = error
         except WireError as error:
-            end = _SessionEnded(f"the agent in the guest broke the protocol: {error}", hint=_HINT)
+            end = WherryError(f"the agent in the guest broke the protocol: {error}", hint=_HINT)
             end.__cause__ = error
         finally:
             # Also after a mistake in a callback: nobody may be left waiting.
@@ -282,7 +284,7 @@ class AgentClient:
             del self._waiting[id]
         future.set_result(message)
 
-    def _finish(self, end: _SessionEnded, *, tell: bool = True) -> None:
+    def _finish(self, end: WherryError, *, tell: bool = True) -> None:
         with self._state:
             if self._end is not None:
                 return
@@ -290,20 +292,20 @@ class AgentClient:
             waiting = list(self._waiting.values())
             self._waiting.clear()
         for _, future in waiting:
-            future.set_exception(end)
+            cut_off = _CutOff(end.message, hint=end.hint)
+            cut_off.__cause__ = end
+            future.set_exception(cut_off)
         self._stream.close()
         if tell:
             self._lost(end)
 
 
-class _SessionEnded(WherryError):
-    """The session is over, whatever the reason; told apart only in this module."""
+class _CutOff(WherryError):
+    """The session ended after the request was sent and before it was answered."""
 
 
-def _stream_error(error: Exception) -> _SessionEnded:
-    end = _SessionEnded(f"the connection to the agent was lost: {error}", hint=_HINT)
-    end.__cause__ = error
-    return end
+def _stream_error(error: Exception) -> WherryError:
+    return WherryError(f"the connection to the agent was lost: {error}", hint=_HINT)
 
 
 def _health(report: HealthReport) -> Health:
