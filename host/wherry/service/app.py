@@ -26,6 +26,7 @@ from wherry.config.model import Config, check_host
 from wherry.control.server import ControlServer, Emit
 from wherry.core.bridge import in_thread, post
 from wherry.core.errors import StageError, TunnelError, WherryError
+from wherry.ports.forwarder import Forwarder
 from wherry.relay.relay import Relay
 from wherry.service import console, engine, state, status
 from wherry.service.guest import Guest
@@ -37,6 +38,7 @@ from wherry.tunnel.tunnel import Tunnel
 from wherry.vm import disk, image
 from wherry.vm.driver import Exit, MachineSpec
 from wherry.vm.qemu import probe, programs
+from wherry.vm.qemu.arguments import NETWORK_DEVICE
 from wherry.vm.qemu.driver import QemuDriver
 from wherry.vm.qemu.process import QemuProcess
 
@@ -69,6 +71,10 @@ class Service:
         self._tunnel: Tunnel | None = None
         self._relay: Relay | None = None
         self._guest: Guest | None = None
+        self._watch: engine.ContainerWatch | None = None
+        self._forwarder: Forwarder | None = None
+        self._forwarding: asyncio.Task[None] | None = None
+        self._force = False
         self._ssh: tuple[str, int] | None = None
         self._event_listeners: list[Emit] = []
 
@@ -132,8 +138,6 @@ class Service:
             return 0
         finally:
             wanted.cancel()
-
-    _force = False
 
     def _fail_start(self, error: BaseException) -> None:
         if not isinstance(error, WherryError):
@@ -267,7 +271,24 @@ class Service:
         self._transition(State.RUNNING)
         self._guest = Guest(tunnel)
         self._guest.start()
+        self._forward_ports(driver, tunnel)
         self._started.set_result(None)
+
+    def _forward_ports(self, driver: QemuDriver, tunnel: Tunnel) -> None:
+        """Make published ports appear on the host, now and at every change."""
+        loop = asyncio.get_running_loop()
+        forwarder = self._forwarder = Forwarder(driver.monitor.human, NETWORK_DEVICE)
+        queue: asyncio.Queue[list[dict[str, Any]]] = asyncio.Queue()
+
+        async def apply() -> None:
+            while True:
+                await forwarder.update(await queue.get())
+
+        self._forwarding = asyncio.create_task(apply(), name="ports")
+        self._watch = engine.ContainerWatch(
+            lambda: tunnel.open_unix(engine.SOCKET),
+            lambda containers: post(loop, queue.put_nowait, containers),
+        )
 
     async def _await_engine(self, tunnel: Tunnel, timeout_s: float) -> str:
         """Ask until the engine answers: its socket is there before it listens."""
@@ -341,6 +362,10 @@ class Service:
         if self._record.state is State.RUNNING and not force:
             self._transition(State.STOPPING)
         relay, guest, tunnel, driver = self._relay, self._guest, self._tunnel, self._driver
+        if self._watch is not None:
+            await in_thread(self._watch.close, name="container watch close")
+        if self._forwarding is not None:
+            self._forwarding.cancel()
         if relay is not None:
             await in_thread(relay.close, name="relay close")
         if guest is not None:

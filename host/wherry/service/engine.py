@@ -1,8 +1,13 @@
-"""The first question to the engine: is it there?"""
+"""The service's own conversation with the engine: is it there, what runs in it."""
 
 from __future__ import annotations
 
-import re
+import json
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import h11
 
 from wherry.core.errors import TunnelError, WherryError
 from wherry.tunnel.stream import Stream
@@ -10,27 +15,125 @@ from wherry.tunnel.stream import Stream
 SOCKET = "/run/docker.sock"
 """The engine's socket in the guest."""
 
-_PING = b"GET /_ping HTTP/1.1\r\nHost: docker\r\nConnection: close\r\n\r\n"
+_CHUNK_BYTES = 1 << 16
+_RETRY_S = 1.0
+_JOIN_S = 5.0
+
+_EVENTS = "/events?filters=" + json.dumps(
+    {"type": ["container"], "event": ["start", "die", "restart", "unpause"]},
+    separators=(",", ":"),
+).replace('"', "%22")
+
+
+def get(stream: Stream, target: str) -> tuple[h11.Response, Iterator[bytes]]:
+    """Send one GET request over a new connection; return the answer's head and body.
+
+    :param stream: closed when the body ends, and by the caller on its failing paths.
+    :raises WherryError: the engine went away, or does not speak HTTP.
+    """
+    connection = h11.Connection(h11.CLIENT)
+    request = h11.Request(
+        method="GET", target=target, headers=[("Host", "docker"), ("Connection", "close")]
+    )
+
+    def next_event() -> Any:
+        while True:
+            event = connection.next_event()
+            if event is not h11.NEED_DATA:
+                return event
+            connection.receive_data(stream.recv(_CHUNK_BYTES))
+
+    def body() -> Iterator[bytes]:
+        try:
+            while isinstance(event := next_event(), h11.Data):
+                yield bytes(event.data)
+        except (TunnelError, h11.ProtocolError) as error:
+            raise WherryError(f"the engine broke off its answer: {error}") from error
+        finally:
+            stream.close()
+
+    try:
+        head, end = connection.send(request), connection.send(h11.EndOfMessage())
+        stream.sendall((head or b"") + (end or b""))
+        response = next_event()
+        if not isinstance(response, h11.Response):
+            raise WherryError("the engine closed the connection without an answer")
+    except (TunnelError, h11.ProtocolError) as error:
+        stream.close()
+        raise WherryError(f"the engine did not answer: {error}") from error
+    except BaseException:
+        stream.close()
+        raise
+    return response, body()
 
 
 def ping(stream: Stream) -> str:
     """Ask ``GET /_ping`` (Engine API, System) and return the engine's version.
 
-    :param stream: a new connection to the engine; closed on return.
     :raises WherryError: it answered something else, or nothing.
     """
-    try:
-        stream.sendall(_PING)
-        answer = bytearray()
-        while chunk := stream.recv(65536):
-            answer += chunk
-    except TunnelError as error:
-        raise WherryError(f"the engine did not answer: {error.message}") from error
-    finally:
-        stream.close()
-    head = answer.decode("latin-1").partition("\r\n\r\n")[0]
-    if not head.startswith("HTTP/1.1 200"):
-        said = head.splitlines()[0] if head else "nothing"
-        raise WherryError(f"the engine answered {said!r}")
-    version = re.search(r"^Server: Docker/(\S+)", head, re.MULTILINE | re.IGNORECASE)
-    return version[1] if version else ""
+    response, body = get(stream, "/_ping")
+    said = b"".join(body)
+    if response.status_code != 200:
+        raise WherryError(f"the engine answered {response.status_code}: {said[:200]!r}")
+    for name, value in response.headers:
+        if name == b"server" and value.startswith(b"Docker/"):
+            return value.split()[0].removeprefix(b"Docker/").decode("ascii", "replace")
+    return ""
+
+
+def containers(stream: Stream) -> list[dict[str, Any]]:
+    """Return the running containers, as ``GET /containers/json`` has them.
+
+    :raises WherryError: the engine does not tell.
+    """
+    response, body = get(stream, "/containers/json")
+    answer = b"".join(body)
+    if response.status_code != 200:
+        raise WherryError(f"the engine answered {response.status_code}: {answer[:200]!r}")
+    found: list[dict[str, Any]] = json.loads(answer)
+    return found
+
+
+class ContainerWatch:
+    """Calls back with the running containers at first and after each change.
+
+    When the connection to the engine breaks it asks anew, so no change is missed for
+    longer than an outage.
+
+    :param open_stream: makes a new connection to the engine; waits during an outage.
+    :param changed: called in the watch's thread.
+    """
+
+    def __init__(
+        self,
+        open_stream: Callable[[], Stream],
+        changed: Callable[[list[dict[str, Any]]], None],
+    ) -> None:
+        self._open_stream = open_stream
+        self._changed = changed
+        self._closed = threading.Event()
+        self._stream: Stream | None = None
+        self._thread = threading.Thread(target=self._watch, name="container watch", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """End the watch and its thread."""
+        self._closed.set()
+        stream = self._stream
+        if stream is not None:
+            stream.close()
+        self._thread.join(_JOIN_S)
+
+    def _watch(self) -> None:
+        while not self._closed.is_set():
+            try:
+                self._stream = stream = self._open_stream()
+                _, events = get(stream, _EVENTS)
+                # Listed after the events began, so that nothing falls in between.
+                self._changed(containers(self._open_stream()))
+                for _ in events:
+                    self._changed(containers(self._open_stream()))
+            except WherryError:
+                pass  # the tunnel or the engine went away: begin anew
+            self._closed.wait(_RETRY_S)
