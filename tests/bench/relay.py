@@ -267,30 +267,11 @@ def compare(directory: Path, options: argparse.Namespace) -> dict[str, Any]:
             [*me, "relay", str(directory), str(sshd.port), sshd.user], stdin=subprocess.PIPE
         )
         programs.append(ours)
-        programs.append(
-            subprocess.Popen(
-                # fmt: skip
-                [
-                    "ssh",
-                    "-F",
-                    "none",
-                    "-N",
-                    "-c",
-                    "aes128-gcm@openssh.com",
-                    "-i",
-                    str(sshd.keys.user_path),
-                    "-p",
-                    str(sshd.port),
-                    "-o",
-                    f"UserKnownHostsFile={known}",
-                    "-o",
-                    "Compression=no",
-                    "-L",
-                    f"{directory}/theirs.sock:{directory}/server.sock",
-                    f"{sshd.user}@127.0.0.1",
-                ]
-            )
-        )
+        ssh = ["ssh", "-F", "none", "-N", "-c", "aes128-gcm@openssh.com", "-o", "Compression=no"]
+        ssh += ["-i", str(sshd.keys.user_path), "-o", f"UserKnownHostsFile={known}"]
+        ssh += ["-L", f"{directory}/theirs.sock:{directory}/server.sock"]
+        ssh += ["-p", str(sshd.port), f"{sshd.user}@127.0.0.1"]
+        programs.append(subprocess.Popen(ssh))
         paths = {"ours": directory / "ours.sock", "ssh": directory / "theirs.sock"}
         for path in paths.values():
             deadline = time.monotonic() + 10
