@@ -32,10 +32,19 @@ def test_nothing_of_the_system_is_in_the_bundle() -> None:
         assert (entry.create_system, entry.external_attr) == (3, 0o644 << 16)
 
 
+# A frozen program has no such package, no such directory, or one with nothing for us.
+@pytest.mark.parametrize("place", ["no-such-package", "no-such-directory", "empty"])
 def test_an_installation_without_the_sources_is_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(agent_bundle, "files", lambda package: tmp_path)
+    (tmp_path / "empty").mkdir()
+
+    def files(package: str) -> Path:
+        if place == "no-such-package":
+            raise ModuleNotFoundError(package)
+        return tmp_path / place
+
+    monkeypatch.setattr(agent_bundle, "files", files)
     with pytest.raises(WherryError, match="the sources of wherry_guest are not installed"):
         agent_bundle.build()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import sys
 import threading
 from pathlib import Path
@@ -40,6 +41,39 @@ def test_the_engine_s_answer_is_understood(answer: bytes, version: str) -> None:
 def test_an_unwell_engine_is_an_error(answer: bytes) -> None:
     with pytest.raises(OSError, match="the engine answered"):
         engine.parse(answer)
+
+
+def test_an_engine_that_accepts_nobody_is_an_error_at_once(tmp_path: Path) -> None:
+    path = os.fspath(tmp_path / "docker.sock")
+    with socket.socket(socket.AF_UNIX) as listener, socket.socket(socket.AF_UNIX) as first:
+        listener.bind(path)
+        listener.listen(0)
+        first.connect(path)  # Now the backlog is full.
+        with pytest.raises(OSError):
+            engine.ping(path, 0.2)
+
+
+def test_an_engine_that_answers_byte_by_byte_is_cut_off(tmp_path: Path) -> None:
+    path = os.fspath(tmp_path / "docker.sock")
+    asked = threading.Event()
+
+    def drip() -> None:
+        with listener.accept()[0] as connection:
+            try:
+                while not asked.wait(0.02):
+                    connection.sendall(b"H")
+            except BrokenPipeError:
+                pass
+
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(path)
+        listener.listen()
+        thread = threading.Thread(target=drip)
+        thread.start()
+        with pytest.raises(TimeoutError):
+            engine.ping(path, 0.2)
+        asked.set()
+        thread.join(10)
 
 
 def test_memory_is_in_bytes() -> None:

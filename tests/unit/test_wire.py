@@ -8,7 +8,7 @@ import tracemalloc
 from itertools import pairwise
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from wherry_wire import messages
@@ -25,6 +25,9 @@ from wherry_wire.messages import (
     pack,
     unpack,
 )
+
+# Machines may be busy; the limit on a test's time is enough of a limit.
+unhurried = settings(deadline=None)
 
 u8 = st.integers(0, 0xFF)
 u32 = st.integers(0, 0xFFFFFFFF)
@@ -54,6 +57,7 @@ def any_message(draw: st.DrawFn) -> Message:
     return kind(**{name: draw(FIELDS[text]) for name, text in kind.__annotations__.items()})
 
 
+@unhurried
 @given(st.lists(frames, max_size=8), st.lists(st.integers(0), max_size=20))
 def test_frames_survive_any_split_of_the_stream(sent: list[Frame], cuts: list[int]) -> None:
     decoder = Decoder()
@@ -104,6 +108,7 @@ def consume(data: bytes, cuts: list[int]) -> None:
         assert decoder.pending_bytes <= MAX_PAYLOAD_BYTES + 10
 
 
+@unhurried
 @given(st.binary(max_size=4096), st.lists(st.integers(0), max_size=20))
 def test_garbage_is_refused_with_a_wire_error_alone(data: bytes, cuts: list[int]) -> None:
     try:
@@ -112,6 +117,7 @@ def test_garbage_is_refused_with_a_wire_error_alone(data: bytes, cuts: list[int]
         pass
 
 
+@unhurried
 @given(
     st.lists(any_message(), min_size=1, max_size=4),
     st.lists(st.tuples(st.integers(0), st.integers(1, 255)), min_size=1, max_size=3),
@@ -136,6 +142,7 @@ json_values = st.recursive(
 )
 
 
+@unhurried
 @given(st.sampled_from(KINDS), json_values, st.data())
 def test_json_of_another_shape_is_refused(kind: type[Message], value: object, data: object) -> None:
     names = list(kind.__annotations__)
@@ -148,6 +155,7 @@ def test_json_of_another_shape_is_refused(kind: type[Message], value: object, da
         assert unpack(Frame(kind.TYPE, 1, pack(message, 1)[10:])) == message
 
 
+@unhurried
 @given(any_message(), u32)
 def test_messages_survive(message: Message, id: int) -> None:
     (frame,) = Decoder().feed(pack(message, id))

@@ -79,14 +79,15 @@ def build() -> AgentBundle:
     """
     sources = {"__main__.py": _MAIN.encode()}
     for package in _PACKAGES:
-        for file in files(package).iterdir():
-            if file.name.endswith(".py"):
-                sources[f"{package}/{file.name}"] = file.read_bytes()
-    for package in _PACKAGES:
-        if f"{package}/__init__.py" not in sources:
+        try:
+            found = [file for file in files(package).iterdir() if file.name.endswith(".py")]
+        except (ModuleNotFoundError, OSError):
+            found = []
+        if not found:
             raise WherryError(
                 f"the sources of {package} are not installed", hint="install wherry again"
             )
+        sources |= {f"{package}/{file.name}": file.read_bytes() for file in found}
     buffer = io.BytesIO()
     # Stored, not deflated: zlib's output differs between its versions, and the guest would
     # spend more on inflating than on receiving.
