@@ -20,6 +20,7 @@ from collections.abc import Callable
 
 from wherry.core.errors import TunnelError
 from wherry.platform.base import LocalStream
+from wherry.tunnel.inbox import rest_of
 from wherry.tunnel.stream import Stream
 
 Spawn = Callable[[Callable[[], None]], None]
@@ -128,11 +129,11 @@ class Pump:
 
     # -- from the guest: the Sink ----------------------------------------------------------
 
-    def write(self, data: memoryview | bytes) -> int:
+    def write(self, parts: list[memoryview]) -> int:
         """Write as much as the local socket has room for; never waits."""
         assert self._socket is not None
         try:
-            count = self._socket.send(data)
+            count = self._socket.sendmsg(parts)
         except BlockingIOError:
             return 0
         except OSError:
@@ -175,20 +176,19 @@ class Pump:
             except OSError:
                 self.abort()
 
-    def _write_waiting(self, data: memoryview | bytes) -> None:
+    def _write_waiting(self, parts: list[memoryview]) -> None:
         assert self._socket is not None
-        view = memoryview(data)
         poller = None
-        while view:
+        while parts:
             try:
-                count = self._socket.send(view)
+                count = self._socket.sendmsg(parts)
             except BlockingIOError:
                 if poller is None:
                     poller = _poller(self._socket, select.POLLOUT)
                 poller.poll()
                 continue
             self.bytes_down += count
-            view = view[count:]
+            parts = rest_of(parts, count)
 
     # -- from the guest: a thread ------------------------------------------------------------
 

@@ -145,11 +145,17 @@ class StreamChannel(Channel):  # type: ignore[misc]  # paramiko ships no types
 
     # -- what the transport's thread calls ---------------------------------------------
 
-    def feed(self, data: memoryview | bytes) -> None:
+    def feed(self, parts: list[memoryview]) -> None:
         """Take channel data."""
-        taken = self.in_buffer.feed(data)
+        taken = self.in_buffer.feed(parts)
         if taken:
             self._acknowledge(taken)
+
+    def more_window(self, count: int) -> None:
+        """Take the guest's leave to send ``count`` bytes more."""
+        with self.lock:
+            self.out_window_size += count
+            self.out_buffer_cv.notify_all()
 
     def refused(self, error: TunnelError) -> None:
         """Take the guest's refusal to open the channel."""
@@ -178,12 +184,14 @@ class StreamChannel(Channel):  # type: ignore[misc]  # paramiko ships no types
             self.out_buffer_cv.notify_all()
 
     def _feed(self, m: Any) -> None:
-        self.feed(m if isinstance(m, bytes) else m.get_binary())
+        self.feed([memoryview(m if isinstance(m, bytes) else m.get_binary())])
 
     def _feed_extended(self, m: Any) -> None:
         kind = m.get_int()
         data = m.get_binary()
-        taken = self.in_stderr_buffer.feed(data) if kind == _STDERR else len(data)
+        taken = len(data)
+        if kind == _STDERR:
+            taken = self.in_stderr_buffer.feed([memoryview(data)])
         if taken:
             self._acknowledge(taken)
 
@@ -252,7 +260,7 @@ class StreamChannel(Channel):  # type: ignore[misc]  # paramiko ships no types
                     break
             if self.closed or self.eof_sent:
                 raise self._failure or TunnelError(f"{self.target} takes no more data")
-            count = min(wanted, self.out_window_size)
+            count: int = min(wanted, self.out_window_size)
             self.out_window_size -= count
             return count
 

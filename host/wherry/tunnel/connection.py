@@ -274,9 +274,10 @@ class _Collector:
         self.end = threading.Event()
         self._limit = limit_bytes
 
-    def write(self, data: memoryview | bytes) -> int:
-        self.data += data[: self._limit - len(self.data)]
-        return len(data)
+    def write(self, parts: list[memoryview]) -> int:
+        for part in parts:
+            self.data += part[: self._limit - len(self.data)]
+        return sum(map(len, parts))
 
     def stalled(self) -> None:
         raise AssertionError("a collector has always room")

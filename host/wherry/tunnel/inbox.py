@@ -8,6 +8,8 @@ from collections import deque
 from wherry.core.errors import TunnelError
 from wherry.tunnel.stream import DrainWrite, Sink
 
+_PARTS_AT_ONCE = 8
+
 
 class Inbox:
     """A queue of bytes from the transport's thread to whoever reads the stream.
@@ -25,7 +27,7 @@ class Inbox:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._ready = threading.Condition(self._lock)
-        self._chunks: deque[memoryview | bytes] = deque()
+        self._chunks: deque[memoryview] = deque()
         self._closed = False
         self._sink: Sink | None = None
         self._draining = False
@@ -35,7 +37,7 @@ class Inbox:
         with self._lock:
             return sum(len(chunk) for chunk in self._chunks)
 
-    def feed(self, data: memoryview | bytes) -> int:
+    def feed(self, parts: list[memoryview]) -> int:
         """Add bytes; return how many of them the sink took at once."""
         taken = 0
         stalled: Sink | None = None
@@ -43,17 +45,17 @@ class Inbox:
             sink = self._sink
             if sink is not None and not self._draining:
                 try:
-                    taken = sink.write(data)
+                    taken = sink.write(parts)
                 except OSError:
                     # Whoever owns the sink learns of it by its own means; these bytes
                     # go nowhere, and taking them keeps the window from closing.
-                    return len(data)
-                if taken == len(data):
+                    return sum(map(len, parts))
+                parts = rest_of(parts, taken)
+                if not parts:
                     return taken
-                data = data[taken:]
                 self._draining = True
                 stalled = sink
-            self._chunks.append(data)
+            self._chunks += parts
             if sink is None:
                 self._ready.notify()
         if stalled is not None:
@@ -128,22 +130,33 @@ class Inbox:
             sink.stalled()
 
     def drain(self, write: DrainWrite, taken: list[int]) -> bool:
-        """Write one waiting chunk; return False, and end draining, when there is none.
+        """Write some waiting bytes; return False, and end draining, when there are none.
 
-        :param taken: the written chunk's length is appended.
-        :raises OSError: what ``write`` raised; this and later bytes are dropped.
+        :param taken: their number is appended.
+        :raises OSError: what ``write`` raised; these and later bytes are dropped.
         """
         with self._lock:
             if not self._chunks:
                 self._draining = False
                 return False
-            chunk = self._chunks.popleft()
-        taken.append(len(chunk))
+            parts = [self._chunks.popleft()]
+            while self._chunks and len(parts) < _PARTS_AT_ONCE:
+                parts.append(self._chunks.popleft())
+        taken.append(sum(map(len, parts)))
         try:
-            write(chunk)
+            write(parts)
         except BaseException:
             with self._lock:
                 self._chunks.clear()
                 self._draining = False
             raise
         return True
+
+
+def rest_of(parts: list[memoryview], taken: int) -> list[memoryview]:
+    """Return what is left of ``parts`` without their first ``taken`` bytes."""
+    for index, part in enumerate(parts):
+        if taken < len(part):
+            return [part[taken:], *parts[index + 1 :]]
+        taken -= len(part)
+    return []

@@ -27,22 +27,26 @@ from paramiko.message import Message
 from paramiko.packet import NeedRekeyException, Packetizer
 from paramiko.ssh_exception import SSHException
 
+WINDOW_ADJUST = 93
 CHANNEL_DATA = 94
-"""SSH_MSG_CHANNEL_DATA (RFC 4254 §5.2)."""
+"""SSH_MSG_CHANNEL_WINDOW_ADJUST and SSH_MSG_CHANNEL_DATA (RFC 4254 §5.2)."""
 
 MAX_PACKET_BYTES = 256 * 1024
 """OpenSSH neither sends nor takes a longer packet (``PACKET_MAX_SIZE`` in packet.c)."""
 
 _BUFFER_BYTES = 2 * MAX_PACKET_BYTES
+_SMALL_BYTES = 8 * 1024
 _LEAST_ROOM_BYTES = 64 * 1024
 _TAG_BYTES = 16
 _BLOCK_BYTES = 16
 _PADDING = tuple(bytes([n]) for n in range(2 * _BLOCK_BYTES))
 _ZEROS = tuple(bytes(n) for n in range(2 * _BLOCK_BYTES))
+_PARTS_AT_ONCE = 8
 _UINT32 = struct.Struct(">I")
+_TWO_UINT32 = struct.Struct(">II")
 _DATA_HEAD = struct.Struct(">BII")
 
-DataHandler = Callable[[int, memoryview], bool]
+DataHandler = Callable[[int, list[memoryview]], None]
 
 
 class _Cipher:
@@ -63,7 +67,9 @@ class _Cipher:
 class FastPacketizer(Packetizer):  # type: ignore[misc]  # paramiko ships no types
     """Packets over a socket, at the speed of a relay.
 
-    :param socket: has a timeout; :attr:`on_tick` is called when a read waited that long.
+    :param socket: without a timeout, which would cost a poll(2) for each call. Nobody
+        needs to look up from a read in between: :meth:`close` wakes it, and that we
+        want new keys is seen after the next packet, which a sender's window brings.
     """
 
     # AES-GCM under one key is good for 2^32 blocks, 64 GiB (RFC 4344 §3.2); half of
@@ -81,15 +87,20 @@ class FastPacketizer(Packetizer):  # type: ignore[misc]  # paramiko ships no typ
         self._view = memoryview(self._buffer)
         self._start = 0
         self._end = 0
+        # Windows' sockets have no sendmsg.
+        self._sendmsg: Callable[[list[bytes]], int] | None = getattr(socket, "sendmsg", None)
         self._write_lock = threading.Lock()
+        self._bulk_lock = threading.Lock()
         self._cipher_in: _Cipher | None = None
         self._cipher_out: _Cipher | None = None
         self._bytes_in = self._packets_in = 0
         self._bytes_out = self._packets_out = 0
         self._seqno_in = 0
         self.last_received = time.monotonic()
-        self.on_data: DataHandler | None = None
-        self.on_tick: Callable[[], None] = lambda: None
+        self._pushed_back: bytes | None = None
+        self.ready_for_data: Callable[[], bool] = lambda: False
+        self.on_data: DataHandler = lambda channel, parts: None
+        self.on_window: Callable[[int, int], bool] = lambda channel, count: False
 
     # -- what paramiko's transport calls --------------------------------------------
 
@@ -128,7 +139,7 @@ class FastPacketizer(Packetizer):  # type: ignore[misc]  # paramiko ships no typ
         while (at := self._buffer.find(b"\n", self._start, self._end)) < 0:
             if self._end - self._start > 8192:
                 raise SSHException("the SSH banner's line is too long")
-            self._fill(self._end - self._start + 1, may_rekey=False)
+            self._fill(self._end - self._start + 1)
         line = bytes(self._view[self._start : at])
         self._start = at + 1
         return line.rstrip(b"\r").decode(errors="replace")
@@ -138,44 +149,78 @@ class FastPacketizer(Packetizer):  # type: ignore[misc]  # paramiko ships no typ
         out = b""
         while len(out) < n:
             take = min(n - len(out), MAX_PACKET_BYTES)
-            self._fill(take, may_rekey=check_rekey and not out)
+            self._fill(take)
             out += self._view[self._start : self._start + take]
             self._start += take
         return out
 
     def read_message(self) -> tuple[int, Any]:
-        """Return the next message that is not channel data; data goes to :attr:`on_data`."""
+        """Return the next message that :attr:`on_data` and :attr:`on_window` do not take."""
         while (cipher := self._cipher_in) is not None:
             packet = self._next_packet(cipher)
             end = len(packet) - packet[0]
             kind = packet[1]
-            if kind == CHANNEL_DATA and self.on_data is not None and end >= 10:
-                payload = memoryview(packet)
-                (channel,) = _UINT32.unpack_from(packet, 2)
-                if self.on_data(channel, payload[10:end]):
-                    if self.need_rekey():
-                        raise NeedRekeyException
-                    continue
+            if kind == CHANNEL_DATA and end >= 10:
+                taken = self._take_data(cipher, packet, end)
+            elif kind == WINDOW_ADJUST and end >= 10:
+                taken = self.on_window(*_TWO_UINT32.unpack_from(packet, 2))
+            else:
+                taken = False
+            if taken:
+                if self.need_rekey():
+                    raise NeedRekeyException
+                continue
             message = Message(packet[2:end])
             message.seqno = self._seqno_in
             return kind, message
         answer: tuple[int, Any] = super().read_message()
         return answer
 
+    def _take_data(self, cipher: _Cipher, packet: bytes, end: int) -> bool:
+        """Give data to :attr:`on_data`, with what is in the buffer for the same channel.
+
+        A reader is so woken once for all that arrived, not for each packet.
+        """
+        if not self.ready_for_data():
+            return False
+        channel = packet[2:6]
+        parts = [memoryview(packet)[10:end]]
+        while len(parts) < _PARTS_AT_ONCE and self._has_packet():
+            # The channel's number is encrypted: only a packet that is read tells it.
+            packet = self._next_packet(cipher)
+            end = len(packet) - packet[0]
+            if packet[1] != CHANNEL_DATA or packet[2:6] != channel or end < 10:
+                self._pushed_back = packet
+                break
+            parts.append(memoryview(packet)[10:end])
+        self.on_data(_UINT32.unpack(channel)[0], parts)
+        return True
+
+    def _has_packet(self) -> bool:
+        """Whether a whole packet is in the buffer."""
+        have = self._end - self._start
+        if have < 4:
+            return False
+        size: int = _UINT32.unpack_from(self._buffer, self._start)[0]
+        return have >= 4 + size + _TAG_BYTES
+
     def _next_packet(self, cipher: _Cipher) -> bytes:
         """Return a packet's plain text: the padding's length, payload, padding."""
-        self._fill(4, may_rekey=True)
+        if self._pushed_back is not None:
+            packet, self._pushed_back = self._pushed_back, None
+            return packet
+        self._fill(4)
         (size,) = _UINT32.unpack_from(self._buffer, self._start)
         whole = 4 + size + _TAG_BYTES
         if not _BLOCK_BYTES <= size <= MAX_PACKET_BYTES or size % _BLOCK_BYTES:
             raise SSHException(f"the packet's length is {size}")
         if self._end - self._start < whole:
-            self._fill(whole, may_rekey=False)
+            self._fill(whole)
         at = self._start
         self._start = at + whole
         view = self._view
-        packet: bytes = cipher.engine.decrypt(
-            cipher.next_nonce(), view[at + 4 : at + whole], view[at : at + 4]
+        packet = bytes(
+            cipher.engine.decrypt(cipher.next_nonce(), view[at + 4 : at + whole], view[at : at + 4])
         )
         if packet[0] > size - 2:
             raise SSHException("the packet is all padding")
@@ -195,11 +240,8 @@ class FastPacketizer(Packetizer):  # type: ignore[misc]  # paramiko ships no typ
         ):
             raise SSHException("the guest ignores that we ask for new keys")
 
-    def _fill(self, wanted: int, *, may_rekey: bool) -> None:
-        """Have at least ``wanted`` bytes in the buffer, and as many more as there are.
-
-        :param may_rekey: nothing was consumed of a packet: a wait may be given up.
-        """
+    def _fill(self, wanted: int) -> None:
+        """Have at least ``wanted`` bytes in the buffer, and as many more as there are."""
         have = self._end - self._start
         if have >= wanted:
             return
@@ -212,13 +254,6 @@ class FastPacketizer(Packetizer):  # type: ignore[misc]  # paramiko ships no typ
         while self._end - self._start < wanted:
             try:
                 count = self._sock.recv_into(self._view[self._end :])
-            except TimeoutError:
-                if self.closed:
-                    raise EOFError from None
-                self.on_tick()
-                if may_rekey and self._end == self._start and self.need_rekey():
-                    raise NeedRekeyException from None
-                continue
             except OSError:
                 if self.closed:
                     raise EOFError from None
@@ -236,14 +271,14 @@ class FastPacketizer(Packetizer):  # type: ignore[misc]  # paramiko ships no typ
             super().send_message(data)
             return
         with self._write_lock:
-            self._send_sealed([self._sealed(b"", data.asbytes())])
+            self._send_sealed(self._sealed(b"", data.asbytes()), 1)
 
     def send_message_now(self, data: Any) -> bool:
         """Send one message unless another thread is sending; tell whether it was sent."""
         if self._cipher_out is None or not self._write_lock.acquire(blocking=False):
             return False
         try:
-            self._send_sealed([self._sealed(b"", data.asbytes())])
+            self._send_sealed(self._sealed(b"", data.asbytes()), 1)
         finally:
             self._write_lock.release()
         return True
@@ -258,28 +293,30 @@ class FastPacketizer(Packetizer):  # type: ignore[misc]  # paramiko ships no typ
                 message.add_bytes(part)
                 super().send_message(message)
             return
-        with self._write_lock:
-            packets = []
+        if len(data) <= _SMALL_BYTES:
+            head = _DATA_HEAD.pack(CHANNEL_DATA, channel, len(data))
+            with self._write_lock:
+                self._send_sealed(self._sealed(head, data), 1)
+            return
+        # At most one thread with much to send waits for the write lock, so a thread
+        # with little to send waits for one of them and not for all.
+        with self._bulk_lock, self._write_lock:
+            buffers = []
             for at in range(0, len(data), most):
                 part = data[at : at + most]
                 head = _DATA_HEAD.pack(CHANNEL_DATA, channel, len(part))
-                packets.append(self._sealed(head, part))
-            self._send_sealed(packets)
+                buffers += self._sealed(head, part)
+            self._send_sealed(buffers, len(buffers) // 2)
 
-    def write_all(self, out: bytes) -> None:
+    def write_all(self, out: memoryview | bytes) -> None:
         """Send all bytes, in order."""
-        view = memoryview(out)
-        while view:
-            try:
-                view = view[self._sock.send(view) :]
-            except TimeoutError:
-                if self.closed:
-                    raise EOFError from None
-                self.on_tick()
-            except OSError:
-                raise EOFError from None
+        try:
+            self._sock.sendall(out)
+        except OSError:
+            raise EOFError from None
 
-    def _sealed(self, head: bytes, body: memoryview | bytes) -> bytes:
+    def _sealed(self, head: bytes, body: memoryview | bytes) -> list[bytes]:
+        """Return a packet's length, and its encrypted rest."""
         cipher = self._cipher_out
         assert cipher is not None
         length = 1 + len(head) + len(body)
@@ -289,13 +326,20 @@ class FastPacketizer(Packetizer):  # type: ignore[misc]  # paramiko ships no typ
         # The padding need not be random: the cipher hides and authenticates it.
         plain = b"".join((_PADDING[padding], head, body, _ZEROS[padding]))
         size = _UINT32.pack(length + padding)
-        return size + bytes(cipher.engine.encrypt(cipher.next_nonce(), plain, size))
+        return [size, cipher.engine.encrypt(cipher.next_nonce(), plain, size)]
 
-    def _send_sealed(self, packets: list[bytes]) -> None:
-        out = packets[0] if len(packets) == 1 else b"".join(packets)
-        self.write_all(out)
-        self._bytes_out += len(out)
-        self._packets_out += len(packets)
+    def _send_sealed(self, buffers: list[bytes], packets: int) -> None:
+        total = sum(map(len, buffers))
+        sent = 0
+        if self._sendmsg is not None:
+            try:
+                sent = self._sendmsg(buffers)
+            except OSError:
+                raise EOFError from None
+        if sent < total:
+            self.write_all(memoryview(b"".join(buffers))[sent:])
+        self._bytes_out += total
+        self._packets_out += packets
         if (
             self._bytes_out >= self.REKEY_BYTES or self._packets_out >= self.REKEY_PACKETS
         ) and not self.need_rekey():

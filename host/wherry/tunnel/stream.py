@@ -13,8 +13,8 @@ class Sink(Protocol):
     No method may block: that thread serves every stream of the connection.
     """
 
-    def write(self, data: memoryview | bytes, /) -> int:
-        """Take the first bytes of ``data`` and return how many; 0 when there is no room.
+    def write(self, parts: list[memoryview], /) -> int:
+        """Take the first bytes of ``parts`` and return how many; 0 when there is no room.
 
         :raises OSError: the bytes can go nowhere any more.
         """
@@ -85,4 +85,4 @@ class Stream(Protocol):
 class DrainWrite(Protocol):
     """Writes all of some bytes, waiting as long as that takes."""
 
-    def __call__(self, data: memoryview | bytes, /) -> None: ...
+    def __call__(self, parts: list[memoryview], /) -> None: ...

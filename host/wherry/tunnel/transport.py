@@ -16,6 +16,8 @@ What is overridden, and why:
 from __future__ import annotations
 
 import logging
+import select
+import socket
 import threading
 import time
 from collections.abc import Callable
@@ -125,8 +127,7 @@ class TunnelTransport(Transport):  # type: ignore[misc]  # paramiko ships no typ
         dead_after_s: float,
         ended: Callable[[BaseException | None], None],
     ) -> None:
-        # A wait in the socket lasts until its timeout at most: then the silence is looked at.
-        self._active_check_timeout = keepalive_s / 2
+        self._active_check_timeout = None  # the socket's timeout: none
         super().__init__(
             sock,
             default_window_size=WINDOW_BYTES,
@@ -137,28 +138,35 @@ class TunnelTransport(Transport):  # type: ignore[misc]  # paramiko ships no typ
         self.logger = _logger
         self.log_name = _logger.name
         self.packetizer.set_log(_logger)
+        self.packetizer.ready_for_data = self._ready_for_data
         self.packetizer.on_data = self._channel_data
-        self.packetizer.on_tick = self._tick
+        self.packetizer.on_window = self._channel_window
         self.channels_seen = _Seen()
+        self._over = threading.Event()
+        self._watch = threading.Thread(target=self._keep_watch, name="tunnel-watch", daemon=True)
         self._keepalive_s = keepalive_s
         self._dead_after_s = dead_after_s
         self._asked_at = 0.0
+        self._dead: EOFError | None = None
         self._ended = ended
         self._opening: dict[int, StreamChannel] = {}
         self._deferred: list[Any] = []
 
     def run(self) -> None:
         """Serve the connection until it ends, then say so."""
+        self._watch.start()
         try:
             super().run()
         finally:
+            self._over.set()
+            self._watch.join()
             self._fail_opening()
             # paramiko wakes these waits only when the other side ended the connection.
             if self.completion_event is not None:
                 self.completion_event.set()
             if self.auth_handler is not None:
                 self.auth_handler.abort()
-            self._ended(self.saved_exception)
+            self._ended(self._dead or self.saved_exception)
 
     # -- opening ------------------------------------------------------------------------
 
@@ -237,14 +245,22 @@ class TunnelTransport(Transport):  # type: ignore[misc]  # paramiko ships no typ
         """Send channel data in packets of up to ``most`` bytes; waits during a key exchange."""
         self._send_user_message(_ChannelData(channel, data, most))
 
-    def _channel_data(self, chanid: int, data: memoryview) -> bool:
-        """Take data without paramiko's detour; False leaves a special case to paramiko."""
-        if self._expected_packet:
-            return False
+    def _ready_for_data(self) -> bool:
+        """Whether data may come now; during a key exchange paramiko judges it."""
+        return not self._expected_packet
+
+    def _channel_data(self, chanid: int, parts: list[memoryview]) -> None:
         channel = self._channels.get(chanid)
-        if channel is None:
+        if channel is not None:
+            channel.feed(parts)
+        elif chanid not in self.channels_seen:
+            raise SSHException(f"data for a channel {chanid} that never was")
+
+    def _channel_window(self, chanid: int, count: int) -> bool:
+        channel = self._channels.get(chanid)
+        if channel is None or self._expected_packet:
             return False
-        channel.feed(data)
+        channel.more_window(count)
         return True
 
     def _send_message(self, data: Any) -> None:
@@ -271,26 +287,49 @@ class TunnelTransport(Transport):  # type: ignore[misc]  # paramiko ships no typ
 
     # -- keepalive ----------------------------------------------------------------------
 
-    def _tick(self) -> None:
-        """Look at the silence; called when the socket was not ready for a while."""
-        if not self.authenticated_as_client():
-            return  # the handshake has a deadline of its own
-        now = time.monotonic()
-        silence = now - self.packetizer.last_received
-        if silence >= self._dead_after_s:
-            raise EOFError(f"no sign of life for {silence:.0f} s")
-        if silence >= self._keepalive_s and now - self._asked_at >= self._keepalive_s:
-            message = Message()
-            message.add_byte(cMSG_GLOBAL_REQUEST)
-            message.add_string("keepalive@openssh.com")
-            message.add_boolean(True)
-            # When another thread is sending, what it sends asks for an answer too.
-            if self.clear_to_send.is_set() and self.packetizer.send_message_now(message):
+    def _keep_watch(self) -> None:
+        """Look at the silence from time to time; the body of a thread of its own."""
+        while not self._over.wait(self._keepalive_s / 2):
+            if not self.authenticated_as_client():
+                continue  # the handshake has a deadline of its own
+            now = time.monotonic()
+            silence = now - self.packetizer.last_received
+            if silence >= self._dead_after_s:
+                self._dead = EOFError(f"no sign of life for {silence:.0f} s")
+                self.packetizer.close()
+                return
+            if silence >= self._keepalive_s and now - self._asked_at >= self._keepalive_s:
+                self._ask(now)
+
+    def _ask(self, now: float) -> None:
+        """Ask for any answer, unless that would wait: then what waits asks as well."""
+        message = Message()
+        message.add_byte(cMSG_GLOBAL_REQUEST)
+        message.add_string("keepalive@openssh.com")
+        message.add_boolean(True)
+        if not self.clear_to_send.is_set() or not _has_room(self.sock):
+            return
+        try:
+            if self.packetizer.send_message_now(message):
                 self._asked_at = now
+        except (EOFError, OSError, SSHException):
+            pass  # the transport's thread learns the same
 
     def authenticated_as_client(self) -> bool:
         """Whether the handshake is over."""
         return self.auth_handler is not None and bool(self.auth_handler.is_authenticated())
+
+
+def _has_room(sock: socket.socket) -> bool:
+    """Whether a small write to the socket would not wait."""
+    try:
+        if hasattr(select, "poll"):
+            poller = select.poll()
+            poller.register(sock.fileno(), select.POLLOUT)
+            return bool(poller.poll(0))
+        return bool(select.select([], [sock], [], 0)[1])
+    except (OSError, ValueError):
+        return False  # it is being closed
 
 
 def _refusal(target: str, code: int, text: str) -> TunnelError:
