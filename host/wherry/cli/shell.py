@@ -23,6 +23,7 @@ def ssh_block(where: Layout, name: str) -> str:
 
     :raises NotRunning: the machine does not run.
     """
+    from wherry.core.files import write_atomic
     from wherry.service import machine
     from wherry.tunnel.keys import load_keys
 
@@ -31,7 +32,9 @@ def ssh_block(where: Layout, name: str) -> str:
     if not address:
         raise NotRunning(f"machine {name} is not running", hint=f"start it: wherry start {name}")
     keys = load_keys(paths.keys)
-    # KnownHostsCommand carries the key itself: no file of known hosts to keep in step.
+    # Known by an alias, since the port is another one at each start.
+    known_hosts = paths.keys / "known_hosts"
+    write_atomic(known_hosts, f"wherry-{name} {keys.host.public}\n".encode())
     return "\n".join(
         (
             f"Host wherry-{name}",
@@ -40,7 +43,7 @@ def ssh_block(where: Layout, name: str) -> str:
             "  User root",
             f'  IdentityFile "{keys.user_path}"',
             "  IdentitiesOnly yes",
-            f'  UserKnownHostsFile "{paths.keys / "known_hosts"}"',
+            f'  UserKnownHostsFile "{known_hosts}"',
             "  GlobalKnownHostsFile /dev/null",
             f"  HostKeyAlias wherry-{name}",
             "  HostKeyAlgorithms ssh-ed25519",

@@ -8,7 +8,7 @@ import logging
 import queue
 import socket
 import threading
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from typing import Any
 
 from wherry.control import MAX_LINE_BYTES
@@ -45,11 +45,17 @@ class ControlServer:
         self._loop = loop
         self._connections: set[_Connection] = set()
         self._lock = threading.Lock()
+        self._requests: set[asyncio.Task[Any]] = set()
         self._acceptor = threading.Thread(target=self._accept, name="control accept", daemon=True)
         self._acceptor.start()
 
+    async def drain(self, timeout_s: float) -> None:
+        """Let requests that are under way be answered; on the loop, before :meth:`close`."""
+        if self._requests:
+            await asyncio.wait(set(self._requests), timeout=timeout_s)
+
     def close(self) -> None:
-        """Stop listening, let answers that are under way out, and end the threads."""
+        """Stop listening, let the answers given so far out, and end the threads."""
         self._listener.close()
         self._acceptor.join(_JOIN_TIMEOUT_S)
         with self._lock:
@@ -63,10 +69,34 @@ class ControlServer:
                 stream = self._listener.accept()
             except OSError:
                 return
-            connection = _Connection(stream, self._handlers, self._loop, self._forget)
+            connection = _Connection(stream, self._answer, self._loop, self._forget)
             with self._lock:
                 self._connections.add(connection)
             connection.start()
+
+    async def _answer(self, line: bytes, emit: Emit) -> Mapping[str, Any]:
+        """Run one request and return its last line."""
+        task = asyncio.current_task()
+        assert task is not None  # coroutines of a loop run in tasks
+        self._requests.add(task)
+        try:
+            request = json.loads(line)
+            handler = self._handlers.get(request["method"])
+            if handler is None:
+                raise WherryError(
+                    f"this machine's service does not know {request['method']!r}",
+                    hint="it is another version: wherry restart",
+                )
+            return {"result": await handler(request.get("params") or {}, emit)}
+        except WherryError as error:
+            status = error.exit_status
+            fields = {"message": error.message, "hint": error.hint, "exit_status": status}
+            return {"error": fields}
+        except (ValueError, TypeError, KeyError) as error:
+            log.exception("a control request failed")
+            return {"error": {"message": f"malformed request: {error!r}", "hint": ""}}
+        finally:
+            self._requests.discard(task)
 
     def _forget(self, connection: _Connection) -> None:
         with self._lock:
@@ -80,12 +110,12 @@ class _Connection:
     def __init__(
         self,
         stream: LocalStream,
-        handlers: Mapping[str, Handler],
+        answer: Callable[[bytes, Emit], Coroutine[Any, Any, Mapping[str, Any]]],
         loop: asyncio.AbstractEventLoop,
         on_end: Callable[[_Connection], None],
     ) -> None:
         self._stream = stream
-        self._handlers = handlers
+        self._answer = answer
         self._loop = loop
         self._on_end = on_end
         self._lines: queue.Queue[bytes | None] = queue.Queue(_EVENTS_QUEUED)
@@ -108,7 +138,7 @@ class _Connection:
             if line is None:
                 return
             self._writer.start()
-            future = asyncio.run_coroutine_threadsafe(self._answer(line), self._loop)
+            future = asyncio.run_coroutine_threadsafe(self._run(line), self._loop)
             # The client sends nothing more: whatever comes is the end of its interest.
             try:
                 while self._stream.recv(4096):
@@ -124,28 +154,8 @@ class _Connection:
             self._stream.close()
             self._on_end(self)
 
-    async def _answer(self, line: bytes) -> None:
-        try:
-            request = json.loads(line)
-            handler = self._handlers.get(request["method"])
-            if handler is None:
-                raise WherryError(
-                    f"this machine's service does not know {request['method']!r}",
-                    hint="it is another version: wherry restart",
-                )
-            reply = {"result": await handler(request.get("params") or {}, self._emit)}
-        except WherryError as error:
-            reply = {
-                "error": {
-                    "message": error.message,
-                    "hint": error.hint,
-                    "exit_status": error.exit_status,
-                }
-            }
-        except (ValueError, TypeError, KeyError) as error:
-            log.exception("a control request failed")
-            reply = {"error": {"message": f"malformed request: {error!r}", "hint": ""}}
-        self._put(_encode(reply))
+    async def _run(self, line: bytes) -> None:
+        self._put(_encode(await self._answer(line, self._emit)))
         self._put(None)
 
     def _emit(self, event: Mapping[str, Any]) -> None:

@@ -25,12 +25,13 @@ class Forwarder:
 
     :param human: QEMU's human monitor.
     :param network: id of the user-mode network device.
+    :param present: forwards that exist already, in a QEMU that an earlier service left.
     """
 
-    def __init__(self, human: Human, network: str) -> None:
+    def __init__(self, human: Human, network: str, present: Iterable[Forward] = ()) -> None:
         self._human = human
         self._network = network
-        self.present: set[Forward] = set()
+        self.present: set[Forward] = set(present)
         self.problems: dict[Forward, str] = {}
         """Forwards that could not be made, and why."""
 
@@ -47,7 +48,7 @@ class Forwarder:
     async def _add(self, forward: Forward) -> None:
         rule = f"{forward.protocol}:{forward.address}:{forward.port}-:{forward.port}"
         answer = await self._ask(f"hostfwd_add {self._network} {rule}")
-        if answer and "already" not in answer:
+        if answer:
             if self.problems.get(forward) != answer:
                 log.warning("port %s/%d: %s", forward.protocol, forward.port, answer)
             self.problems[forward] = answer

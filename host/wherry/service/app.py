@@ -26,6 +26,7 @@ from wherry.config.model import Config, check_host
 from wherry.control.server import ControlServer, Emit
 from wherry.core.bridge import in_thread, post
 from wherry.core.errors import StageError, TunnelError, WherryError
+from wherry.ports.desired import Forward
 from wherry.ports.forwarder import Forwarder
 from wherry.relay.relay import Relay
 from wherry.service import console, engine, state, status
@@ -53,6 +54,7 @@ _BOOT_S, _TUNNEL_S, _ENGINE_S = 45.0, 20.0, 45.0
 _GUEST_STOP_S = 60.0
 """The engine gives its containers 10 s by default, then the guest syncs its disk."""
 _QUIT_S = 10.0
+_DRAIN_S = 2.0
 _ENGINE_RETRY_S = 0.1
 
 
@@ -108,7 +110,7 @@ class Service:
         finally:
             if not self._stopped.done():
                 self._stopped.set_result(None)
-            await asyncio.sleep(0)  # the waiting handlers answer first
+            await control.drain(_DRAIN_S)
             await in_thread(control.close, name="control close")
 
     async def _live(self) -> int:
@@ -271,13 +273,18 @@ class Service:
         self._transition(State.RUNNING)
         self._guest = Guest(tunnel)
         self._guest.start()
-        self._forward_ports(driver, tunnel)
+        await self._forward_ports(driver, tunnel)
         self._started.set_result(None)
 
-    def _forward_ports(self, driver: QemuDriver, tunnel: Tunnel) -> None:
+    async def _forward_ports(self, driver: QemuDriver, tunnel: Tunnel) -> None:
         """Make published ports appear on the host, now and at every change."""
         loop = asyncio.get_running_loop()
-        forwarder = self._forwarder = Forwarder(driver.monitor.human, NETWORK_DEVICE)
+        present = [
+            Forward(each.protocol, each.address, each.port)
+            for each in await driver.host_forwards()
+            if (each.address, each.port) != self._ssh
+        ]
+        forwarder = self._forwarder = Forwarder(driver.monitor.human, NETWORK_DEVICE, present)
         queue: asyncio.Queue[list[dict[str, Any]]] = asyncio.Queue()
 
         async def apply() -> None:

@@ -8,6 +8,7 @@ import threading
 from wherry.core.errors import WherryError
 from wherry.service.agent import AgentClient, Health
 from wherry.service.agent_bundle import build
+from wherry.tunnel.connection import Process
 from wherry.tunnel.tunnel import Tunnel
 
 log = logging.getLogger(__name__)
@@ -67,13 +68,20 @@ class Guest:
     def _connect(self) -> None:
         try:
             process = self._tunnel.exec(self._bundle.command(), timeout_s=_START_TIMEOUT_S)
+            threading.Thread(
+                target=_log_stderr, args=(process,), name="agent stderr", daemon=True
+            ).start()
             agent = AgentClient(process.stdio, self._bundle, lost=self._lost)
-            boot_id = agent.hello(timeout_s=_START_TIMEOUT_S)
-            drift = agent.sync_clock(_CLOCK_THRESHOLD_S)
-            log.info("agent ready; boot %s; clock was off by %.3f s", boot_id, drift)
+            try:
+                boot_id = agent.hello(timeout_s=_START_TIMEOUT_S)
+                drift = agent.sync_clock(_CLOCK_THRESHOLD_S)
+            except BaseException:
+                agent.close()
+                raise
         except WherryError as error:
             log.warning("the agent did not start: %s", error)
             return
+        log.info("agent ready; boot %s; clock corrected by %.3f s", boot_id, drift)
         with self._lock:
             if self._closed:
                 agent.close()
@@ -83,3 +91,12 @@ class Guest:
     def _lost(self, error: WherryError) -> None:
         log.warning("the agent ended: %s", error)
         self._agent = None
+
+
+def _log_stderr(process: Process) -> None:
+    """Keep what the agent, or the shell that should start it, has to say; ends with it."""
+    try:
+        while said := process.recv_stderr(4096):
+            log.warning("agent: %s", said.decode(errors="replace").rstrip())
+    except WherryError:
+        pass  # the connection ended, which the session tells as well

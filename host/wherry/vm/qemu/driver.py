@@ -12,7 +12,7 @@ from wherry.vm.driver import Exit, Features, MachineSpec, ProcessIdentity
 from wherry.vm.qemu.arguments import GUEST_SSH_PORT, SSH_HOST, arguments
 from wherry.vm.qemu.process import QemuProcess
 from wherry.vm.qemu.programs import Programs
-from wherry.vm.qemu.qmp import Monitor, forwarded_port
+from wherry.vm.qemu.qmp import HostForward, Monitor, host_forwards
 
 _QUIT_TIMEOUT_S = 5.0
 
@@ -74,8 +74,14 @@ class QemuDriver:
 
     async def ssh_address(self) -> tuple[str, int]:
         """Ask the monitor which port QEMU bound."""
-        usernet = await self.monitor.human("info usernet")
-        return SSH_HOST, forwarded_port(usernet, GUEST_SSH_PORT)
+        for forward in await self.host_forwards():
+            if forward.guest_port == GUEST_SSH_PORT and forward.address == SSH_HOST:
+                return SSH_HOST, forward.port
+        raise WherryError(f"QEMU forwards nothing to the guest's port {GUEST_SSH_PORT}")
+
+    async def host_forwards(self) -> list[HostForward]:
+        """Return all ports of the host that QEMU forwards now, the one for SSH included."""
+        return host_forwards(await self.monitor.human("info usernet"))
 
     @property
     def monitor(self) -> Monitor:

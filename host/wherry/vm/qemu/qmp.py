@@ -6,7 +6,7 @@ import asyncio
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from qemu.qmp import EventListener, ExecuteError, QMPClient, QMPError
 
@@ -96,17 +96,30 @@ class Monitor:
 
 
 _FORWARD = re.compile(
-    r"^\s*TCP\[HOST_FORWARD\]\s+\d+\s+(?P<host>\S+)\s+(?P<port>\d+)\s+\S+\s+(?P<guest>\d+)\s",
+    r"^\s*(?P<protocol>TCP|UDP)\[HOST_FORWARD\]\s+\d+\s+"
+    r"(?P<address>\S+)\s+(?P<port>\d+)\s+\S+\s+(?P<guest>\d+)\s",
     re.MULTILINE,
 )
 
 
-def forwarded_port(usernet: str, guest_port: int) -> int:
-    """Find the host's port of a forward in the output of ``info usernet``.
+class HostForward(NamedTuple):
+    """A port of the host that QEMU forwards."""
 
-    :raises WherryError: no TCP forward leads to that port.
-    """
-    for match in _FORWARD.finditer(usernet):
-        if int(match["guest"]) == guest_port:
-            return int(match["port"])
-    raise WherryError(f"QEMU forwards nothing to the guest's port {guest_port}")
+    protocol: str
+    address: str
+    port: int
+    guest_port: int
+
+
+def host_forwards(usernet: str) -> list[HostForward]:
+    """Read the forwards from the output of ``info usernet``."""
+    return [
+        HostForward(
+            match["protocol"].lower(),
+            # An address that is not set prints as the name of all addresses.
+            "0.0.0.0" if match["address"] == "*" else match["address"],
+            int(match["port"]),
+            int(match["guest"]),
+        )
+        for match in _FORWARD.finditer(usernet)
+    ]
