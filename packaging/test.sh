@@ -1,0 +1,17 @@
+#!/usr/bin/env bash
+# Everything the tests need, then every test. Arguments go to pytest, for example:
+#   packaging/test.sh tests/unit          packaging/test.sh -m 'not vm'
+set -euo pipefail
+# shellcheck source=packaging/prepare.sh
+. "$(dirname "$0")/prepare.sh"
+
+prepare_system
+[ "$(uname -s)" = Linux ] && need_packages openssh-server
+prepare_python "[test]"
+
+# Machines of the tests live apart from the user's; images are shared, being expensive.
+prepare_image
+prepare_docker_cli
+
+cd "$top"
+exec python -m pytest "$@"
