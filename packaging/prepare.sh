@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Sourced by try.sh and test.sh: what both need, installed only where it is missing.
 
 top=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)

@@ -24,6 +24,7 @@ say "docker build"
 cp -R "$top/packaging/demo/." "$scratch"
 # The guest has a static busybox, so the demo needs no registry.
 wherry shell -- cat /usr/bin/busybox >"$scratch/busybox"
+chmod +x "$scratch/busybox"
 docker build -t wherry-demo "$scratch"
 
 say "docker run"

@@ -1,0 +1,49 @@
+"""Fixtures that every kind of test may use: above all the one machine that a run boots."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+
+import pytest
+from sandbox import Sandbox
+
+from wherry.config.layout import Layout
+from wherry.platform import current
+from wherry.vm.image import Image, installed
+
+
+@pytest.fixture(scope="session")
+def guest_image() -> Image:
+    """The newest installed image for this computer; `packaging/test.sh` builds one."""
+    platform = current()
+    for image in installed(Layout.current(platform)):
+        if image.architecture == platform.architecture():
+            return image
+    pytest.fail("no guest image is installed: run packaging/test.sh, or wherry image build")
+
+
+@pytest.fixture(scope="session")
+def sandbox(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sandbox]:
+    """One sandbox for the run."""
+    made = Sandbox(tmp_path_factory.mktemp("wherry"))
+    yield made
+    made.stop_all()
+
+
+@pytest.fixture(scope="session")
+def machine(sandbox: Sandbox, guest_image: Image) -> Sandbox:
+    """The one machine, named ``default``, that all tests share; it runs and has busybox."""
+    sandbox.wherry("start", "--cpus", "2", "--memory", "2GiB")
+    busybox = sandbox.wherry("shell", "--", "cat", "/usr/bin/busybox").stdout
+    context = sandbox.home / "busybox-image"
+    context.mkdir()
+    (context / "busybox").write_bytes(busybox)
+    (context / "busybox").chmod(0o755)
+    (context / "Dockerfile").write_text(
+        "FROM scratch\nCOPY busybox /bin/busybox\n"
+        'RUN ["/bin/busybox", "--install", "-s", "/bin"]\nCMD ["sh"]\n'
+    )
+    sandbox.docker("build", "-q", "-t", "busybox", str(context))
+    shutil.rmtree(context)
+    return sandbox

@@ -1,0 +1,105 @@
+"""A home of the tests' own, with the command line and the docker CLI run as a user would."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from wherry.config.layout import Layout
+from wherry.platform import current
+
+START_TIMEOUT_S = 400
+"""A start in emulation on a busy computer; the service's own bounds are shorter."""
+
+
+class Sandbox:
+    """A WHERRY_HOME and a DOCKER_CONFIG of the tests' own; images are the user's, by link."""
+
+    def __init__(self, directory: Path) -> None:
+        self.home = directory / "home"
+        self.docker_config = directory / "docker"
+        self.home.mkdir()
+        self.docker_config.mkdir()
+        (self.home / "images").symlink_to(Layout.current(current()).images)
+        self.env: dict[str, str] = {
+            **os.environ,
+            "WHERRY_HOME": str(self.home),
+            "DOCKER_CONFIG": str(self.docker_config),
+        }
+        self.env.pop("DOCKER_HOST", None)
+        self.env.pop("DOCKER_CONTEXT", None)
+
+    def wherry(
+        self,
+        *arguments: str,
+        check: bool = True,
+        timeout: float = START_TIMEOUT_S,
+        input: bytes | None = None,
+    ) -> subprocess.CompletedProcess[bytes]:
+        """Run the command line as a user would."""
+        return run(
+            [sys.executable, "-m", "wherry", *arguments],
+            env=self.env,
+            check=check,
+            timeout=timeout,
+            input=input,
+        )
+
+    def status(self, name: str = "default") -> dict[str, Any]:
+        """Return ``wherry status --json``."""
+        fields: dict[str, Any] = json.loads(self.wherry("status", name, "--json").stdout)
+        return fields
+
+    def docker(
+        self,
+        *arguments: str,
+        name: str = "wherry",
+        check: bool = True,
+        timeout: float = 300,
+        input: bytes | None = None,
+    ) -> subprocess.CompletedProcess[bytes]:
+        """Run the docker CLI on a machine's context."""
+        return run(
+            ["docker", "--context", name, *arguments],
+            env=self.env,
+            check=check,
+            timeout=timeout,
+            input=input,
+        )
+
+    def stop_all(self) -> None:
+        """Leave nothing running, whatever the tests did."""
+        for name in Layout(self.home, current()).machine_names():
+            self.wherry("stop", name, "--force", check=False)
+
+
+def run(
+    argv: Sequence[str],
+    *,
+    env: Mapping[str, str],
+    check: bool,
+    timeout: float,
+    input: bytes | None,
+) -> subprocess.CompletedProcess[bytes]:
+    """Run a program; a failure shows what it printed."""
+    done = subprocess.run(argv, env=env, capture_output=True, timeout=timeout, input=input)
+    if check and done.returncode != 0:
+        pytest.fail(f"{argv} ended with {done.returncode}:\n{done.stdout!r}\n{done.stderr!r}")
+    return done
+
+
+def wait_until(condition: Any, timeout_s: float, what: str) -> None:
+    """Wait until ``condition()`` holds."""
+    end = time.monotonic() + timeout_s
+    while not condition():
+        if time.monotonic() > end:
+            pytest.fail(f"{what}: not within {timeout_s:g} s")
+        time.sleep(0.05)

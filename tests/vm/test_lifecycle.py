@@ -1,0 +1,232 @@
+"""A machine's life, with the real QEMU, the real guest and the real docker CLI.
+
+The tests run in this order on the one machine of the run; each leaves it running.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import stat
+import subprocess
+import threading
+import time
+import urllib.request
+from pathlib import Path
+
+import psutil
+import pytest
+from sandbox import Sandbox, wait_until
+
+pytestmark = [pytest.mark.vm, pytest.mark.timeout(600)]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def fetch(url: str) -> bytes:
+    """Fetch, waiting for the port to appear and the server behind it to listen."""
+    end = time.monotonic() + 60
+    while True:
+        try:
+            with urllib.request.urlopen(url, timeout=10) as answer:
+                return bytes(answer.read())
+        except OSError:
+            if time.monotonic() > end:
+                raise
+            time.sleep(0.2)
+
+
+def test_status_tells_what_scripts_rely_on(machine: Sandbox) -> None:
+    status = machine.status()
+    assert status["name"] == "default"
+    assert status["state"] == "running"
+    assert status["docker_host"].startswith("unix:///")
+    assert status["docker_context"] == "wherry"
+    assert status["accelerator"] in ("kvm", "hvf", "whpx", "tcg")
+    assert (status["cpus"], status["memory_bytes"]) == (2, 2 << 30)
+    assert set(status["image"]) == {"version", "sha256"}
+    assert status["engine_version"].startswith("28.")
+    assert psutil.pid_exists(status["service_pid"])
+    assert psutil.pid_exists(status["qemu_pid"])
+    assert status["uptime_s"] > 0
+    assert status["idle_s"] is not None
+
+
+def test_only_the_user_can_reach_the_engine(machine: Sandbox) -> None:
+    path = Path(machine.status()["docker_host"].removeprefix("unix://"))
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
+    qmp = path.with_name("qmp.sock")
+    assert stat.S_IMODE(qmp.parent.stat().st_mode) == 0o700
+
+
+def test_the_engine_has_no_tcp_port(machine: Sandbox) -> None:
+    listening = machine.wherry("shell", "--", "ss", "-Hltn").stdout.decode()
+    ports = {line.split()[3].rsplit(":", 1)[1] for line in listening.splitlines()}
+    assert ports == {"22"}
+
+
+def test_a_container_runs_and_answers_on_its_port(machine: Sandbox) -> None:
+    port = free_port()
+    machine.docker(
+        "run", "-d", "--name", "web", "-p", f"{port}:80", "busybox",
+        "sh", "-c", "mkdir /www; echo here >/www/index.html; exec httpd -f -h /www",
+    )  # fmt: skip
+    assert fetch(f"http://127.0.0.1:{port}/") == b"here\n"
+    machine.docker("rm", "-f", "web")
+
+    def closed() -> bool:
+        with socket.socket() as probe:
+            return probe.connect_ex(("127.0.0.1", port)) != 0
+
+    wait_until(closed, 20, "the port is closed when its container is gone")
+
+
+def test_a_second_start_reports_running(machine: Sandbox) -> None:
+    before = machine.status()["qemu_pid"]
+    done = machine.wherry("start")
+    assert b"is running" in done.stdout
+    assert machine.status()["qemu_pid"] == before
+
+
+def test_a_setting_of_a_running_machine_is_refused(machine: Sandbox) -> None:
+    done = machine.wherry("start", "--cpus", "1", check=False)
+    assert done.returncode == 2
+    assert b"is running" in done.stderr
+
+
+def test_shell_passes_input_output_and_status(machine: Sandbox) -> None:
+    assert machine.wherry("shell", "--", "cat", input=b"a\0b").stdout == b"a\0b"
+    assert machine.wherry("shell", "--", "sh", "-c", "exit 7", check=False).returncode == 7
+    assert machine.wherry("shell", "default", "--", "echo", "two  words").stdout == b"two  words\n"
+
+
+def test_ssh_config_works_with_openssh(machine: Sandbox, tmp_path: Path) -> None:
+    config = tmp_path / "config"
+    config.write_bytes(machine.wherry("ssh-config").stdout)
+    said = subprocess.check_output(["ssh", "-F", config, "wherry-default", "hostname"])
+    assert said == b"wherry\n"
+
+
+def test_logs_of_every_source(machine: Sandbox) -> None:
+    assert b"wherry: ssh" in machine.wherry("logs", "--source", "console").stdout
+    assert b"state running" in machine.wherry("logs").stdout
+    assert b"API listen" in machine.wherry("logs", "--source", "engine").stdout
+
+
+def test_a_killed_service_leaves_the_containers_running(machine: Sandbox) -> None:
+    machine.docker("run", "-d", "--name", "survivor", "busybox", "sleep", "1000")
+    before = machine.status()
+    os.kill(before["service_pid"], signal.SIGKILL)
+    wait_until(lambda: machine.status()["state"] == "broken", 5, "status tells the death")
+    assert "service died" in machine.status()["reason"]
+    assert psutil.pid_exists(before["qemu_pid"])
+    machine.wherry("start")
+    after = machine.status()
+    assert after["qemu_pid"] == before["qemu_pid"]
+    assert machine.docker("ps", "--format", "{{.Names}}").stdout == b"survivor\n"
+    machine.docker("rm", "-f", "survivor")
+
+
+def test_published_ports_survive_a_killed_service(machine: Sandbox) -> None:
+    port = free_port()
+    machine.docker(
+        "run", "-d", "--name", "web", "-p", f"{port}:80", "busybox",
+        "sh", "-c", "mkdir /www; echo here >/www/index.html; exec httpd -f -h /www",
+    )  # fmt: skip
+    assert fetch(f"http://127.0.0.1:{port}/") == b"here\n"
+    os.kill(machine.status()["service_pid"], signal.SIGKILL)
+    machine.wherry("start")
+    assert fetch(f"http://127.0.0.1:{port}/") == b"here\n"
+    machine.docker("rm", "-f", "web")
+
+    def closed() -> bool:
+        with socket.socket() as probe:
+            return probe.connect_ex(("127.0.0.1", port)) != 0
+
+    wait_until(closed, 20, "the port is closed when its container is gone")
+
+
+def test_a_killed_qemu_is_noticed_and_the_data_is_intact(machine: Sandbox) -> None:
+    machine.docker("volume", "create", "kept")
+    machine.docker("run", "--rm", "-v", "kept:/v", "busybox", "sh", "-c", "echo data >/v/f; sync")
+    os.kill(machine.status()["qemu_pid"], signal.SIGKILL)
+    wait_until(lambda: machine.status()["state"] == "broken", 5, "status tells the death")
+    assert "signal 9" in machine.status()["reason"]
+    done = machine.docker("ps", check=False)
+    assert done.returncode != 0
+    machine.wherry("start")
+    said = machine.docker("run", "--rm", "-v", "kept:/v", "busybox", "cat", "/v/f")
+    assert said.stdout == b"data\n"
+    machine.docker("volume", "rm", "kept")
+
+
+def test_two_starts_at_once_after_both_were_killed(machine: Sandbox) -> None:
+    """Never two QEMUs on one disk, whoever starts them."""
+    status = machine.status()
+    os.kill(status["service_pid"], signal.SIGKILL)
+    os.kill(status["qemu_pid"], signal.SIGKILL)
+    results: list[int] = []
+    threads = [
+        threading.Thread(
+            target=lambda: results.append(machine.wherry("start", check=False).returncode)
+        )
+        for _ in range(2)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert results == [0, 0]
+    running = [
+        process.pid
+        for process in psutil.process_iter(["cmdline"])
+        if str(machine.home) in " ".join(process.info["cmdline"] or ())
+        and "qemu-system" in (process.info["cmdline"] or [""])[0]
+    ]
+    assert len(running) == 1
+
+
+def test_a_cut_connection_comes_back_under_an_open_endpoint(machine: Sandbox) -> None:
+    """The listener survives; a request after the cut waits for the new connection."""
+    machine.wherry("shell", "--", "pkill", "-f", "sshd-session", check=False)
+    assert machine.docker("version", "--format", "{{.Server.Version}}", timeout=60).stdout
+
+
+def test_a_second_machine_beside_the_first(machine: Sandbox) -> None:
+    machine.wherry("start", "second", "--cpus", "1", "--memory", "1GiB")
+    names = {each["name"]: each["state"] for each in json.loads(
+        machine.wherry("list", "--json").stdout)}  # fmt: skip
+    assert names == {"default": "running", "second": "running"}
+    assert machine.docker("images", "-q", name="wherry-second").stdout == b""
+    assert machine.docker("images", "-q").stdout != b""
+    machine.wherry("delete", "--yes", "second")
+    assert machine.wherry("status", "second", check=False).returncode == 3
+    contexts = machine.docker("context", "ls", "--format", "{{.Name}}").stdout.split()
+    assert b"wherry-second" not in contexts
+
+
+def test_stop_is_orderly_and_images_stay(machine: Sandbox) -> None:
+    before = machine.docker("images", "-q", "--no-trunc").stdout
+    machine.docker("run", "-d", "--name", "writer", "busybox", "sh", "-c",
+                   "trap 'echo bye >/bye; exit 3' TERM; while :; do sleep 0.1; done")  # fmt: skip
+    machine.wherry("stop")
+    status = machine.status()
+    assert status["state"] == "stopped"
+    assert (status["service_pid"], status["qemu_pid"]) == (None, None)
+    assert "guest did not shut down" not in machine.wherry("logs").stdout.decode()
+    assert machine.docker("ps", check=False).returncode != 0
+    machine.wherry("start")
+    assert machine.docker("images", "-q", "--no-trunc").stdout == before
+    # The container was asked to end, and what it wrote then is there.
+    code = machine.docker("inspect", "-f", "{{.State.ExitCode}}", "writer").stdout
+    assert code == b"3\n"
+    machine.docker("cp", "writer:/bye", str(machine.home / "bye"))
+    assert (machine.home / "bye").read_bytes() == b"bye\n"
+    machine.docker("rm", "writer")
