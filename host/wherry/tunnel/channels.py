@@ -28,8 +28,8 @@ from wherry.tunnel.stream import DrainWrite, Sink
 WINDOW_BYTES = 2 * 1024 * 1024
 """How much the guest may send ahead of a reader; also OpenSSH's own choice (``channels.h``)."""
 
-MAX_PACKET_BYTES = 128 * 1024
-"""The longest data we take in one packet; the guest fills it when bytes wait there."""
+MAX_PACKET_BYTES = 32 * 1024
+"""The longest data we take in one packet; OpenSSH's choice: longer ones were slower."""
 
 _STDERR = 1
 """SSH_EXTENDED_DATA_STDERR (RFC 4254 §5.2)."""

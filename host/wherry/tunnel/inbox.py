@@ -38,7 +38,10 @@ class Inbox:
             return sum(len(chunk) for chunk in self._chunks)
 
     def feed(self, parts: list[memoryview]) -> int:
-        """Add bytes; return how many of them the sink took at once."""
+        """Add bytes; return how many of them the sink took at once.
+
+        :param parts: good during the call alone; what stays is copied.
+        """
         taken = 0
         stalled: Sink | None = None
         with self._lock:
@@ -55,7 +58,7 @@ class Inbox:
                     return taken
                 self._draining = True
                 stalled = sink
-            self._chunks += parts
+            self._chunks.extend(memoryview(bytes(part)) for part in parts)
             if sink is None:
                 self._ready.notify()
         if stalled is not None:

@@ -36,6 +36,9 @@ MAX_PACKET_BYTES = 256 * 1024
 
 _BUFFER_BYTES = 2 * MAX_PACKET_BYTES
 _SMALL_BYTES = 8 * 1024
+_READ_BYTES = 256 * 1024
+"""More in one go would push everything else out of the processor's cache."""
+
 _LEAST_ROOM_BYTES = 64 * 1024
 _TAG_BYTES = 16
 _BLOCK_BYTES = 16
@@ -54,6 +57,8 @@ class _Cipher:
 
     def __init__(self, engine: Any, nonce: bytes) -> None:
         self.engine = engine
+        # Newer releases of cryptography have it; it saves a fresh object for each packet.
+        self.decrypt_into: Callable[..., int] | None = getattr(engine, "decrypt_into", None)
         self._fixed = nonce[:4]
         self._counter = int.from_bytes(nonce[4:], "big")
 
@@ -85,6 +90,7 @@ class FastPacketizer(Packetizer):  # type: ignore[misc]  # paramiko ships no typ
         self._sock = socket
         self._buffer = bytearray(_BUFFER_BYTES)
         self._view = memoryview(self._buffer)
+        self._plain = memoryview(bytearray(_BUFFER_BYTES))
         self._start = 0
         self._end = 0
         # Windows' sockets have no sendmsg.
@@ -95,9 +101,8 @@ class FastPacketizer(Packetizer):  # type: ignore[misc]  # paramiko ships no typ
         self._cipher_out: _Cipher | None = None
         self._bytes_in = self._packets_in = 0
         self._bytes_out = self._packets_out = 0
-        self._seqno_in = 0
         self.last_received = time.monotonic()
-        self._pushed_back: bytes | None = None
+        self._pushed_back: memoryview | None = None
         self.ready_for_data: Callable[[], bool] = lambda: False
         self.on_data: DataHandler = lambda channel, parts: None
         self.on_window: Callable[[int, int], bool] = lambda channel, count: False
@@ -170,30 +175,35 @@ class FastPacketizer(Packetizer):  # type: ignore[misc]  # paramiko ships no typ
                 if self.need_rekey():
                     raise NeedRekeyException
                 continue
-            message = Message(packet[2:end])
-            message.seqno = self._seqno_in
+            message = Message(bytes(packet[2:end]))
+            # RFC 4253 §11.4 wants it for SSH_MSG_UNIMPLEMENTED; it starts anew with the keys.
+            message.seqno = (self._packets_in - 1) & 0xFFFF_FFFF
             return kind, message
         answer: tuple[int, Any] = super().read_message()
         return answer
 
-    def _take_data(self, cipher: _Cipher, packet: bytes, end: int) -> bool:
+    def _take_data(self, cipher: _Cipher, packet: memoryview, end: int) -> bool:
         """Give data to :attr:`on_data`, with what is in the buffer for the same channel.
 
         A reader is so woken once for all that arrived, not for each packet.
         """
         if not self.ready_for_data():
             return False
-        channel = packet[2:6]
-        parts = [memoryview(packet)[10:end]]
+        (channel,) = _UINT32.unpack_from(packet, 2)
+        parts = [packet[10:end]]
         while len(parts) < _PARTS_AT_ONCE and self._has_packet():
             # The channel's number is encrypted: only a packet that is read tells it.
             packet = self._next_packet(cipher)
             end = len(packet) - packet[0]
-            if packet[1] != CHANNEL_DATA or packet[2:6] != channel or end < 10:
+            if (
+                packet[1] != CHANNEL_DATA
+                or end < 10
+                or _UINT32.unpack_from(packet, 2)[0] != channel
+            ):
                 self._pushed_back = packet
                 break
-            parts.append(memoryview(packet)[10:end])
-        self.on_data(_UINT32.unpack(channel)[0], parts)
+            parts.append(packet[10:end])
+        self.on_data(channel, parts)
         return True
 
     def _has_packet(self) -> bool:
@@ -204,29 +214,40 @@ class FastPacketizer(Packetizer):  # type: ignore[misc]  # paramiko ships no typ
         size: int = _UINT32.unpack_from(self._buffer, self._start)[0]
         return have >= 4 + size + _TAG_BYTES
 
-    def _next_packet(self, cipher: _Cipher) -> bytes:
-        """Return a packet's plain text: the padding's length, payload, padding."""
+    def _next_packet(self, cipher: _Cipher) -> memoryview:
+        """Return a packet's plain text: the padding's length, payload, padding.
+
+        It is good until the next packet that is not whole in the buffer is read.
+        """
         if self._pushed_back is not None:
             packet, self._pushed_back = self._pushed_back, None
             return packet
-        self._fill(4)
-        (size,) = _UINT32.unpack_from(self._buffer, self._start)
-        whole = 4 + size + _TAG_BYTES
+        at = self._start
+        if self._end - at < 4:
+            self._fill(4)
+            at = self._start
+        (size,) = _UINT32.unpack_from(self._buffer, at)
+        stop = at + 4 + size + _TAG_BYTES
         if not _BLOCK_BYTES <= size <= MAX_PACKET_BYTES or size % _BLOCK_BYTES:
             raise SSHException(f"the packet's length is {size}")
-        if self._end - self._start < whole:
-            self._fill(whole)
-        at = self._start
-        self._start = at + whole
+        if self._end < stop:
+            self._fill(stop - at)
+            at = self._start
+            stop = at + 4 + size + _TAG_BYTES
+        self._start = stop
         view = self._view
-        packet = bytes(
-            cipher.engine.decrypt(cipher.next_nonce(), view[at + 4 : at + whole], view[at : at + 4])
-        )
+        body = at + 4
+        if cipher.decrypt_into is None:
+            plain = cipher.engine.decrypt(cipher.next_nonce(), view[body:stop], view[at:body])
+            packet = memoryview(plain)
+        else:
+            # At the same place as the sealed one, so it lasts as long: until _fill().
+            packet = self._plain[body : body + size]
+            cipher.decrypt_into(cipher.next_nonce(), view[body:stop], view[at:body], packet)
         if packet[0] > size - 2:
             raise SSHException("the packet is all padding")
-        self._seqno_in = (self._seqno_in + 1) & 0xFFFF_FFFF
         self._packets_in += 1
-        self._bytes_in += whole
+        self._bytes_in += size
         if self._bytes_in >= self.REKEY_BYTES or self._packets_in >= self.REKEY_PACKETS:
             self._want_rekey_in()
         return packet
@@ -253,7 +274,7 @@ class FastPacketizer(Packetizer):  # type: ignore[misc]  # paramiko ships no typ
             self._start, self._end = 0, have
         while self._end - self._start < wanted:
             try:
-                count = self._sock.recv_into(self._view[self._end :])
+                count = self._sock.recv_into(self._view[self._end : self._end + _READ_BYTES])
             except OSError:
                 if self.closed:
                     raise EOFError from None
