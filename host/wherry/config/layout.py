@@ -38,14 +38,18 @@ def check_name(name: str) -> str:
 
     :raises UsageError: it cannot.
     """
-    usable = _NAME.fullmatch(name) and not _DEVICE_NAMES.fullmatch(name)
-    if not usable or ".." in name or name.endswith("."):
+    if not _is_name(name):
         shown = name if len(name) <= 60 else name[:57] + "..."
         raise UsageError(
             f"{shown!r} cannot be a machine's name",
             hint="use 1 to 40 small letters, digits, '-', '_' and single '.'",
         )
     return name
+
+
+def _is_name(name: str) -> bool:
+    usable = _NAME.fullmatch(name) and not _DEVICE_NAMES.fullmatch(name)
+    return bool(usable) and ".." not in name and not name.endswith(".")
 
 
 @dataclass(frozen=True)
@@ -173,5 +177,5 @@ class Layout:
         return sorted(
             entry.name
             for entry in self.machines.iterdir()
-            if _NAME.fullmatch(entry.name) and entry.is_dir()
+            if _is_name(entry.name) and entry.is_dir()
         )

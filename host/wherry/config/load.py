@@ -7,6 +7,7 @@ and the line. Editing keeps comments and order (tomlkit).
 from __future__ import annotations
 
 import difflib
+import re
 import tomllib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -16,6 +17,11 @@ from wherry.config.model import SETTINGS, Config, build
 from wherry.core.errors import ConfigError, UsageError
 from wherry.core.files import write_atomic
 from wherry.platform import Platform
+
+_ENCODING = "utf-8-sig"
+"""UTF-8, with the byte order mark that editors on Windows put before it, or without."""
+
+_TOML_LINE = re.compile(r" \(at line (?P<line>\d+), column (?P<column>\d+)\)$")
 
 _FREE_TABLES = ("engine",)
 """Tables whose keys are not ours: what is below them is not looked at here."""
@@ -35,7 +41,7 @@ def read_values(path: Path) -> dict[str, Any]:
     :raises ConfigError: as :func:`load`.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding=_ENCODING)
     except FileNotFoundError:
         return {}
     except (OSError, UnicodeDecodeError) as error:
@@ -48,7 +54,7 @@ def parse(text: str, path: Path) -> dict[str, Any]:
     try:
         document = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"{path} is not valid TOML: {error}", hint=f"edit {path}") from error
+        raise ConfigError(_toml_message(str(error), text, path), hint=f"edit {path}") from error
     values = {}
     for key, raw in _flatten(document):
         where = f"{path}:{_line_of(text, key)}"
@@ -59,6 +65,15 @@ def parse(text: str, path: Path) -> dict[str, Any]:
         except ValueError as error:
             raise ConfigError(f"{where}: {key}: {error}", hint=SETTINGS[key].help) from error
     return values
+
+
+def _toml_message(said: str, text: str, path: Path) -> str:
+    """Put the line where every other error has it."""
+    found = _TOML_LINE.search(said)
+    if found is None:  # "(at end of document)"
+        return f"{path}:{text.count(chr(10), 0, len(text.rstrip())) + 1}: not valid TOML: {said}"
+    what = f"{said[: found.start()]} in column {found['column']}"
+    return f"{path}:{found['line']}: not valid TOML: {what}"
 
 
 def edit(path: Path, changes: Mapping[str, Any]) -> None:
@@ -74,34 +89,38 @@ def edit(path: Path, changes: Mapping[str, Any]) -> None:
 
     read_values(path)  # a malformed file must not be half understood and rewritten
     try:
-        document = tomlkit.parse(path.read_text(encoding="utf-8"))
+        document = tomlkit.parse(path.read_text(encoding=_ENCODING))
     except FileNotFoundError:
         document = tomlkit.document()
     for key, raw in changes.items():
+        value = _checked(key, raw)
         *tables, leaf = _split(key)
         holder: Any = document
         for table in tables:
             if table not in holder:
-                if raw is None:
+                if value is None:
                     break
                 holder.add(table, tomlkit.table())
             holder = holder[table]
         else:
-            if raw is None:
+            if value is None:
                 holder.pop(leaf, None)
             else:
-                holder[leaf] = _checked(key, raw)
+                holder[leaf] = value
     text = tomlkit.dumps(document)
     parse(text, path)
     write_atomic(path, text.encode())
 
 
 def _checked(key: str, raw: Any) -> Any:
-    """Return the value as it goes into the file."""
-    if _split(key)[0] in _FREE_TABLES:
+    """Return the value as it goes into the file; None removes the key."""
+    table, *leaf = _split(key)
+    if leaf and table in _FREE_TABLES:
         return _scalar(raw)
     if key not in SETTINGS:
         raise UsageError(f"unknown key {key}", hint=_suggestion(key))
+    if raw is None:
+        return None
     setting = SETTINGS[key]
     try:
         setting.parse(raw)
@@ -143,15 +162,20 @@ def _suggestion(key: str) -> str:
 
 def _line_of(text: str, key: str) -> int:
     """Return the line, from 1, that sets a key: tomllib tells no positions of values."""
-    table = ""
+    table, key = "", _bare(key)
     for number, line in enumerate(text.splitlines(), 1):
         line = line.strip()
         if line.startswith("["):
-            table = line.strip("[]").strip() + "."
+            table = _bare(line.split("#", 1)[0]).strip("[]") + "."
             if table == key + ".":
                 return number
         elif "=" in line and not line.startswith("#"):
-            name = table + line.split("=", 1)[0].strip().replace('"', "")
+            name = table + _bare(line.split("=", 1)[0])
             if name == key or name.startswith(key + ".") or key.startswith(name + "."):
                 return number
     return 1
+
+
+def _bare(key: str) -> str:
+    """Return a key without the quotes and spaces that TOML allows around its parts."""
+    return re.sub(r"[\"'\s]", "", key)

@@ -24,6 +24,8 @@ SMALLEST_MEMORY = 512 * MIB
 
 SMALLEST_DISK = 1 * GIB
 
+_LARGEST_SIZE = 1 << 60
+
 
 def _as_is(value: Any) -> Any:
     return value
@@ -75,6 +77,8 @@ def _size(smallest: int) -> Callable[[Any], int]:
             size = parse_size(value)
         else:
             raise ValueError(f"{value!r} is not a size such as 4GiB")
+        if size > _LARGEST_SIZE:
+            raise ValueError("the size is more than any disk or memory has")
         if size < smallest:
             raise ValueError(f"{format_size(size)} is below the least, {format_size(smallest)}")
         return size
@@ -190,13 +194,13 @@ def check_host(config: Config, platform: Platform, *, disk_total: int | None = N
     if config.cpus > platform.cpu_count():
         raise UsageError(
             f"cpus = {config.cpus} is more than the {platform.cpu_count()} of this computer",
-            hint="set a smaller number: wherry config set cpus N",
+            hint="use a smaller number: --cpus N, or wherry config set cpus N",
         )
     if config.memory_bytes > platform.memory_bytes():
         raise UsageError(
             f"memory = {format_size(config.memory_bytes)} is more than the "
             f"{format_size(platform.memory_bytes())} of this computer",
-            hint="set a smaller size: wherry config set memory SIZE",
+            hint="use a smaller size: --memory SIZE, or wherry config set memory SIZE",
         )
     if config.accelerator not in ("auto", *platform.accelerators):
         raise UsageError(
@@ -207,5 +211,5 @@ def check_host(config: Config, platform: Platform, *, disk_total: int | None = N
         raise UsageError(
             f"disk = {format_size(config.disk_bytes)} is more than the "
             f"{format_size(disk_total)} that this computer's disk has",
-            hint="set a smaller size: wherry start --disk SIZE",
+            hint="use a smaller size: --disk SIZE, or wherry config set disk SIZE",
         )

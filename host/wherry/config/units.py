@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from decimal import Decimal
 
 _POWERS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
 _SIZE = re.compile(r"(?P<number>\d+(?:\.\d+)?)\s*(?P<prefix>[kmgt]?)(?:i?b)?", re.IGNORECASE)
@@ -16,7 +17,7 @@ def parse_size(text: str) -> int:
     match = _SIZE.fullmatch(text.strip())
     if match is None:
         raise ValueError(f"{text!r} is not a size such as 4GiB")
-    return int(float(match["number"]) * 1024 ** _POWERS[match["prefix"].lower()])
+    return int(Decimal(match["number"]) * 1024 ** _POWERS[match["prefix"].lower()])
 
 
 def format_size(size: float) -> str:

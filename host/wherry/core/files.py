@@ -12,7 +12,7 @@ _CHUNK_BYTES = 1 << 20
 
 
 def write_atomic(path: Path, data: bytes, *, mode: int = 0o600) -> None:
-    """Replace ``path`` by ``data`` in one step, durable when this returns.
+    """Replace ``path`` by ``data`` in one step; the data is on the disk before that.
 
     :param mode: permission bits of the new file.
     :raises OSError: the directory is missing, full or not writable; ``path`` is

@@ -54,7 +54,7 @@ def run(
         )
     except FileNotFoundError as error:
         raise WherryError(f"{name} is not installed or not on PATH", hint=hint) from error
-    except PermissionError as error:
+    except OSError as error:
         raise WherryError(f"{name} cannot be executed: {error.strerror}", hint=hint) from error
     except subprocess.TimeoutExpired as error:
         raise WherryError(f"{name} did not finish within {timeout_s:g} s", hint=hint) from error

@@ -23,6 +23,9 @@ MANIFEST = "manifest.json"
 CLIENTS = "clients"
 BOOT_FILES = ("kernel", "initrd", "root", "probe")
 
+_WORD = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+~-]*")
+"""What a version, an architecture and each part of a file's path look like."""
+
 _REBUILD = "build or fetch it again: wherry image build, or wherry image pull"
 
 
@@ -87,8 +90,8 @@ def read(directory: Path) -> Image:
         manifest: dict[str, Any] = json.loads(path.read_bytes())
         image = Image(
             directory=directory,
-            version=str(manifest["version"]),
-            architecture=str(manifest["architecture"]),
+            version=_word(str(manifest["version"])),
+            architecture=_word(str(manifest["architecture"])),
             engine_version=str(manifest["engine_version"]),
             cmdline=str(manifest["cmdline"]),
             files={
@@ -111,9 +114,16 @@ def read(directory: Path) -> Image:
 def _inside(name: str) -> str:
     """Refuse a file name that would lead out of the image's directory."""
     parts = name.split("/")
-    if not name or name.startswith("/") or ".." in parts or "\\" in name or ":" in name:
+    if not all(map(_WORD.fullmatch, parts)) or name == MANIFEST:
         raise ValueError(f"{name!r} is not a path inside the image")
     return name
+
+
+def _word(text: str) -> str:
+    """Refuse what would make the image's directory another one."""
+    if not _WORD.fullmatch(text):
+        raise ValueError(f"{text!r} cannot be in an image's name")
+    return text
 
 
 def verify(image: Image, *, progress: Callable[[int], None] | None = None) -> None:

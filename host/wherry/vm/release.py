@@ -18,7 +18,7 @@ from pathlib import Path
 
 from wherry.config.layout import Layout
 from wherry.core.errors import WherryError
-from wherry.core.files import sha256
+from wherry.core.files import sha256, write_atomic
 from wherry.vm.image import CLIENTS, MANIFEST, Image, install, read
 
 RELEASE_VARIABLE = "WHERRY_RELEASE_URL"
@@ -50,8 +50,15 @@ def pull(
     """
     base = f"{base_url.rstrip('/')}/{architecture}"
     staged = layout.images / f".pull-{architecture}"
-    layout.platform.make_private_directory(staged)
-    (staged / MANIFEST).write_bytes(_get(f"{base}/{MANIFEST}"))
+    manifest = _get(f"{base}/{MANIFEST}")
+    try:
+        layout.platform.make_private_directory(staged)
+        write_atomic(staged / MANIFEST, manifest)
+    except OSError as error:
+        raise WherryError(
+            f"{staged} cannot be written: {error.strerror}",
+            hint="free some space, or set WHERRY_HOME to another disk",
+        ) from error
     image = read(staged)
     if image.architecture != architecture:
         raise WherryError(f"{base}/{MANIFEST} describes an image for {image.architecture}")
@@ -81,6 +88,11 @@ def _fetch(
             continue
         try:
             _append(url, path, have, lambda done: progress(path.name, done, size), size)
+        except urllib.error.HTTPError as error:
+            error.close()  # it holds the connection
+            failure = error
+            if error.code < http.HTTPStatus.INTERNAL_SERVER_ERROR:
+                break  # the server would say it again
         except (OSError, http.client.HTTPException) as error:
             failure = error
     if isinstance(failure, WherryError):
@@ -110,6 +122,8 @@ def _get(url: str) -> bytes:
             data: bytes = response.read(_MANIFEST_LIMIT)
             return data
     except (OSError, ValueError, http.client.HTTPException) as error:
+        if isinstance(error, urllib.error.HTTPError):
+            error.close()  # it holds the connection
         raise WherryError(
             f"{url} cannot be fetched: {error}", hint="check the address and the network"
         ) from error

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import psutil
 
 from wherry.core.bridge import in_thread
+from wherry.core.clock import Deadline
 from wherry.core.errors import WherryError
 from wherry.core.processes import Argument, Child, TimeoutExpired, spawn
 from wherry.vm.driver import ProcessIdentity
 
 _KILL_TIMEOUT_S = 10.0
+_POLL_S = 0.2
 
 
 def find(identity: ProcessIdentity) -> psutil.Process | None:
@@ -83,9 +87,12 @@ class QemuProcess:
 
     async def wait(self) -> str:
         """Wait for its end, however long that takes, and return how it ended."""
-        child, process = self._child, self._process
+        child = self._child
         if child is None:
-            await in_thread(process.wait, name="qemu wait")
+            # Nothing reports the end of another's child, and a zombie whose parent
+            # does not reap it never goes away: it is looked at.
+            while self.alive:
+                await asyncio.sleep(_POLL_S)
             return "QEMU ended"
         status = await in_thread(child.wait, name="qemu wait")
         if status < 0:
@@ -109,10 +116,14 @@ class QemuProcess:
             if self._child is not None:
                 self._child.kill()
                 self._child.wait(_KILL_TIMEOUT_S)
-            else:
-                self._process.kill()
-                self._process.wait(_KILL_TIMEOUT_S)
+                return
+            self._process.kill()
+            deadline = Deadline(_KILL_TIMEOUT_S)
+            while self.alive and not deadline.passed:
+                time.sleep(_POLL_S)
         except psutil.NoSuchProcess:
-            pass
+            return
         except (psutil.Error, TimeoutExpired) as error:
             raise WherryError(f"QEMU (process {self.identity.pid}) cannot be ended") from error
+        if self.alive:
+            raise WherryError(f"QEMU (process {self.identity.pid}) does not end")

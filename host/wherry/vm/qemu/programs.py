@@ -33,7 +33,8 @@ def find(architecture: str, platform: Platform) -> Programs:
     """
     system = _which(f"qemu-system-{architecture}", platform)
     image_tool = _which("qemu-img", platform)
-    said = run([system, "--version"], timeout_s=_VERSION_TIMEOUT_S).stdout.decode(errors="replace")
+    asked = run([system, "--version"], timeout_s=_VERSION_TIMEOUT_S, hint=platform.qemu_hint)
+    said = asked.stdout.decode(errors="replace")
     match = re.search(r"version (\d+)\.(\d+)(?:\.\d+)?", said)
     if match is None:
         raise WherryError(f"{system} does not tell its version", hint=platform.qemu_hint)

@@ -1,0 +1,140 @@
+"""A host that is the same everywhere, directories of a test's own, fake programs on PATH."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from wherry.config.layout import Layout, MachinePaths
+from wherry.platform.linux import Linux
+
+GIB = 1 << 30
+
+
+class Host(Linux):
+    """A computer of known size; its accelerators fail as a test says."""
+
+    def __init__(self, sockets: Path) -> None:
+        self.problems: dict[str, str] = {}
+        self.cpus = 8
+        self.memory = 16 * GIB
+        self.machine = "x86_64"
+        self._sockets = sockets
+
+    def accelerator_problem(self, accelerator: str) -> str | None:
+        return self.problems.get(accelerator)
+
+    def architecture(self) -> str:
+        return self.machine
+
+    def cpu_model(self) -> str:
+        return "A Processor"
+
+    def cpu_count(self) -> int:
+        return self.cpus
+
+    def memory_bytes(self) -> int:
+        return self.memory
+
+    def short_directory(self) -> Path:
+        self.make_private_directory(self._sockets)
+        return self._sockets
+
+
+@pytest.fixture(autouse=True)
+def own_directories(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing of the user's is read or written."""
+    monkeypatch.setenv("WHERRY_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("DOCKER_CONFIG", str(tmp_path / "docker"))
+
+
+@pytest.fixture
+def host(tmp_path: Path) -> Host:
+    return Host(tmp_path / "run")
+
+
+@pytest.fixture
+def layout(tmp_path: Path, host: Host) -> Layout:
+    found = Layout(tmp_path / "home", host)
+    found.prepare()
+    return found
+
+
+@pytest.fixture
+def paths(layout: Layout) -> MachinePaths:
+    """The paths of a machine whose directory exists, and nothing in it."""
+    found = layout.machine("default")
+    found.directory.mkdir()
+    return found
+
+
+@dataclass
+class Programs:
+    """Shell scripts that are the only programs on PATH, and the calls they logged."""
+
+    directory: Path
+    log: Path = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.directory.mkdir()
+        self.log = self.directory / "calls"
+
+    def install(self, name: str, script: str) -> Path:
+        """Make a program; each call is logged as a line."""
+        path = self.directory / name
+        path.write_text(f'#!/bin/sh\necho "{name} $*" >>"{self.log}"\n{script}\n')
+        path.chmod(0o755)
+        return path
+
+    @property
+    def calls(self) -> list[str]:
+        return self.log.read_text().splitlines() if self.log.exists() else []
+
+
+@pytest.fixture
+def programs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Programs:
+    found = Programs(tmp_path / "bin")
+    monkeypatch.setenv("PATH", str(found.directory))
+    return found
+
+
+FILES = {"kernel": b"K" * 100, "initrd": b"I" * 200, "root": b"R" * 5000, "probe": b"P" * 50}
+
+MakeImage = Callable[..., Path]
+
+
+@pytest.fixture
+def make_image(layout: Layout) -> MakeImage:
+    """Write an image whose manifest is right, into ``images/`` unless told otherwise."""
+
+    def make(
+        version: str = "1",
+        architecture: str = "x86_64",
+        *,
+        directory: Path | None = None,
+        files: Mapping[str, bytes] = FILES,
+    ) -> Path:
+        target = directory or layout.images / f"{version}-{architecture}"
+        for name, contents in files.items():
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            (target / name).write_bytes(contents)
+        manifest = {
+            "schema": 1,
+            "version": version,
+            "architecture": architecture,
+            "engine_version": "28.5.2",
+            "cmdline": "quiet",
+            "files": {
+                name: {"size": len(contents), "sha256": hashlib.sha256(contents).hexdigest()}
+                for name, contents in files.items()
+            },
+        }
+        (target / "manifest.json").write_text(json.dumps(manifest))
+        return target
+
+    return make

@@ -1,0 +1,297 @@
+"""QEMU's arguments, programs, trial of accelerators and the text of its monitor."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from wherry.core.errors import WherryError
+from wherry.vm import image
+from wherry.vm.driver import MachineSpec
+from wherry.vm.image import Image
+from wherry.vm.qemu import probe, programs
+from wherry.vm.qemu.arguments import arguments, processor
+from wherry.vm.qemu.qmp import HostForward, host_forwards
+
+X86_BOARD = "q35,hpet=off,vmport=off,smbus=off,sata=off,i8042=off,usb=off"
+ARM_BOARD = "virt,gic-version=max"
+TCG = "tcg,thread=multi,tb-size=512"
+
+
+def spec(architecture: str, accelerator: str, directory: str = "/m") -> MachineSpec:
+    at = Path(directory)
+    return MachineSpec(
+        name="dev",
+        image=Image(at / "image", "1", architecture, "28.5.2", "quiet", {}),
+        cpus=3,
+        memory_bytes=(1 << 30) + (1 << 19),
+        accelerator=accelerator,
+        data_disk=at / "data.qcow2",
+        console_log=at / "console.log",
+        qmp_socket=at / "qmp.sock",
+        firmware_files={"machine.json": at / "machine.json", "host_key": at / "keys/host"},
+    )
+
+
+@pytest.mark.parametrize(
+    ("architecture", "accelerator", "board", "accel", "cpu", "serial"),
+    [
+        ("x86_64", "kvm", X86_BOARD, "kvm", "host", "ttyS0"),
+        ("x86_64", "hvf", X86_BOARD, "hvf", "host", "ttyS0"),
+        (
+            "x86_64",
+            "whpx",
+            X86_BOARD,
+            "whpx",
+            "qemu64,+ssse3,+sse4.1,+sse4.2,+popcnt,+aes",
+            "ttyS0",
+        ),
+        ("x86_64", "tcg", X86_BOARD, TCG, "max", "ttyS0"),
+        ("aarch64", "kvm", ARM_BOARD, "kvm", "host", "ttyAMA0"),
+        ("aarch64", "hvf", ARM_BOARD, "hvf", "host", "ttyAMA0"),
+        ("aarch64", "tcg", ARM_BOARD, TCG, "max", "ttyAMA0"),
+    ],
+)
+def test_the_whole_command_line(
+    architecture: str, accelerator: str, board: str, accel: str, cpu: str, serial: str
+) -> None:
+    # fmt: off
+    assert arguments(spec(architecture, accelerator)) == [
+        "-no-user-config",
+        "-nodefaults",
+        "-display", "none",
+        "-vga", "none",
+        "-parallel", "none",
+        "-machine", board,
+        "-accel", accel,
+        "-cpu", cpu,
+        "-smp", "3",
+        "-m", "1024M",
+        "-no-reboot",
+        "-kernel", "/m/image/kernel",
+        "-initrd", "/m/image/initrd",
+        "-append", f"quiet panic=-1 console={serial}",
+        "-name", "wherry-dev",
+        "-rtc", "base=utc",
+        "-chardev", "file,id=console,path=/m/console.log",
+        "-serial", "chardev:console",
+        "-qmp", "unix:/m/qmp.sock,server=on,wait=off",
+        "-blockdev", "driver=file,node-name=root-file,filename=/m/image/root,read-only=on",
+        "-blockdev", "driver=raw,node-name=root,file=root-file,read-only=on",
+        "-device", "virtio-blk-pci,drive=root,serial=wherry-root",
+        "-blockdev", "driver=file,node-name=data-file,filename=/m/data.qcow2,discard=unmap",
+        "-blockdev",
+        "driver=qcow2,node-name=data,file=data-file,discard=unmap,detect-zeroes=unmap",
+        "-device", "virtio-blk-pci,drive=data,serial=wherry-data",
+        "-netdev", "user,id=net0,hostfwd=tcp:127.0.0.1:0-:22",
+        "-device", "virtio-net-pci,netdev=net0,romfile=",
+        "-device", "virtio-balloon-pci,free-page-reporting=on",
+        "-device", "virtio-rng-pci",
+        "-fw_cfg", "name=opt/wherry/host_key,file=/m/keys/host",
+        "-fw_cfg", "name=opt/wherry/machine.json,file=/m/machine.json",
+    ]
+    # fmt: on
+
+
+def test_commas_in_paths_are_doubled_where_options_are_split() -> None:
+    said = arguments(spec("x86_64", "tcg", "/a,b"))
+    for option in ("-chardev", "-qmp", "-blockdev", "-fw_cfg"):
+        values = [said[n + 1] for n, word in enumerate(said) if word == option]
+        assert not any("/a,b" in value for value in values)
+    assert "unix:/a,,b/qmp.sock,server=on,wait=off" in said
+    # These are whole arguments, which QEMU does not split.
+    assert said[said.index("-kernel") + 1] == "/a,b/image/kernel"
+
+
+def test_whpx_never_asks_for_the_hosts_processor_on_x86() -> None:
+    assert processor("whpx", "x86_64") != "host"
+
+
+@pytest.mark.parametrize(
+    ("said", "version"),
+    [
+        ("QEMU emulator version 7.2.22 (Debian 1:7.2+dfsg-7+deb12u18)", "7.2.22"),
+        ("QEMU emulator version 10.0.2 (qemu-10.0.2-1.fc42)", "10.0.2"),
+        ("QEMU emulator version 9.2.0 (v9.2.0-12086-g26f8a0ba)", "9.2.0"),
+        ("QEMU emulator version 8.2", "8.2"),
+        ("QEMU emulator version 9.1.0-rc3", "9.1.0"),
+        ("warning: something\nQEMU emulator version 7.2.0", "7.2.0"),
+    ],
+)
+def test_versions_of_qemu(said: str, version: str, programs: Any, host: Any) -> None:
+    programs.install("qemu-system-x86_64", f"cat <<'END'\n{said}\nEND")
+    programs.install("qemu-img", "")
+    programs.directory.joinpath("cat").symlink_to("/bin/cat")
+    found = find("x86_64", host)
+    assert found.version == version
+    assert found.system == programs.directory / "qemu-system-x86_64"
+    assert found.img == programs.directory / "qemu-img"
+
+
+@pytest.mark.parametrize(
+    ("script", "said"),
+    [
+        ("echo QEMU emulator version 7.1.9", r"QEMU 7\.1\.9 .* is too old: 7\.2 is needed"),
+        ("echo QEMU emulator version 6.10.0", "is too old"),
+        ("echo it works", "does not tell its version"),
+        ("exit 0", "does not tell its version"),
+        ("echo 'libfoo.so: not found' >&2; exit 127", "failed with status 127: libfoo"),
+    ],
+)
+def test_a_qemu_that_cannot_be_used(script: str, said: str, programs: Any, host: Any) -> None:
+    programs.install("qemu-system-x86_64", script)
+    programs.install("qemu-img", "")
+    with pytest.raises(WherryError, match=said) as caught:
+        find("x86_64", host)
+    assert "apt install qemu-system" in caught.value.hint
+
+
+def test_no_qemu(programs: Any, host: Any) -> None:
+    with pytest.raises(
+        WherryError, match=r"qemu-system-x86_64 is not on PATH: .*; install it with"
+    ):
+        find("x86_64", host)
+    programs.install("qemu-system-x86_64", "")
+    with pytest.raises(WherryError, match="qemu-img is not on PATH"):
+        find("x86_64", host)
+    with pytest.raises(WherryError, match="qemu-system-aarch64 is not on PATH"):
+        find("aarch64", host)
+
+
+find = programs.find
+
+BOOTS = "echo; echo 'wherry: init'; exec /bin/sleep 60"
+HANGS = "echo Booting; exec /bin/sleep 60"
+CRASHES = "echo 'qemu: could not access KVM' >&2; exit 1"
+
+
+class Trials:
+    """A fake QEMU for each accelerator, and the cache of one host."""
+
+    def __init__(self, directory: Path, programs: Any, host: Any, tried: Image) -> None:
+        self.host, self.image = host, tried
+        self.cache = directory / "accelerators.json"
+        self._programs = programs
+
+    def choose(self, *, version: str = "7.2.0", **scripts: str) -> probe.Verdict:
+        cases = "".join(f"*' -accel {name}'*) {script};;\n" for name, script in scripts.items())
+        system = self._programs.install(
+            "qemu-system-x86_64", f'case " $*" in\n{cases}*) exit 9;; esac'
+        )
+        found = programs.Programs(system, system, version)
+        return asyncio.run(probe.choose(found, self.image, self.host, self.cache))
+
+    @property
+    def tried(self) -> list[str]:
+        """The accelerators of all trials until now."""
+        return [
+            words[words.index("-accel") + 1].split(",")[0]
+            for words in (line.split() for line in self._programs.calls)
+        ]
+
+
+@pytest.fixture
+def trials(
+    tmp_path: Path, programs: Any, host: Any, make_image: Any, monkeypatch: pytest.MonkeyPatch
+) -> Trials:
+    monkeypatch.setattr(probe, "_BOUND_HARDWARE_S", 0.2)
+    return Trials(tmp_path, programs, host, image.read(make_image()))
+
+
+def test_the_fastest_accelerator_that_boots_is_taken_and_kept(trials: Trials) -> None:
+    verdict = trials.choose(kvm=BOOTS, tcg=BOOTS)
+    assert (verdict.accelerator, verdict.warning) == ("kvm", "")
+    assert trials.choose(kvm=CRASHES, tcg=CRASHES).accelerator == "kvm"
+    assert trials.tried == ["kvm"]
+
+
+def test_the_trial_boots_the_probe_and_no_disk(trials: Trials, programs: Any) -> None:
+    trials.choose(kvm=BOOTS, tcg=BOOTS)
+    (call,) = programs.calls
+    assert f"-initrd {trials.image.probe}" in call
+    assert "-blockdev" not in call
+    assert "-netdev" not in call
+
+
+def test_an_accelerator_that_hangs_costs_its_bound_once(trials: Trials) -> None:
+    for _ in range(2):
+        verdict = trials.choose(kvm=HANGS, tcg=BOOTS)
+        assert verdict.accelerator == "tcg"
+        assert verdict.warning == (
+            "running in emulation, many times slower than with acceleration "
+            "(kvm: the trial boot did not leave the kernel within 0.2 s)"
+        )
+    assert trials.tried == ["kvm", "tcg"]
+
+
+def test_an_accelerator_that_crashes_is_told_with_its_reason(trials: Trials) -> None:
+    verdict = trials.choose(kvm=CRASHES, tcg=BOOTS)
+    assert verdict.accelerator == "tcg"
+    assert "kvm: the trial boot failed: qemu: could not access KVM" in verdict.warning
+    silent = trials.choose(version="8.0.0", kvm="exit 0", tcg=BOOTS)
+    assert "QEMU said nothing" in silent.warning
+
+
+def test_another_qemu_or_processor_is_tried_anew(trials: Trials) -> None:
+    trials.choose(kvm=HANGS, tcg=BOOTS)
+    assert trials.choose(version="9.0.0", kvm=BOOTS, tcg=BOOTS).accelerator == "kvm"
+    trials.host.cpu_model = lambda: "Another Processor"
+    assert trials.choose(version="9.0.0", kvm=BOOTS, tcg=BOOTS).accelerator == "kvm"
+    assert trials.tried == ["kvm", "tcg", "kvm", "kvm"]
+
+
+def test_permissions_are_asked_each_time(trials: Trials) -> None:
+    trials.host.problems["kvm"] = "/dev/kvm may not be opened"
+    verdict = trials.choose(kvm=BOOTS, tcg=BOOTS)
+    assert "kvm: /dev/kvm may not be opened" in verdict.warning
+    trials.host.problems.clear()
+    assert trials.choose(kvm=BOOTS, tcg=BOOTS).accelerator == "kvm"
+
+
+def test_a_foreign_architecture_is_emulated_without_a_trial_of_the_rest(trials: Trials) -> None:
+    trials.host.machine = "aarch64"
+    verdict = trials.choose(kvm=BOOTS, tcg=BOOTS)
+    assert verdict.accelerator == "tcg"
+    assert "this computer is not x86_64" in verdict.warning
+    assert trials.tried == ["tcg"]
+
+
+def test_when_nothing_boots_the_next_start_tries_again(trials: Trials) -> None:
+    with pytest.raises(WherryError, match=r"QEMU 7\.2\.0 cannot boot.*kvm: .*; tcg: .*verify"):
+        trials.choose(kvm=CRASHES, tcg=CRASHES)
+    assert trials.choose(kvm=BOOTS, tcg=BOOTS).accelerator == "kvm"
+
+
+@pytest.mark.parametrize("damage", ["", "[]", "{", '{"QEMU 7.2.0, x86_64 on A Processor": 5}'])
+def test_a_damaged_cache_is_made_anew(damage: str, trials: Trials) -> None:
+    trials.cache.write_text(damage)
+    assert trials.choose(kvm=HANGS, tcg=BOOTS).accelerator == "tcg"
+    assert list(json.loads(trials.cache.read_text()).values()) == [
+        {"kvm": "the trial boot did not leave the kernel within 0.2 s", "tcg": None}
+    ]
+
+
+# What QEMU 7.2 answers; -monitor and QMP end lines with CR LF.
+USERNET = """\
+Hub -1 (net0):\r
+  Protocol[State]    FD  Source Address  Port   Dest. Address  Port RecvQ SendQ\r
+  TCP[HOST_FORWARD]   9       127.0.0.1 18080       10.0.2.15    80     0     0\r
+  TCP[ESTABLISHED]   14       127.0.0.1 33501       10.0.2.15    22     0     0\r
+  TCP[HOST_FORWARD]   3       127.0.0.1 33501       10.0.2.15    22     0     0\r
+  UDP[HOST_FORWARD]   8               *  5353       10.0.2.15    53     0     0\r
+  UDP[236 sec]       29       10.0.2.15 41012        10.0.2.3    53     0     0\r
+"""
+
+
+def test_forwards_are_read_from_the_monitor() -> None:
+    assert host_forwards(USERNET) == [
+        HostForward("tcp", "127.0.0.1", 18080, 80),
+        HostForward("tcp", "127.0.0.1", 33501, 22),
+        HostForward("udp", "0.0.0.0", 5353, 53),
+    ]
+    assert host_forwards("") == []
+    assert host_forwards("unknown command: 'info usernet'\r\n") == []
