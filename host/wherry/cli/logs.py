@@ -11,7 +11,7 @@ import click
 from wherry.cli.common import layout, name_argument
 from wherry.core.errors import WherryError
 
-ENGINE_LOG = "/var/log/dockerd.log"
+ENGINE_LOG = "/var/log/dockerd/current"
 """Where the guest keeps what dockerd says."""
 
 _POLL_S = 0.2
