@@ -30,6 +30,9 @@ _FIRST_BUFFER_BYTES = 16 * 1024
 _FULL_BUFFER_BYTES = 128 * 1024
 _LOOK_AGAIN_MS = 1000
 
+_SEND_BUFFER_BYTES = 256 * 1024
+"""One read's worth of packets: with less (macOS: 8 KiB) a worker is woken for each read."""
+
 
 class Pump:
     """One relayed connection.
@@ -62,6 +65,7 @@ class Pump:
         try:
             if self._socket is not None:
                 self._socket.setblocking(False)
+                self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER_BYTES)
                 self._remote.deliver_to(self)
             else:
                 self._spawn(self._copy_down)

@@ -67,12 +67,12 @@ def make_keys(directory: Path) -> MachineKeys:
     """
     for name, comment in ((USER_KEY, "wherry user"), (HOST_KEY, "wherry guest")):
         path = directory / name
-        if path.exists():
-            pair = _load(path)
-        else:
+        if not path.exists():
             private = Ed25519PrivateKey.generate()
-            pair = _pair(private)
-            write_atomic(path, pair.private)
+            write_atomic(
+                path, private.private_bytes(Encoding.PEM, PrivateFormat.OpenSSH, NoEncryption())
+            )
+        pair = _load(path)
         # Written also when the private key exists: a crash may have come between.
         write_atomic(path.with_suffix(".pub"), f"{pair.public} {comment}\n".encode(), mode=0o644)
     return load_keys(directory)
@@ -96,16 +96,14 @@ def known_hosts_line(host: str, port: int, public: str) -> str:
     return f"{name} {public}"
 
 
-def _pair(private: Ed25519PrivateKey) -> KeyPair:
-    return KeyPair(
-        private.private_bytes(Encoding.PEM, PrivateFormat.OpenSSH, NoEncryption()),
-        private.public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH).decode(),
-    )
+def _public(private: Ed25519PrivateKey) -> str:
+    return private.public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH).decode()
 
 
 def _load(path: Path) -> KeyPair:
     try:
-        private = load_ssh_private_key(path.read_bytes(), password=None)
+        content = path.read_bytes()
+        private = load_ssh_private_key(content, password=None)
     except OSError as error:
         raise TunnelError(
             f"the key {path} cannot be read: {error.strerror}", hint=_DAMAGED_HINT
@@ -114,4 +112,4 @@ def _load(path: Path) -> KeyPair:
         raise TunnelError(f"the key {path} is damaged: {error}", hint=_DAMAGED_HINT) from error
     if not isinstance(private, Ed25519PrivateKey):
         raise TunnelError(f"the key {path} is not an Ed25519 key", hint=_DAMAGED_HINT)
-    return _pair(private)
+    return KeyPair(content, _public(private))

@@ -1,0 +1,403 @@
+"""The tunnel through a real sshd on loopback."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from loopback_sshd import LoopbackSshd, echo, unix_server
+
+from wherry.core.errors import TunnelError
+from wherry.tunnel.connection import Connection
+from wherry.tunnel.keys import make_keys
+from wherry.tunnel.packetizer import FastPacketizer
+from wherry.tunnel.tunnel import State, Tunnel
+
+pytestmark = pytest.mark.skipif(not Path("/usr/sbin/sshd").exists(), reason="needs openssh-server")
+
+WAIT_S = 10.0
+
+
+@pytest.fixture(scope="module")
+def sshd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LoopbackSshd]:
+    server = LoopbackSshd(tmp_path_factory.mktemp("sshd"))
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def own_sshd(tmp_path: Path) -> Iterator[LoopbackSshd]:
+    """One that the test may stop."""
+    server = LoopbackSshd(tmp_path / "sshd")
+    yield server
+    server.stop()
+
+
+def connect(sshd: LoopbackSshd, **options: Any) -> Connection:
+    options = {"user_key": sshd.keys.user, "host_public": sshd.keys.host.public} | options
+    return Connection.connect(sshd.address, user=sshd.user, timeout_s=WAIT_S, **options)
+
+
+@pytest.fixture
+def connection(sshd: LoopbackSshd) -> Iterator[Connection]:
+    before = set(threading.enumerate())
+    with contextlib.closing(connect(sshd)) as made:
+        yield made
+    assert set(threading.enumerate()) <= before
+
+
+def wait_for(condition: Any, what: str) -> None:
+    deadline = time.monotonic() + WAIT_S
+    while not condition():
+        assert time.monotonic() < deadline, what
+        time.sleep(0.01)
+
+
+# -- commands ------------------------------------------------------------------------------
+
+
+def test_the_fast_cipher_is_agreed_on(connection: Connection) -> None:
+    assert connection.cipher == "aes128-gcm@openssh.com"
+
+
+def test_run(connection: Connection) -> None:
+    done = connection.run("cat; echo error >&2; exit 3", b"input", timeout_s=WAIT_S)
+    assert (done.status, done.stdout, done.stderr) == (3, b"input", b"error\n")
+
+
+def test_run_takes_more_than_the_window_of_both_outputs(connection: Connection) -> None:
+    command = "head -c 6000000 /dev/zero >&2; head -c 6000000 /dev/zero; cat >/dev/null"
+    done = connection.run(command, bytes(5_000_000), timeout_s=WAIT_S)
+    assert (len(done.stdout), len(done.stderr)) == (6_000_000, 6_000_000)
+    done = connection.run("yes | head -c 3000000", timeout_s=WAIT_S, limit_bytes=10)
+    assert done.stdout == b"y\n" * 5
+
+
+def test_run_tells_the_signal(connection: Connection) -> None:
+    assert connection.run("kill -KILL $$", timeout_s=WAIT_S).status == 128 + signal.SIGKILL
+
+
+def test_run_is_bounded(connection: Connection) -> None:
+    start = time.monotonic()
+    with pytest.raises(TunnelError, match="did not end within"):
+        connection.run("sleep 30", timeout_s=0.5)
+    with pytest.raises(TunnelError, match=r"in time|did not end"):
+        connection.run("sleep 30", bytes(20_000_000), timeout_s=0.5)
+    assert time.monotonic() - start < 5
+    assert connection.run("echo still here", timeout_s=WAIT_S).stdout == b"still here\n"
+
+
+def test_a_command_need_not_read_its_input(connection: Connection) -> None:
+    assert connection.run("exit 4", bytes(20_000_000), timeout_s=WAIT_S).status == 4
+
+
+def test_exec_is_a_stream_both_ways(connection: Connection) -> None:
+    process = connection.exec("while read x; do echo got $x; done; echo bye >&2; exit 5")
+    process.stdio.sendall(b"one\n")
+    assert process.stdio.recv(100) == b"got one\n"
+    process.stdio.shutdown_write()
+    assert process.stdio.recv(100) == b""
+    assert process.recv_stderr(100) == b"bye\n"
+    assert process.wait(WAIT_S) == 5
+    process.close()
+
+
+# -- refusals ---------------------------------------------------------------------------------
+
+
+def test_another_host_key_is_refused(sshd: LoopbackSshd, tmp_path: Path) -> None:
+    threads = threading.active_count()
+    with pytest.raises(TunnelError, match="host key is not this machine's"):
+        connect(sshd, host_public=make_keys(tmp_path).host.public)
+    assert threading.active_count() == threads
+
+
+def test_another_user_key_is_refused(sshd: LoopbackSshd, tmp_path: Path) -> None:
+    threads = threading.active_count()
+    with pytest.raises(TunnelError, match="does not accept the machine's key"):
+        connect(sshd, user_key=make_keys(tmp_path).user)
+    assert threading.active_count() == threads
+
+
+def test_a_server_that_says_nothing_is_bounded(tmp_path: Path) -> None:
+    keys = make_keys(tmp_path)
+    threads = threading.active_count()
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        start = time.monotonic()
+        with pytest.raises(TunnelError, match="longer than"):
+            Connection.connect(
+                silent.getsockname(),
+                user_key=keys.user,
+                host_public=keys.host.public,
+                timeout_s=0.3,
+            )
+        assert time.monotonic() - start < 3
+        port = silent.getsockname()[1]
+    with pytest.raises(TunnelError, match=f"no connection to .*127.0.0.1:{port}"):
+        Connection.connect(
+            ("127.0.0.1", port), user_key=keys.user, host_public=keys.host.public, timeout_s=1
+        )
+    assert threading.active_count() == threads
+
+
+def test_a_socket_that_is_not_there_is_named(connection: Connection, tmp_path: Path) -> None:
+    with pytest.raises(TunnelError, match=f"nothing answers at {tmp_path}/none"):
+        connection.open_unix(f"{tmp_path}/none")
+    stream = connection.begin_unix(f"{tmp_path}/none")
+    with pytest.raises(TunnelError, match="nothing answers"):
+        stream.recv(1)
+    with pytest.raises(TunnelError, match="nothing answers"):
+        stream.sendall(b"x")
+    assert not connection.closed
+
+
+def test_concurrent_refusals_keep_their_reasons(connection: Connection, tmp_path: Path) -> None:
+    streams = [connection.begin_unix(f"{tmp_path}/none{n}") for n in range(20)]
+    for number, stream in enumerate(streams):
+        with pytest.raises(TunnelError, match=f"none{number} "):
+            stream.recv(1)
+
+
+# -- streams --------------------------------------------------------------------------------
+
+
+def test_a_stream_echoes_and_ends(connection: Connection, tmp_path: Path) -> None:
+    with unix_server(tmp_path / "s", echo) as path:
+        stream = connection.open_unix(path)
+        stream.sendall(b"hello")
+        assert stream.recv(100) == b"hello"
+        stream.shutdown_write()
+        stream.shutdown_write()
+        assert stream.recv(1) == b""
+        stream.close()
+        stream.close()
+        with pytest.raises(TunnelError, match="closed"):
+            stream.sendall(b"x")
+
+
+def test_closing_wakes_a_reader_and_a_writer(connection: Connection, tmp_path: Path) -> None:
+    go = threading.Event()
+    with unix_server(tmp_path / "s", lambda c: go.wait(WAIT_S) and None) as path:
+        stream = connection.open_unix(path)
+        errors: list[BaseException] = []
+
+        def keep(action: Any, argument: Any) -> None:
+            try:
+                action(argument)
+            except TunnelError as error:
+                errors.append(error)
+
+        threads = [
+            threading.Thread(target=keep, args=(stream.recv, 1)),
+            threading.Thread(target=keep, args=(stream.sendall, bytes(50_000_000))),
+        ]
+        for thread in threads:
+            thread.start()
+        time.sleep(0.1)
+        stream.close()
+        for thread in threads:
+            thread.join(WAIT_S)
+        go.set()
+        assert len(errors) == 2
+
+
+def test_a_stream_closed_while_opening_does_not_stay_open(
+    connection: Connection, tmp_path: Path
+) -> None:
+    ended = threading.Event()
+
+    def handler(c: socket.socket) -> None:
+        c.recv(1)
+        ended.set()
+
+    with unix_server(tmp_path / "s", handler) as path:
+        connection.begin_unix(path).close()
+        assert ended.wait(WAIT_S)
+
+
+def test_new_keys_during_a_transfer(
+    sshd: LoopbackSshd, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(FastPacketizer, "REKEY_BYTES", 3_000_000)
+    size = 30_000_000
+    received: list[int] = []
+    with unix_server(tmp_path / "s", echo) as path, contextlib.closing(connect(sshd)) as made:
+        stream = made.open_unix(path)
+
+        def receive() -> None:
+            left = size
+            while left and (data := stream.recv(1 << 20)):
+                left -= len(data)
+            received.append(size - left)
+
+        reader = threading.Thread(target=receive)
+        reader.start()
+        session = made._transport.H
+        for _ in range(30):
+            stream.sendall(bytes(1_000_000))
+            # Channels that end while keys are exchanged must not wait for that.
+            made.begin_unix(path).close()
+        reader.join(WAIT_S)
+        assert received == [size]
+        assert session != made._transport.H
+
+
+# -- the connection's end ----------------------------------------------------------------------
+
+
+def test_a_killed_server_ends_streams_with_an_error(own_sshd: LoopbackSshd, tmp_path: Path) -> None:
+    with (
+        unix_server(tmp_path / "s", echo) as path,
+        contextlib.closing(connect(own_sshd)) as made,
+    ):
+        stream = made.open_unix(path)
+        own_sshd.stop()
+        with pytest.raises(TunnelError, match="lost"):
+            stream.recv(1)
+        with pytest.raises(TunnelError, match="lost"):
+            stream.sendall(b"x")
+        assert made.closed
+        with pytest.raises(TunnelError, match="lost"):
+            made.open_unix(path)
+
+
+@pytest.mark.parametrize("busy", [False, True], ids=["idle", "sending"])
+def test_a_frozen_server_is_noticed(own_sshd: LoopbackSshd, tmp_path: Path, busy: bool) -> None:
+    errors: list[TunnelError] = []
+    over = threading.Event()
+
+    class Watcher:
+        def started(self, connection: Connection) -> None: ...
+
+        def ended(self, error: TunnelError) -> None:
+            errors.append(error)
+            over.set()
+
+    with unix_server(tmp_path / "s", lambda c: [*iter(lambda: c.recv(1 << 20), b"")]) as path:
+        made = connect(own_sshd, keepalive_s=0.3, dead_after_s=1.0, watcher=Watcher())
+        stream = made.open_unix(path)
+        sender = threading.Thread(target=_send_for_ever, args=(stream,))
+        if busy:
+            sender.start()
+            time.sleep(0.1)
+        own_sshd.signal_sessions(signal.SIGSTOP)
+        start = time.monotonic()
+        try:
+            assert over.wait(WAIT_S)
+        finally:
+            own_sshd.signal_sessions(signal.SIGCONT)
+            made.close()
+        assert 0.5 < time.monotonic() - start < 4
+        assert "no sign of life" in str(errors[0])
+        if busy:
+            sender.join(WAIT_S)
+            assert not sender.is_alive()
+
+
+def _send_for_ever(stream: Any) -> None:
+    with contextlib.suppress(TunnelError):
+        while True:
+            stream.sendall(bytes(1_000_000))
+
+
+def test_silence_alone_is_no_end(sshd: LoopbackSshd) -> None:
+    with contextlib.closing(connect(sshd, keepalive_s=0.2, dead_after_s=0.6)) as made:
+        time.sleep(1.5)
+        assert made.run("echo here", timeout_s=WAIT_S).stdout == b"here\n"
+
+
+def test_closing_leaves_no_thread(sshd: LoopbackSshd, tmp_path: Path) -> None:
+    threads = threading.active_count()
+    made = connect(sshd)
+    made.close()
+    made.close()
+    assert threading.active_count() == threads
+    with pytest.raises(TunnelError, match="lost"):
+        made.run("true", timeout_s=1)
+
+
+# -- Tunnel ---------------------------------------------------------------------------------
+
+
+class Kept:
+    """A tunnel to a server, and the states it went through."""
+
+    def __init__(self, sshd: LoopbackSshd, **options: Any) -> None:
+        self.sshd = sshd
+        self.states: list[State] = []
+        self.addresses: list[tuple[str, int]] = []
+        self.tunnel = Tunnel(
+            self._connect,
+            changed=lambda state, error: self.states.append(state),
+            longest_delay_s=0.1,
+            **options,
+        )
+        self.tunnel.start()
+
+    def _connect(self, watcher: Any) -> Connection:
+        self.addresses.append(self.sshd.address)
+        return connect(self.sshd, watcher=watcher)
+
+
+def test_the_tunnel_comes_back(own_sshd: LoopbackSshd) -> None:
+    threads = threading.active_count()
+    kept = Kept(own_sshd, outage_timeout_s=WAIT_S)
+    assert kept.tunnel.run("echo 1", timeout_s=WAIT_S).stdout == b"1\n"
+    own_sshd.stop()
+    wait_for(lambda: State.LOST in kept.states, "the loss was not told")
+    # The port may be another one after a restart.
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        own_sshd.port = probe.getsockname()[1]
+    threading.Timer(0.3, own_sshd.start).start()
+    # During the outage it waits, and then works.
+    assert kept.tunnel.run("echo 2", timeout_s=WAIT_S).stdout == b"2\n"
+    assert kept.addresses[0] != kept.addresses[-1]
+    assert kept.tunnel.counters.connections == 2
+    assert kept.tunnel.counters.failures >= 1
+    kept.tunnel.reconnect()
+    assert kept.tunnel.run("echo 3", timeout_s=WAIT_S).stdout == b"3\n"
+    kept.tunnel.close()
+    kept.tunnel.close()
+    assert kept.states[:2] == [State.CONNECTING, State.CONNECTED]
+    assert kept.states[-1] == State.CLOSED
+    wait_for(lambda: threading.active_count() <= threads, "a thread was left")
+    with pytest.raises(TunnelError, match="closed"):
+        kept.tunnel.run("true", timeout_s=1)
+
+
+def test_an_outage_is_bounded(own_sshd: LoopbackSshd) -> None:
+    own_sshd.stop()
+    kept = Kept(own_sshd, outage_timeout_s=0.3)
+    start = time.monotonic()
+    with pytest.raises(TunnelError, match=r"there is no connection.*refused"):
+        kept.tunnel.open_unix("/nowhere")
+    assert 0.2 < time.monotonic() - start < 3
+    kept.tunnel.close()
+
+
+def test_closing_does_not_wait_for_a_handshake(tmp_path: Path) -> None:
+    keys = make_keys(tmp_path)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        tunnel = Tunnel(
+            lambda watcher: Connection.connect(
+                silent.getsockname(),
+                user_key=keys.user,
+                host_public=keys.host.public,
+                timeout_s=60,
+                watcher=watcher,
+            )
+        )
+        tunnel.start()
+        silent.accept()[0].close()  # the first attempt fails, another follows
+        peer, _ = silent.accept()
+        start = time.monotonic()
+        tunnel.close()
+        peer.close()
+        assert time.monotonic() - start < 3
