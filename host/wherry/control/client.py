@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import socket as sockets
+import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -21,6 +24,7 @@ def call(
     params: Mapping[str, Any] | None = None,
     *,
     on_event: Callable[[Mapping[str, Any]], None] = lambda event: None,
+    timeout_s: float | None = None,
 ) -> Any:
     """Ask a machine's service and return its result.
 
@@ -28,6 +32,7 @@ def call(
     a service that dies ends the call.
 
     :param on_event: called with each event before the result.
+    :param timeout_s: seconds, for what a service answers at once unless it hangs.
     :raises NotRunning: no service listens.
     :raises WherryError: what the service reports, with its exit status.
     """
@@ -35,7 +40,18 @@ def call(
         stream = platform.connect_local(socket, _CONNECT_TIMEOUT_S)
     except OSError as error:
         raise NotRunning("the machine's service does not run", hint="wherry start") from error
+    late = threading.Event()
+
+    def give_up() -> None:
+        late.set()
+        with contextlib.suppress(OSError):  # it was closed just now
+            stream.shutdown(sockets.SHUT_RDWR)
+
+    timer = threading.Timer(timeout_s or 0, give_up)
+    timer.daemon = True
     try:
+        if timeout_s is not None:
+            timer.start()
         request = {"method": method, "params": dict(params or {})}
         stream.sendall(json.dumps(request).encode() + b"\n")
         buffered = b""
@@ -43,7 +59,7 @@ def call(
             while b"\n" not in buffered:
                 chunk = stream.recv(65536)
                 if not chunk or len(buffered) > MAX_LINE_BYTES:
-                    raise _ended()
+                    raise EOFError
                 buffered += chunk
             line, buffered = buffered.split(b"\n", 1)
             reply = json.loads(line)
@@ -53,9 +69,20 @@ def call(
                 raise _failure(reply["error"])
             else:
                 return reply["result"]
-    except OSError as error:
+    except (OSError, EOFError) as error:
+        if late.is_set():
+            raise WherryError(
+                f"the machine's service did not answer within {timeout_s:g} s",
+                hint="it may hang; see: wherry logs",
+            ) from error
         raise _ended() from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise WherryError(
+            f"the machine's service answered something else: {error!r}",
+            hint="it is another version: end it and start the machine again",
+        ) from error
     finally:
+        timer.cancel()
         stream.close()
 
 

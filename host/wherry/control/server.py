@@ -95,6 +95,11 @@ class ControlServer:
         except (ValueError, TypeError, KeyError) as error:
             log.exception("a control request failed")
             return {"error": {"message": f"malformed request: {error!r}", "hint": ""}}
+        except Exception as error:
+            # Whatever it is, the client waits for an answer.
+            log.exception("a control request failed")
+            said = f"an error in the machine's service: {error!r}"
+            return {"error": {"message": said, "hint": "see: wherry logs"}}
         finally:
             self._requests.discard(task)
 
@@ -128,7 +133,8 @@ class _Connection:
     def finish(self) -> None:
         """End the connection once what is queued is written, or after a bound."""
         self._put(None)
-        self._writer.join(_JOIN_TIMEOUT_S)
+        if self._writer.ident is not None:  # else there was no request yet
+            self._writer.join(_JOIN_TIMEOUT_S)
         self._shutdown()
         self._reader.join(_JOIN_TIMEOUT_S)
 

@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import shutil
+import stat
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +103,8 @@ def _set_current(name: str | None) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         # Resolved: many keep the file in a repository and link to it.
-        write_atomic(path.resolve(), json.dumps(config, indent="\t").encode() + b"\n")
+        path = path.resolve()
+        mode = stat.S_IMODE(path.stat().st_mode) if path.exists() else 0o600
+        write_atomic(path, json.dumps(config, indent="\t").encode() + b"\n", mode=mode)
     except OSError as error:
         raise WherryError(f"{path} cannot be written: {error}") from error

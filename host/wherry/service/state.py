@@ -7,6 +7,7 @@ the service is gone, so it holds for true only what the processes named in it co
 from __future__ import annotations
 
 import enum
+import itertools
 import json
 import os
 import time
@@ -89,7 +90,9 @@ def find_orphan(paths: MachinePaths) -> ProcessIdentity | None:
     """
     needle = f"unix:{str(paths.qmp_socket).replace(',', ',,')},"
     for process in psutil.process_iter(["cmdline"]):
-        if any(needle in argument for argument in process.info["cmdline"] or ()):
+        words = process.info["cmdline"] or ()
+        # Not any process that mentions the socket: what is found here may be killed.
+        if any(a == "-qmp" and b.startswith(needle) for a, b in itertools.pairwise(words)):
             try:
                 if process.status() != psutil.STATUS_ZOMBIE:
                     return ProcessIdentity(process.pid, process.create_time())
@@ -121,7 +124,7 @@ def _load(paths: MachinePaths) -> Record:
         )
     except FileNotFoundError:
         return Record()
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, OverflowError):
         # Writing is atomic, so this is damage from outside; processes still tell the rest.
         return Record(state=State.BROKEN, reason=f"{paths.state} cannot be read")
 

@@ -26,8 +26,8 @@ def find(identity: ProcessIdentity) -> psutil.Process | None:
         # The kernel counts in ticks of 10 ms, and psutil adds the time of boot to it.
         same = abs(process.create_time() - identity.created) < 0.5
         return process if same and process.status() != psutil.STATUS_ZOMBIE else None
-    except psutil.Error:
-        return None
+    except (psutil.Error, ValueError, OverflowError):
+        return None  # the last two: what a damaged file has is no process's number
 
 
 def identify(pid: int) -> ProcessIdentity:

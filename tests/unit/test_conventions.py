@@ -1,0 +1,71 @@
+"""The house rules: format, lint, types, layers, and a command line that answers at once."""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+PROGRAMS = Path(sys.executable).parent
+
+HELP_S = 0.25
+SLOW_IMPORTS = ("asyncio", "cryptography", "msgspec", "paramiko", "psutil", "qemu", "rich")
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize(
+    "command",
+    ["ruff check", "ruff format --check", "mypy", "lint-imports"],
+)
+def test_tools(command: str) -> None:
+    program, *arguments = command.split()
+    done = subprocess.run(
+        [PROGRAMS / program, *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, source_directories()))},
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def source_directories() -> list[Path]:
+    return [ROOT / "host", ROOT / "guest", ROOT / "images"]
+
+
+PRINT_MODULES = (
+    "import atexit, json, sys; atexit.register(lambda: print(json.dumps([*sys.modules])))"
+)
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["start", "--help"], ["config", "--help"]])
+def test_the_command_line_imports_nothing_slow(arguments: list[str]) -> None:
+    script = f"{PRINT_MODULES}\nimport wherry.cli\nwherry.cli.main({arguments})"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, check=True)
+    modules = {name.partition(".")[0] for name in json.loads(done.stdout.splitlines()[-1])}
+    assert "click" in modules
+    assert not modules & set(SLOW_IMPORTS)
+
+
+def test_help_is_there_at_once() -> None:
+    def once() -> float:
+        begin = time.perf_counter()
+        done = subprocess.run([sys.executable, "-m", "wherry", "--help"], capture_output=True)
+        assert done.returncode == 0
+        return time.perf_counter() - begin
+
+    def floor() -> float:
+        begin = time.perf_counter()
+        subprocess.run([sys.executable, "-c", "import click"], capture_output=True)
+        return time.perf_counter() - begin
+
+    taken = statistics.median(once() for _ in range(5))
+    # Where the interpreter itself is slow, as on a busy computer, that is no fault of ours.
+    assert taken <= max(HELP_S, 2 * statistics.median(floor() for _ in range(5)))

@@ -1,0 +1,155 @@
+"""The system's edge on POSIX: private directories and Unix sockets."""
+
+from __future__ import annotations
+
+import os
+import socket
+import stat
+import threading
+from pathlib import Path
+
+import pytest
+
+from wherry.platform import Platform, current
+from wherry.platform.macos import MacOS
+from wherry.platform.posix import Posix
+
+
+def listens(path: Path) -> bool:
+    with socket.socket(socket.AF_UNIX) as client:
+        return client.connect_ex(str(path)) == 0
+
+
+def test_this_system_is_one() -> None:
+    here = current()
+    assert here.accelerators[-1] == "tcg"
+    assert here.accelerator_problem("tcg") is None
+    assert here.accelerator_problem("nonsense")
+    assert here.cpu_count() >= 1
+    assert here.memory_bytes() > 1 << 28
+    assert here.cpu_model()
+    assert here is current()
+
+
+@pytest.mark.parametrize(
+    ("said", "named"), [("arm64", "aarch64"), ("AMD64".lower(), "x86_64"), ("x86_64", "x86_64")]
+)
+def test_architectures_have_one_name(
+    said: str, named: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("platform.machine", lambda: said)
+    assert Posix().architecture() == named
+
+
+def test_macos_knows_its_accelerators() -> None:
+    assert MacOS().accelerators == ("hvf", "tcg")
+    assert MacOS().accelerator_problem("kvm") == "macOS does not have it"
+
+
+def test_a_socket_is_the_users_alone_whatever_the_umask(host: Platform, tmp_path: Path) -> None:
+    before = os.umask(0)
+    try:
+        listener = host.listen_local(tmp_path / "s")
+        assert os.umask(0) == 0
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "s").stat().st_mode) == 0o600
+    assert listener.docker_host == f"unix://{tmp_path}/s"
+    listener.close()
+    listener.close()
+    assert not (tmp_path / "s").exists()
+
+
+def test_a_stale_socket_is_replaced(host: Platform, tmp_path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as stale:
+        stale.bind(str(tmp_path / "s"))
+    listener = host.listen_local(tmp_path / "s")
+    assert listens(tmp_path / "s")
+    listener.close()
+
+
+def test_a_socket_in_use_is_not_taken(host: Platform, tmp_path: Path) -> None:
+    first = host.listen_local(tmp_path / "s")
+    with pytest.raises(OSError, match="another program listens there"):
+        host.listen_local(tmp_path / "s")
+    assert listens(tmp_path / "s")
+    first.close()
+
+
+def test_what_is_no_socket_is_not_removed(host: Platform, tmp_path: Path) -> None:
+    (tmp_path / "s").write_text("precious")
+    with pytest.raises(OSError, match="no socket"):
+        host.listen_local(tmp_path / "s")
+    assert (tmp_path / "s").read_text() == "precious"
+    (tmp_path / "link").symlink_to(tmp_path / "s")
+    with pytest.raises(OSError, match="no socket"):
+        host.listen_local(tmp_path / "link")
+
+
+def test_closing_leaves_what_took_its_place(host: Platform, tmp_path: Path) -> None:
+    old = host.listen_local(tmp_path / "s")
+    (tmp_path / "s").unlink()
+    new = host.listen_local(tmp_path / "s")
+    old.close()
+    assert listens(tmp_path / "s")
+    new.close()
+
+
+def test_closing_wakes_who_waits_for_a_connection(host: Platform, tmp_path: Path) -> None:
+    listener = host.listen_local(tmp_path / "s")
+    ended: list[type[BaseException]] = []
+
+    def accept() -> None:
+        try:
+            while True:
+                listener.accept().close()
+        except OSError as error:
+            ended.append(type(error))
+
+    thread = threading.Thread(target=accept)
+    thread.start()
+    listens(tmp_path / "s")
+    listener.close()
+    thread.join(10)
+    assert ended
+
+
+def test_connecting(host: Platform, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        host.connect_local(tmp_path / "s", 1)
+    listener = host.listen_local(tmp_path / "s")
+    client = host.connect_local(tmp_path / "s", 5)
+    server = listener.accept()
+    client.sendall(b"hello")
+    assert server.recv(10) == b"hello"
+    client.close()
+    assert server.recv(10) == b""
+    server.close()
+    listener.close()
+
+
+def test_a_directory_is_made_private_and_narrowed(host: Platform, tmp_path: Path) -> None:
+    path = tmp_path / "a/b"
+    host.make_private_directory(path)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o700
+    path.chmod(0o755)
+    host.make_private_directory(path)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o700
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="needs root, to give a directory away")
+def test_another_users_directory_is_not_ours(host: Platform, tmp_path: Path) -> None:
+    path = tmp_path / "theirs"
+    path.mkdir()
+    os.chown(path, 65534, 65534)
+    with pytest.raises(PermissionError, match="belongs to another user"):
+        host.make_private_directory(path)
+
+
+def test_the_short_directory_is_short_and_private(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    found = current().short_directory()
+    assert found == tmp_path / "wherry"
+    assert stat.S_IMODE(found.stat().st_mode) == 0o700
