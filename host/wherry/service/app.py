@@ -51,8 +51,9 @@ _EMULATION_FACTOR = 5.0
 _IMAGE_S, _DISK_S, _MACHINE_S, _ADOPT_S = 60.0, 300.0, 30.0, 10.0
 _ACCELERATOR_S = 120.0
 _BOOT_S, _TUNNEL_S, _ENGINE_S = 45.0, 20.0, 45.0
-_GUEST_STOP_S = 60.0
-"""The engine gives its containers 10 s by default, then the guest syncs its disk."""
+_GUEST_STOP_S = 90.0
+"""The engine gives its containers 10 s by default, then the guest syncs its disk; the
+guest bounds each of its steps, to 25 s together."""
 _QUIT_S = 10.0
 _DRAIN_S = 2.0
 _ENGINE_RETRY_S = 0.1
@@ -385,9 +386,8 @@ class Service:
             except TunnelError as error:
                 # It may go down before it has answered; whether it does is seen below.
                 log.info("poweroff: %s", error)
-            factor = _EMULATION_FACTOR if self._record.accelerator == "tcg" else 1.0
             try:
-                await asyncio.wait_for(driver.wait(), _GUEST_STOP_S * factor)
+                await asyncio.wait_for(driver.wait(), _GUEST_STOP_S)
             except TimeoutError:
                 log.warning("the guest did not shut down; ending QEMU")
             self._stages.tell("stop", "end")
