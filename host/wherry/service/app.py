@@ -12,8 +12,10 @@ one disk.
 from __future__ import annotations
 
 import asyncio
+import functools
 import json
 import logging
+import shutil
 import signal
 import time
 from collections.abc import Mapping
@@ -31,7 +33,7 @@ from wherry.ports.forwarder import Forwarder
 from wherry.relay.relay import Relay
 from wherry.service import console, engine, state, status
 from wherry.service.guest import Guest
-from wherry.service.stages import Stages
+from wherry.service.stages import DEFAULT_BOUNDS, Bounds, Stages
 from wherry.service.state import Record, State
 from wherry.tunnel.connection import Connection
 from wherry.tunnel.keys import load_keys
@@ -45,27 +47,42 @@ from wherry.vm.qemu.process import QemuProcess
 
 log = logging.getLogger(__name__)
 
-_EMULATION_FACTOR = 5.0
-"""How much longer the guest may take for each stage when it is emulated."""
+_UNASKED_STOP_S = 5.0
+"""For a guest that perhaps never heard that it should power off."""
 
-_IMAGE_S, _DISK_S, _MACHINE_S, _ADOPT_S = 60.0, 300.0, 30.0, 10.0
-_ACCELERATOR_S = 120.0
-_BOOT_S, _TUNNEL_S, _ENGINE_S = 45.0, 20.0, 45.0
-_GUEST_STOP_S = 90.0
-"""The engine gives its containers 10 s by default, then the guest syncs its disk; the
-guest bounds each of its steps, to 25 s together."""
+_LINGER_S = 5.0
+"""How long a failed start is kept for the command that began it to ask."""
+
+_BOOT_TRIES = 3
+"""QEMU before 8.1 rarely emulates a self-modifying kernel wrongly with several processors
+(its commit deba78709a mends that); the kernel then panics early, before it has written
+anything, and another try is as good as the first."""
+
 _QUIT_S = 10.0
 _DRAIN_S = 2.0
 _ENGINE_RETRY_S = 0.1
 
 
 class Service:
-    """One machine's service."""
+    """One machine's service.
 
-    def __init__(self, layout: Layout, paths: MachinePaths) -> None:
+    :param bounds: how long each stage may take.
+    """
+
+    def __init__(
+        self, layout: Layout, paths: MachinePaths, bounds: Bounds = DEFAULT_BOUNDS
+    ) -> None:
         self._layout = layout
         self._paths = paths
-        self._record = Record(State.STARTING, service=state.ourselves())
+        self._bounds = bounds
+        # What an earlier service knew of a QEMU that this one may adopt.
+        before = state.read(paths)
+        self._record = Record(
+            State.STARTING,
+            service=state.ourselves(),
+            accelerator=before.accelerator,
+            warning=before.warning,
+        )
         self._stages = Stages()
         self._warning = ""
         self._engine_version = ""
@@ -87,6 +104,7 @@ class Service:
         self._stop_wanted = asyncio.Event()
         self._stopped: asyncio.Future[None] = loop.create_future()
         self._started: asyncio.Future[None] = loop.create_future()
+        self._asked = asyncio.Event()
         # A failure that nobody waits for is in the log and the state all the same.
         self._started.add_done_callback(lambda future: future.cancelled() or future.exception())
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -129,6 +147,7 @@ class Service:
                 self._fail_start(error)
                 await self._tear_down(force=True)
                 self._transition(State.BROKEN, getattr(error, "message", str(error)))
+                await self._linger(wanted)
                 return 1
             else:
                 ended = await self._await_end(wanted)
@@ -142,7 +161,15 @@ class Service:
         finally:
             wanted.cancel()
 
+    async def _linger(self, wanted: asyncio.Task[bool]) -> None:
+        """Stay until the command that began this has asked how it went."""
+        asked = asyncio.create_task(self._asked.wait(), name="asked")
+        await asyncio.wait({asked, wanted}, return_when=asyncio.FIRST_COMPLETED, timeout=_LINGER_S)
+        asked.cancel()
+
     def _fail_start(self, error: BaseException) -> None:
+        if isinstance(error, OSError):
+            error = WherryError(str(error), hint="see: wherry logs")
         if not isinstance(error, WherryError):
             error = WherryError(f"an internal error: {error!r}", hint="see: wherry logs")
         if not self._started.done():
@@ -159,25 +186,25 @@ class Service:
             gone.cancel()
 
     async def _start(self) -> None:
-        layout, paths = self._layout, self._paths
+        layout, paths, bounds = self._layout, self._paths, self._bounds
         config = load(paths.config, layout.platform)
-        check_host(config, layout.platform)
+        total = shutil.disk_usage(paths.directory).total
+        check_host(config, layout.platform, disk_total=total)
         chosen = image.choose(layout, config.image, layout.platform.architecture())
         self._image = chosen
         tools = programs.find(chosen.architecture, layout.platform)
         self._driver = driver = QemuDriver(tools, paths.qemu_log)
         keys = load_keys(paths.keys)
         orphan = state.find_orphan(paths)
-        accelerator = self._record.accelerator or state.read(paths).accelerator
 
         adopted = False
         if orphan is not None:
-            spec = self._spec(chosen, config, accelerator or "tcg")
+            spec = self._spec(chosen, config, self._record.accelerator or "tcg")
             try:
                 await self._stages.run(
                     "adopt",
-                    lambda: driver.adopt(spec, orphan, timeout_s=_ADOPT_S),
-                    timeout_s=_ADOPT_S + 1,
+                    lambda: driver.adopt(spec, orphan, timeout_s=bounds.adopt_s),
+                    timeout_s=bounds.adopt_s + 1,
                 )
                 adopted = True
             except StageError as error:
@@ -185,26 +212,29 @@ class Service:
                 await in_thread(
                     QemuProcess.adopt(orphan, paths.qemu_log).kill, name="end the orphan"
                 )
-        if not adopted:
-            await self._launch(config, chosen, tools, driver)
-        factor = _EMULATION_FACTOR if self._record.accelerator in ("tcg", "") else 1.0
-        await self._connect(driver, keys, factor)
+        if adopted:
+            await self._await_boot()
+        else:
+            driver = await self._launch(config, chosen, tools)
+        await self._connect(driver, keys)
 
     async def _launch(
-        self, config: Config, chosen: image.Image, tools: programs.Programs, driver: QemuDriver
-    ) -> None:
+        self, config: Config, chosen: image.Image, tools: programs.Programs
+    ) -> QemuDriver:
+        """Start QEMU and wait until the guest has booted."""
         layout, paths, stages = self._layout, self._paths, self._stages
+        bounds = self._bounds
         await stages.run(
             "image",
             lambda: in_thread(lambda: image.verify(chosen), name="verify image"),
-            timeout_s=_IMAGE_S,
+            timeout_s=bounds.image_s,
         )
         accelerator = config.accelerator
         if accelerator == "auto":
             verdict = await stages.run(
                 "accelerator",
                 lambda: probe.choose(tools, chosen, layout.platform, layout.accelerators),
-                timeout_s=_ACCELERATOR_S,
+                timeout_s=bounds.accelerator_s,
             )
             accelerator, self._warning = verdict.accelerator, verdict.warning
         if self._warning:
@@ -215,36 +245,55 @@ class Service:
                 lambda: disk.grow(paths.data_disk, config.disk_bytes, qemu_img=tools.img),
                 name="check disk",
             ),
-            timeout_s=_DISK_S,
+            timeout_s=bounds.disk_s,
         )
         spec = self._spec(chosen, config, accelerator)
-        await stages.run(
-            "machine",
-            lambda: driver.start(spec, timeout_s=_MACHINE_S),
-            timeout_s=_MACHINE_S + 5,
-        )
-        self._record = replace(
-            self._record, qemu=driver.identity, accelerator=accelerator, warning=self._warning
-        )
-        self._save()
+        for tries_left in reversed(range(_BOOT_TRIES)):
+            self._driver = driver = QemuDriver(tools, paths.qemu_log)
+            await stages.run(
+                "machine",
+                functools.partial(driver.start, spec, timeout_s=bounds.machine_s),
+                timeout_s=bounds.machine_s + 5,
+            )
+            self._record = replace(
+                self._record, qemu=driver.identity, accelerator=accelerator, warning=self._warning
+            )
+            self._save()
+            try:
+                await self._await_boot()
+                break
+            except StageError:
+                oops = console.emulation_oops(console.read(paths.console_log))
+                if accelerator != "tcg" or not oops or not tries_left:
+                    raise
+                log.warning("booting again: QEMU's emulation made the kernel fail: %s", oops)
+                await driver.stop(timeout_s=_QUIT_S)
+        return driver
 
-    async def _connect(self, driver: QemuDriver, keys: Any, factor: float) -> None:
-        paths, stages = self._paths, self._stages
-        self._record = replace(self._record, qemu=driver.identity)
-        self._save()
-        await stages.run(
+    async def _await_boot(self) -> None:
+        """Wait until the guest's sshd listens."""
+        bounds = self._bounds.for_accelerator(self._record.accelerator)
+        await self._stages.run(
             "boot",
-            lambda: self._unless_exit(console.wait_for_line(paths.console_log, "wherry: ssh")),
-            timeout_s=_BOOT_S * factor,
+            lambda: self._unless_exit(
+                console.wait_for_line(self._paths.console_log, "wherry: ssh")
+            ),
+            timeout_s=bounds.boot_s,
             hint="see: wherry logs --source console",
         )
+
+    async def _connect(self, driver: QemuDriver, keys: Any) -> None:
+        paths, stages = self._paths, self._stages
+        bounds = self._bounds.for_accelerator(self._record.accelerator)
+        self._record = replace(self._record, qemu=driver.identity)
+        self._save()
         self._ssh = address = await driver.ssh_address()
         tunnel = self._tunnel = Tunnel(
             lambda watcher: Connection.connect(
                 address,
                 user_key=keys.user,
                 host_public=keys.host.public,
-                timeout_s=_TUNNEL_S * factor,
+                timeout_s=bounds.tunnel_s,
                 watcher=watcher,
             ),
             changed=self._tunnel_changed(),
@@ -253,9 +302,9 @@ class Service:
         await stages.run(
             "tunnel",
             lambda: self._unless_exit(
-                in_thread(lambda: tunnel.wait(_TUNNEL_S * factor), name="tunnel wait")
+                in_thread(lambda: tunnel.wait(bounds.tunnel_s), name="tunnel wait")
             ),
-            timeout_s=_TUNNEL_S * factor + 1,
+            timeout_s=bounds.tunnel_s + 1,
             hint="see: wherry logs --source console",
         )
         self._relay = Relay(
@@ -266,8 +315,8 @@ class Service:
         self._relay.start()
         self._engine_version = await stages.run(
             "engine",
-            lambda: self._unless_exit(self._await_engine(tunnel, _ENGINE_S * factor)),
-            timeout_s=_ENGINE_S * factor + 1,
+            lambda: self._unless_exit(self._await_engine(tunnel, bounds.engine_s)),
+            timeout_s=bounds.engine_s + 1,
             hint="see: wherry logs --source engine",
         )
         self._record = replace(self._record, state=State.RUNNING, started=time.time())
@@ -381,13 +430,15 @@ class Service:
         if driver is not None and driver.identity is not None and tunnel is not None and not force:
             self._stages.tell("stop", "begin")
             driver.expect_shutdown()
+            patience_s = self._bounds.guest_stop_s
             try:
                 await in_thread(lambda: tunnel.run("poweroff", timeout_s=_QUIT_S), name="poweroff")
             except TunnelError as error:
                 # It may go down before it has answered; whether it does is seen below.
                 log.info("poweroff: %s", error)
+                patience_s = min(patience_s, _UNASKED_STOP_S)
             try:
-                await asyncio.wait_for(driver.wait(), _GUEST_STOP_S)
+                await asyncio.wait_for(driver.wait(), patience_s)
             except TimeoutError:
                 log.warning("the guest did not shut down; ending QEMU")
             self._stages.tell("stop", "end")
@@ -406,7 +457,11 @@ class Service:
         self._tell({"event": "state", "state": str(new), "reason": reason})
 
     def _save(self) -> None:
-        state.write(self._paths, self._record)
+        try:
+            state.write(self._paths, self._record)
+        except OSError as error:
+            # A full disk is no reason to lose the machine, least of all when it stops.
+            log.warning("%s cannot be written: %s", self._paths.state, error)
 
     def _tell(self, event: Mapping[str, Any]) -> None:
         for emit in list(self._event_listeners):
@@ -420,10 +475,15 @@ class Service:
 
     async def _on_wait_running(self, params: Mapping[str, Any], emit: Emit) -> dict[str, Any]:
         silence = self._stages.listen(emit)
+        self._asked.set()
         try:
             await asyncio.shield(self._started)
         finally:
             silence()
+        if self._stop_wanted.is_set() or self._record.state is not State.RUNNING:
+            raise WherryError(
+                f"machine {self._paths.name} is just stopping", hint="repeat the command"
+            )
         return self._status()
 
     async def _on_stop(self, params: Mapping[str, Any], emit: Emit) -> None:

@@ -16,6 +16,7 @@ from wherry.core.errors import WherryError
 
 _POLL_S = 0.02
 _FATAL = re.compile(r"wherry: fatal: (?P<reason>[^\r\n]*)[\r\n]")
+_INT3 = re.compile(r"(Oops: )?int3: 0000[^\r\n]*")
 _PANIC = re.compile(r"Kernel panic - not syncing: (?P<reason>[^\r\n]*)")
 
 
@@ -41,6 +42,16 @@ def explain(text: str) -> str:
     if panic := _PANIC.search(text):
         return f"the guest's kernel panicked: {panic['reason']}"
     return ""
+
+
+def emulation_oops(text: str) -> str:
+    """Return the line by which the kernel tells that it ran into a breakpoint that is gone.
+
+    The kernel patches its own code through breakpoints (``text_poke_bp``); QEMU before
+    8.1 may execute one after its removal. Nothing else ends in this oops.
+    """
+    found = _INT3.search(text)
+    return found[0] if found else ""
 
 
 def read(console: Path) -> str:

@@ -6,29 +6,43 @@ import os
 import sys
 import time
 
+from filelock import FileLock, Timeout
+
 from wherry.config.layout import Layout, MachinePaths
 from wherry.control.client import call
 from wherry.core.clock import Deadline
 from wherry.core.errors import NotRunning, WherryError
-from wherry.core.processes import Argument, Child, spawn
+from wherry.core.processes import Argument, Child, TimeoutExpired, spawn
+from wherry.service import SERVICE_ARGUMENT, state
+from wherry.vm.qemu.process import QemuProcess
 
 ALREADY_RUNS = 75
 """Exit status of a service that found another one at work (EX_TEMPFAIL, sysexits.h)."""
 
-SERVICE_ARGUMENT = "--service"
-"""What makes the frozen program run as a service."""
-
 _APPEAR_TIMEOUT_S = 20.0
 _LEAVE_TIMEOUT_S = 10.0
+_HELLO_TIMEOUT_S = 5.0
+"""A service answers this at once, unless it hangs."""
+
+_FORCE_TIMEOUT_S = 30.0
+"""Closing what is open has bounds of its own, which together are shorter."""
+
 _POLL_S = 0.02
 
 
 def answers(layout: Layout, paths: MachinePaths) -> bool:
-    """Whether the machine's service answers."""
+    """Whether the machine's service answers.
+
+    :raises WherryError: one is there, but hangs.
+    """
     try:
-        call(layout.platform, paths.control_socket, "hello")
-    except WherryError:
+        call(layout.platform, paths.control_socket, "hello", timeout_s=_HELLO_TIMEOUT_S)
+    except NotRunning:
         return False
+    except WherryError:
+        if _is_free(paths):
+            return False  # it left meanwhile
+        raise
     return True
 
 
@@ -39,23 +53,45 @@ def ensure(layout: Layout, paths: MachinePaths) -> bool:
     """
     if answers(layout, paths):
         return False
-    child = spawn(
-        command(paths.name), env={"WHERRY_HOME": os.fspath(layout.home)}, new_session=True
-    )
     deadline = Deadline(_APPEAR_TIMEOUT_S)
-    while not deadline.passed:
-        if answers(layout, paths):
-            # Two starts at once: the loser's child ends, the winner's answers.
-            return child.poll() is None
-        status = child.poll()
-        if status not in (None, ALREADY_RUNS):
-            raise _died(paths)
-        time.sleep(_POLL_S)
+    child = _launch(layout, paths)
+    try:
+        while not deadline.passed:
+            if answers(layout, paths):
+                # Two starts at once: the loser's child ends, the winner's answers.
+                return child.poll() is None
+            status = child.poll()
+            if status == ALREADY_RUNS:
+                # Another start won, or the service before is not quite gone.
+                child = _launch(layout, paths)
+            elif status is not None:
+                raise _died(paths)
+            time.sleep(_POLL_S)
+    except BaseException:
+        _end(child)
+        raise
     _end(child)
     raise WherryError(
         f"the service of machine {paths.name} did not answer within {_APPEAR_TIMEOUT_S:g} s",
         hint=f"see {paths.service_log}",
     )
+
+
+def _launch(layout: Layout, paths: MachinePaths) -> Child:
+    try:
+        # What the service says before it can log, or in place of that, is not lost.
+        with paths.service_log.open("ab") as log:
+            return spawn(
+                command(paths.name),
+                stderr=log.fileno(),
+                env={"WHERRY_HOME": os.fspath(layout.home)},
+                new_session=True,
+            )
+    except OSError as error:
+        raise WherryError(
+            f"{paths.service_log} cannot be written: {error.strerror}",
+            hint="make the machine's directory writable",
+        ) from error
 
 
 def command(name: str) -> list[Argument]:
@@ -72,16 +108,52 @@ def wait_gone(layout: Layout, paths: MachinePaths) -> None:
     """
     deadline = Deadline(_LEAVE_TIMEOUT_S)
     while not deadline.passed:
-        try:
-            call(layout.platform, paths.control_socket, "hello")
-        except NotRunning:
+        # The lock is the last that a service lets go of.
+        if _is_free(paths):
             return
-        except WherryError:
-            pass
         time.sleep(_POLL_S)
     raise WherryError(
         f"the service of machine {paths.name} did not leave", hint=f"see {paths.service_log}"
     )
+
+
+def end_by_force(layout: Layout, paths: MachinePaths) -> bool:
+    """End a machine as pulling the plug does, also when its service is dead or hangs.
+
+    :returns: whether there was anything to end.
+    :raises WherryError: the system cannot end it.
+    """
+    ended = False
+    try:
+        call(
+            layout.platform,
+            paths.control_socket,
+            "stop",
+            {"force": True},
+            timeout_s=_FORCE_TIMEOUT_S,
+        )
+        ended = True
+        wait_gone(layout, paths)
+    except NotRunning:
+        pass
+    except WherryError:
+        service = state.read(paths).service
+        if service is not None:
+            QemuProcess.adopt(service, paths.service_log).kill()
+    orphan = state.find_orphan(paths)
+    if orphan is not None:
+        QemuProcess.adopt(orphan, paths.qemu_log).kill()
+    state.mark_stopped(paths)
+    return ended or orphan is not None
+
+
+def _is_free(paths: MachinePaths) -> bool:
+    """Whether no service has the machine."""
+    try:
+        with FileLock(paths.service_lock, timeout=0):
+            return True
+    except Timeout:
+        return False
 
 
 def _died(paths: MachinePaths) -> WherryError:
@@ -99,6 +171,6 @@ def _end(child: Child) -> None:
     child.terminate()
     try:
         child.wait(_LEAVE_TIMEOUT_S)
-    except Exception:
+    except TimeoutExpired:
         child.kill()
         child.wait()

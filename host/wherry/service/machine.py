@@ -8,17 +8,15 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
 from wherry.config.layout import Layout, MachinePaths
 from wherry.config.load import edit, load
-from wherry.config.model import Config, check_host
+from wherry.config.model import GIB, SETTINGS, SMALLEST_DISK, Config, build, check_host
 from wherry.core.errors import NoSuchMachine, WherryError
 from wherry.vm import disk
 from wherry.vm.qemu import programs
@@ -47,15 +45,25 @@ def require(layout: Layout, name: str) -> MachinePaths:
 def locked(layout: Layout, name: str) -> Iterator[None]:
     """Keep other commands from making or removing this machine meanwhile.
 
-    :raises WherryError: another command holds it for longer than a minute.
+    :raises WherryError: another command holds it for longer than a minute, or the
+        directory cannot be written.
     """
+    lock = FileLock(layout.machines / f".{name}.lock")
     try:
-        with FileLock(layout.machines / f".{name}.lock", timeout=_LOCK_TIMEOUT_S):
-            yield
+        lock.acquire(timeout=_LOCK_TIMEOUT_S)
     except Timeout as error:
         raise WherryError(
             f"another wherry command is busy with machine {name}", hint="wait for it, then repeat"
         ) from error
+    except OSError as error:
+        raise WherryError(
+            f"{layout.machines} cannot be written: {error.strerror}",
+            hint="set WHERRY_HOME to a directory that you can write to",
+        ) from error
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def create(layout: Layout, name: str, changes: Mapping[str, Any]) -> MachinePaths:
@@ -70,13 +78,17 @@ def create(layout: Layout, name: str, changes: Mapping[str, Any]) -> MachinePath
     paths = layout.machine(name)
     architecture = layout.platform.architecture()
     qemu_img = programs.find(architecture, layout.platform).img
-    staged = Path(tempfile.mkdtemp(prefix=f".{name}.", dir=layout.machines))
+    staged = layout.machines / f".{name}.new"
     try:
+        # Left by one that was killed; the caller's lock keeps any other away.
+        shutil.rmtree(staged, ignore_errors=True)
         half = replace(paths, directory=staged)
+        layout.platform.make_private_directory(staged)
         layout.platform.make_private_directory(half.keys)
-        edit(half.config, changes)
+        total = shutil.disk_usage(staged).total
+        edit(half.config, {**_fitting(total, layout), **changes})
         config = load(half.config, layout.platform)
-        check_host(config, layout.platform, disk_total=shutil.disk_usage(staged).total)
+        check_host(config, layout.platform, disk_total=total)
         make_keys(half.keys)
         disk.create(half.data_disk, config.disk_bytes, qemu_img=qemu_img)
         staged.rename(paths.directory)
@@ -90,23 +102,32 @@ def create(layout: Layout, name: str, changes: Mapping[str, Any]) -> MachinePath
     return paths
 
 
+def _fitting(total: int, layout: Layout) -> dict[str, Any]:
+    """Return a smaller size for the data disk where the default is more than there is."""
+    if SETTINGS["disk"].default(layout.platform) <= total or total < SMALLEST_DISK:
+        return {}
+    return {"disk": f"{total // GIB}GiB"}
+
+
 def reconfigure(layout: Layout, paths: MachinePaths, changes: Mapping[str, Any]) -> Config:
     """Change settings of a machine that exists, checking them against this host first.
 
     :raises UsageError: a setting is wrong, or more than the host has; nothing changed.
+    :raises WherryError: the file cannot be written; nothing changed.
     """
-    previous = paths.config.read_bytes() if paths.config.exists() else None
-    edit(paths.config, changes)
+    total = shutil.disk_usage(paths.directory).total
+
+    def check(values: Mapping[str, Any]) -> None:
+        check_host(build(values, layout.platform), layout.platform, disk_total=total)
+
     try:
-        config = load(paths.config, layout.platform)
-        check_host(config, layout.platform, disk_total=shutil.disk_usage(paths.directory).total)
-        return config
-    except WherryError:
-        if previous is None:
-            paths.config.unlink()
-        else:
-            paths.config.write_bytes(previous)
-        raise
+        edit(paths.config, changes, check=check)
+    except OSError as error:
+        raise WherryError(
+            f"{paths.config} cannot be written: {error.strerror}",
+            hint="free some space, or make it writable",
+        ) from error
+    return load(paths.config, layout.platform)
 
 
 def delete(paths: MachinePaths) -> None:

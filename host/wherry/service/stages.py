@@ -5,11 +5,45 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from wherry.core.errors import StageError, WherryError
 
 T = TypeVar("T")
+
+_EMULATION_FACTOR = 5.0
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """Seconds that the stages of a start, and the guest's shutdown, may take."""
+
+    image_s: float = 60.0
+    accelerator_s: float = 120.0
+    disk_s: float = 300.0
+    machine_s: float = 30.0
+    adopt_s: float = 10.0
+    boot_s: float = 45.0
+    tunnel_s: float = 20.0
+    engine_s: float = 45.0
+    guest_stop_s: float = 90.0
+    """The engine gives its containers 10 s by default, then the guest syncs its disk; the
+    guest bounds each of its steps, to 25 s together."""
+
+    def for_accelerator(self, accelerator: str) -> Bounds:
+        """Return the bounds for the guest's own stages, which emulation makes longer."""
+        if accelerator not in ("tcg", ""):
+            return self
+        return replace(
+            self,
+            boot_s=self.boot_s * _EMULATION_FACTOR,
+            tunnel_s=self.tunnel_s * _EMULATION_FACTOR,
+            engine_s=self.engine_s * _EMULATION_FACTOR,
+        )
+
+
+DEFAULT_BOUNDS = Bounds()
 
 Listener = Callable[[Mapping[str, Any]], None]
 

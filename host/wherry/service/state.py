@@ -74,6 +74,8 @@ def read(paths: MachinePaths) -> Record:
 
 def mark_stopped(paths: MachinePaths) -> None:
     """Forget why a machine broke: the user stopped it, and nothing of it runs."""
+    for stale in (paths.docker_socket, paths.control_socket, paths.qmp_socket):
+        stale.unlink(missing_ok=True)
     write(paths, Record())
 
 
