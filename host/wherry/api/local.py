@@ -1,0 +1,128 @@
+"""The client's end of a connection: a socket that is polled, or a stream that cannot be."""
+
+from __future__ import annotations
+
+import select
+import socket
+import time
+from collections.abc import Callable
+
+from wherry.platform.base import LocalStream
+from wherry.tunnel.inbox import rest_of
+
+_LOOK_AGAIN_MS = 1000
+_LINGER_S = 1.0
+_LINGER_BYTES = 64 * 1024
+
+
+class LocalEnd:
+    """Reads and writes one client; one thread may read while another writes.
+
+    :param stream: owned from now on; a socket is made non-blocking.
+    """
+
+    def __init__(self, stream: LocalStream) -> None:
+        self._stream = stream
+        self.socket: socket.socket | None = None
+        """The stream, if it can be polled (a named pipe cannot)."""
+        if isinstance(stream, socket.socket) and hasattr(select, "poll"):
+            stream.setblocking(False)
+            self.socket = stream
+
+    def receive_into(self, buffer: memoryview) -> int:
+        """Wait for bytes and return how many came; 0 at the end of the client's stream.
+
+        :raises OSError: the client is gone.
+        """
+        while True:
+            try:
+                return self._stream.recv_into(buffer)
+            except BlockingIOError:
+                _poll(self._stream, select.POLLIN, None)
+
+    def send_some(self, parts: list[memoryview]) -> int:
+        """Write what there is room for and return how many bytes; never waits for a socket.
+
+        :raises OSError: the client is gone.
+        """
+        if self.socket is None:
+            self.send_all(list(parts))
+            return sum(map(len, parts))
+        try:
+            return self.socket.sendmsg(parts)
+        except BlockingIOError:
+            return 0
+
+    def send_all(self, parts: list[memoryview | bytes]) -> None:
+        """Write all, waiting for room.
+
+        :raises OSError: the client is gone.
+        """
+        if self.socket is None:
+            for part in parts:
+                self._stream.sendall(part)
+            return
+        left = [memoryview(part) for part in parts if part]
+        while left:
+            try:
+                left = rest_of(left, self.socket.sendmsg(left))
+            except BlockingIOError:
+                _poll(self.socket, select.POLLOUT, None)
+
+    def is_gone(self) -> bool:
+        """Whether the client has closed the connection, and not its own direction alone."""
+        return self.socket is not None and _hangs_up(self.socket, 0)
+
+    def await_end(self, ended: Callable[[], bool]) -> None:
+        """Wait until ``ended``, or until a client with a socket is gone."""
+        assert self.socket is not None
+        while not ended() and not _hangs_up(self.socket, _LOOK_AGAIN_MS):
+            pass
+
+    def end_writing(self) -> None:
+        """Let the client read the end of the stream."""
+        self._shut(socket.SHUT_WR)
+
+    def hang_up(self) -> None:
+        """End both directions and wake whoever waits here; from any thread."""
+        self._shut(socket.SHUT_RDWR)
+
+    def linger(self) -> None:
+        """End writing, and read for a moment what the client still sends.
+
+        A client that is cut off while it sends may not read what it was told (RFC 9112
+        §9.6).
+        """
+        self.end_writing()
+        if self.socket is None:
+            return
+        deadline = time.monotonic() + _LINGER_S
+        buffer = bytearray(_LINGER_BYTES)
+        while (left := deadline - time.monotonic()) > 0:
+            try:
+                if not self.socket.recv_into(buffer):
+                    return
+            except BlockingIOError:
+                _poll(self.socket, select.POLLIN, left * 1000)
+
+    def close(self) -> None:
+        """Release the stream."""
+        self._stream.close()
+
+    def _shut(self, how: int) -> None:
+        try:
+            self._stream.shutdown(how)
+        except OSError:
+            pass  # it has ended already
+
+
+def _poll(stream: LocalStream, events: int, timeout_ms: float | None) -> int:
+    poller = select.poll()
+    poller.register(stream.fileno(), events)
+    return sum(found for _, found in poller.poll(timeout_ms))
+
+
+def _hangs_up(stream: LocalStream, timeout_ms: float) -> bool:
+    # Nothing is asked for: a poll tells of a hang-up all the same (poll(2)), and on Linux
+    # that is the end of both directions, not of one.
+    return bool(_poll(stream, 0, timeout_ms) & (select.POLLHUP | select.POLLERR))
