@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from wherry.service.launch import SERVICE_ARGUMENT
+from wherry.service import SERVICE_ARGUMENT
 
 if __name__ == "__main__":
     if sys.argv[1:2] == [SERVICE_ARGUMENT]:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+from fake_image import FILES, write_image
 
 from wherry.config.layout import Layout, MachinePaths
 from wherry.platform.linux import Linux
@@ -103,8 +102,6 @@ def programs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Programs:
     return found
 
 
-FILES = {"kernel": b"K" * 100, "initrd": b"I" * 200, "root": b"R" * 5000, "probe": b"P" * 50}
-
 MakeImage = Callable[..., Path]
 
 
@@ -120,21 +117,6 @@ def make_image(layout: Layout) -> MakeImage:
         files: Mapping[str, bytes] = FILES,
     ) -> Path:
         target = directory or layout.images / f"{version}-{architecture}"
-        for name, contents in files.items():
-            (target / name).parent.mkdir(parents=True, exist_ok=True)
-            (target / name).write_bytes(contents)
-        manifest = {
-            "schema": 1,
-            "version": version,
-            "architecture": architecture,
-            "engine_version": "28.5.2",
-            "cmdline": "quiet",
-            "files": {
-                name: {"size": len(contents), "sha256": hashlib.sha256(contents).hexdigest()}
-                for name, contents in files.items()
-            },
-        }
-        (target / "manifest.json").write_text(json.dumps(manifest))
-        return target
+        return write_image(target, version, architecture, files)
 
     return make

@@ -7,6 +7,8 @@ service: a command imports what it needs when it runs.
 from __future__ import annotations
 
 import importlib
+import itertools
+import os
 import sys
 from collections.abc import Sequence
 
@@ -31,6 +33,12 @@ _COMMANDS = {
     "version": ("version", "Print the versions of wherry and QEMU."),
 }
 """Each command's module and its line in ``wherry --help``."""
+
+
+_NO_ARGUMENTS: type[click.ClickException] | tuple[()] = getattr(
+    click.exceptions, "NoArgsIsHelpError", ()
+)
+"""Raised by click from 8.2 on for a group alone; its message is the whole help."""
 
 
 class _LazyGroup(click.Group):
@@ -63,12 +71,15 @@ def cli(context: click.Context, debug: bool) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line and exit with the documented status."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    debug = "--debug" in arguments
+    debug = "--debug" in itertools.takewhile(lambda word: word.startswith("-"), arguments)
     try:
         status = cli.main(arguments, prog_name="wherry", standalone_mode=False)
         sys.exit(status if isinstance(status, int) else 0)
     except WherryError as error:
         _fail(str(error), error.exit_status, debug)
+    except _NO_ARGUMENTS as error:
+        error.show()
+        sys.exit(error.exit_code)
     except click.ClickException as error:
         hint = ""
         if isinstance(error, click.UsageError) and error.ctx is not None:
@@ -77,7 +88,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     except (KeyboardInterrupt, click.Abort):
         _fail("interrupted", 130, debug)
     except BrokenPipeError:
-        sys.exit(1)  # the reader of our output left, for example `| head`
+        # The reader of our output left, for example `| head`. What is still buffered
+        # would be written at exit, and fail again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except OSError as error:
+        what = f"{error.filename} cannot be used: " if error.filename else ""
+        hint = "check that there is space, and that you may write there"
+        _fail(f"{what}{error.strerror or error}; {hint}", 1, debug)
+    except Exception as error:
+        _fail(f"an internal error: {error!r}; see more with: wherry --debug …", 1, debug)
 
 
 def _fail(message: str, status: int, debug: bool) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shlex
+from collections.abc import Callable
 from pathlib import PurePath
 
 import click
@@ -10,11 +12,20 @@ import click
 from wherry.cli.common import layout, name_argument
 from wherry.cli.status import status_of
 
-_LINES = {
-    "bash": "export DOCKER_HOST='{host}'",
-    "zsh": "export DOCKER_HOST='{host}'",
-    "fish": "set -gx DOCKER_HOST '{host}'",
-    "powershell": "$Env:DOCKER_HOST = '{host}'",
+
+def _fish(text: str) -> str:
+    return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
+
+
+def _powershell(text: str) -> str:
+    return "'" + text.replace("'", "''") + "'"
+
+
+_LINES: dict[str, tuple[str, Callable[[str], str]]] = {
+    "bash": ("export DOCKER_HOST={host}", shlex.quote),
+    "zsh": ("export DOCKER_HOST={host}", shlex.quote),
+    "fish": ("set -gx DOCKER_HOST {host}", _fish),
+    "powershell": ("$Env:DOCKER_HOST = {host}", _powershell),
 }
 _USES = {
     "bash": '# Run: eval "$(wherry env{name})"',
@@ -34,7 +45,8 @@ def env(name: str, chosen: str | None) -> None:
     where = layout()
     fields = status_of(where, machine.require(where, name))
     shell = chosen or _guess()
-    click.echo(_LINES[shell].format(host=fields["docker_host"]))
+    line, quote = _LINES[shell]
+    click.echo(line.format(host=quote(fields["docker_host"])))
     click.echo(_USES[shell].format(name="" if name == "default" else f" {name}"))
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import signal
 from typing import Any
 
 import click
 
 from wherry.cli.common import layout, name_argument
 from wherry.config.layout import Layout, MachinePaths
-from wherry.core.errors import NotRunning, UsageError, WherryError
+from wherry.core.errors import UsageError, WherryError
 
 
 def _settings(cpus: str | None, memory: str | None, disk: str | None, accel: str | None,
@@ -68,18 +69,20 @@ def start_machine(
     made = launched = False
     try:
         with machine.locked(where, name):
-            if not machine.exists(paths):
+            # Noted before the deed: an interrupt may come at any point between.
+            made = not machine.exists(paths)
+            launched = made or not launch.answers(where, paths)
+            if made:
                 _require_image(where, settings)
                 machine.create(where, name, settings)
-                made = True
+            elif settings and not launched:
+                raise UsageError(
+                    f"machine {name} is running, and these settings need it stopped",
+                    hint=f"wherry stop {name}, then start it with them",
+                )
             elif settings:
-                if launch.answers(where, paths):
-                    raise UsageError(
-                        f"machine {name} is running, and these settings need it stopped",
-                        hint=f"wherry stop {name}, then start it with them",
-                    )
                 machine.reconfigure(where, paths, settings)
-            launched = launch.ensure(where, paths)
+            launch.ensure(where, paths)
         with stages() as show:
             status: dict[str, Any] = call(
                 where.platform, paths.control_socket, "wait_running", on_event=show
@@ -89,7 +92,8 @@ def start_machine(
             docker_context.use(paths.docker_context)
         return status
     except KeyboardInterrupt:
-        _undo(where, paths, made=made, launched=launched or made)
+        if launched:
+            _undo(where, paths, made=made)
         raise
 
 
@@ -100,18 +104,17 @@ def _require_image(where: Layout, settings: dict[str, Any]) -> None:
     image.choose(where, str(settings.get("image", "")), where.platform.architecture())
 
 
-def _undo(where: Layout, paths: MachinePaths, *, made: bool, launched: bool) -> None:
-    from wherry.control.client import call
+def _undo(where: Layout, paths: MachinePaths, *, made: bool) -> None:
+    """Stop the machine, and remove it if this call made it."""
     from wherry.service import launch, machine
 
-    if launched:
-        try:
-            call(where.platform, paths.control_socket, "stop", {"force": True})
-            launch.wait_gone(where, paths)
-        except NotRunning:
-            pass
-    if made and machine.exists(paths):
-        machine.delete(paths)
+    # A second interrupt would leave half of it; every wait in here has a bound.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with machine.locked(where, paths.name):
+        if machine.exists(paths):
+            launch.end_by_force(where, paths)
+            if made:
+                machine.delete(paths)
 
 
 @click.command()
@@ -127,21 +130,35 @@ def stop(name: str, force: bool) -> None:
 
 def stop_machine(where: Layout, name: str, *, force: bool) -> bool:
     """Stop a machine and return whether there was anything to stop."""
-    from wherry.cli.progress import stages
-    from wherry.control.client import call
-    from wherry.service import launch, machine, state
+    from wherry.service import machine
 
     paths = machine.require(where, name)
-    with machine.locked(where, name), stages() as show:
+    with machine.locked(where, name):
+        return _stop(where, paths, force=force)
+
+
+def _stop(where: Layout, paths: MachinePaths, *, force: bool) -> bool:
+    from wherry.cli.progress import stages
+    from wherry.control.client import call
+    from wherry.service import launch, state
+
+    if force:
+        return launch.end_by_force(where, paths)
+    with stages() as show:
         if not launch.answers(where, paths):
-            orphan = state.find_orphan(paths)
-            if orphan is None:
+            if state.find_orphan(paths) is None:
                 state.mark_stopped(paths)
                 return False
             # Its service died. A new one adopts the machine, and can stop it in order.
             launch.ensure(where, paths)
-        call(where.platform, paths.control_socket, "stop", {"force": force}, on_event=show)
+        call(where.platform, paths.control_socket, "stop", on_event=show)
         launch.wait_gone(where, paths)
+    if state.find_orphan(paths) is not None:
+        reason = state.read(paths).reason or "its service could not take it over"
+        raise WherryError(
+            f"machine {paths.name} still runs: {reason}",
+            hint=f"end it by force: wherry stop --force {paths.name}",
+        )
     return True
 
 
@@ -168,14 +185,16 @@ def delete(name: str, yes: bool) -> None:
         click.confirm(
             f"Remove machine {name} with all its images, containers and volumes?", abort=True
         )
-    try:
-        stop_machine(where, name, force=True)
-    except WherryError as error:
-        raise WherryError(
-            f"machine {name} cannot be stopped, so it is not removed: {error.message}",
-            hint=error.hint,
-        ) from error
+    # One lock for both, so that no start comes between.
     with machine.locked(where, name):
+        machine.require(where, name)  # it may have gone during the question
+        try:
+            _stop(where, paths, force=True)
+        except WherryError as error:
+            raise WherryError(
+                f"machine {name} cannot be stopped, so it is not removed: {error.message}",
+                hint=error.hint,
+            ) from error
         machine.delete(paths)
         docker_context.remove(paths.docker_context)
     click.echo(f"Machine {name} is removed.")

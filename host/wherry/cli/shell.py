@@ -41,9 +41,9 @@ def ssh_block(where: Layout, name: str) -> str:
             f"  HostName {address['host']}",
             f"  Port {address['port']}",
             "  User root",
-            f'  IdentityFile "{keys.user_path}"',
+            f'  IdentityFile "{_escape(keys.user_path)}"',
             "  IdentitiesOnly yes",
-            f'  UserKnownHostsFile "{known_hosts}"',
+            f'  UserKnownHostsFile "{_escape(known_hosts)}"',
             "  GlobalKnownHostsFile /dev/null",
             f"  HostKeyAlias wherry-{name}",
             "  HostKeyAlgorithms ssh-ed25519",
@@ -54,6 +54,11 @@ def ssh_block(where: Layout, name: str) -> str:
             "",
         )
     )
+
+
+def _escape(path: Path) -> str:
+    """Keep ssh from replacing tokens in a path (ssh_config(5), TOKENS)."""
+    return os.fspath(path).replace("%", "%%")
 
 
 @click.command("ssh-config")

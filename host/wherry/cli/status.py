@@ -11,6 +11,9 @@ from wherry.config.layout import Layout, MachinePaths
 from wherry.config.units import format_size
 from wherry.core.errors import WherryError
 
+_STATUS_TIMEOUT_S = 10.0
+"""A service answers this at once, unless it hangs."""
+
 
 def status_of(where: Layout, paths: MachinePaths) -> dict[str, Any]:
     """Ask the machine's service; if there is none, look at what is on disk."""
@@ -18,7 +21,9 @@ def status_of(where: Layout, paths: MachinePaths) -> dict[str, Any]:
     from wherry.service.status import describe
 
     try:
-        fields: dict[str, Any] = call(where.platform, paths.control_socket, "status")
+        fields: dict[str, Any] = call(
+            where.platform, paths.control_socket, "status", timeout_s=_STATUS_TIMEOUT_S
+        )
     except WherryError:
         fields = describe(where, paths)
     return fields

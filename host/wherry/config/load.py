@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import re
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -76,11 +76,17 @@ def _toml_message(said: str, text: str, path: Path) -> str:
     return f"{path}:{found['line']}: not valid TOML: {what}"
 
 
-def edit(path: Path, changes: Mapping[str, Any]) -> None:
+def edit(
+    path: Path,
+    changes: Mapping[str, Any],
+    *,
+    check: Callable[[Mapping[str, Any]], None] = lambda values: None,
+) -> None:
     """Set keys, or remove those whose new value is None, and keep the rest as it is.
 
     :param changes: values by dotted key, not yet parsed; ``engine.KEY`` reaches into
         the engine's table.
+    :param check: called with all values as they would be; what it raises keeps the file.
     :raises UsageError: a key or value is wrong; the file is then unchanged.
     :raises ConfigError: the file itself is malformed.
     """
@@ -108,7 +114,7 @@ def edit(path: Path, changes: Mapping[str, Any]) -> None:
             else:
                 holder[leaf] = value
     text = tomlkit.dumps(document)
-    parse(text, path)
+    check(parse(text, path))
     write_atomic(path, text.encode())
 
 

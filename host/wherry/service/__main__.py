@@ -14,11 +14,12 @@ from wherry.config.layout import Layout
 from wherry.core.errors import WherryError
 from wherry.platform import current
 from wherry.service.launch import ALREADY_RUNS
+from wherry.service.stages import DEFAULT_BOUNDS, Bounds
 
 _LOG_BYTES = 1 << 20
 
 
-def main(argv: Sequence[str]) -> int:
+def main(argv: Sequence[str], bounds: Bounds = DEFAULT_BOUNDS) -> int:
     """Serve the machine named by the only argument until it stops."""
     paths = Layout.current(current()).machine(argv[0])
     lock = FileLock(paths.service_lock)
@@ -37,7 +38,7 @@ def main(argv: Sequence[str]) -> int:
         # Imported late: the loser of two starts at once should leave quickly.
         from wherry.service.app import Service
 
-        return asyncio.run(Service(Layout.current(current()), paths).run())
+        return asyncio.run(Service(Layout.current(current()), paths, bounds).run())
     except (WherryError, OSError) as error:
         logging.getLogger("wherry").error("%s", error)
         return 1

@@ -30,6 +30,7 @@ class QemuDriver:
         self._log = log
         self._process: QemuProcess | None = None
         self._monitor: Monitor | None = None
+        self._socket: Path | None = None
         self._stopping = False
         self._guest_shut_down = False
         self._panicked = False
@@ -44,11 +45,13 @@ class QemuDriver:
     async def start(self, spec: MachineSpec, *, timeout_s: float) -> None:
         """Start QEMU and connect to its monitor."""
         spec.qmp_socket.unlink(missing_ok=True)
+        self._socket = spec.qmp_socket
         process = QemuProcess.launch([self._programs.system, *arguments(spec)], self._log)
         try:
             await self._control(process, spec, timeout_s)
         except BaseException as error:
             process.kill()
+            spec.qmp_socket.unlink(missing_ok=True)
             said = process.last_message()
             if isinstance(error, WherryError) and said:
                 raise WherryError(f"{error.message}: {said}", hint=f"see {self._log}") from error
@@ -58,6 +61,7 @@ class QemuDriver:
         self, spec: MachineSpec, identity: ProcessIdentity, *, timeout_s: float
     ) -> None:
         """Connect to the monitor of a QEMU that runs already."""
+        self._socket = spec.qmp_socket
         await self._control(QemuProcess.adopt(identity, self._log), spec, timeout_s)
 
     async def _control(self, process: QemuProcess, spec: MachineSpec, timeout_s: float) -> None:
@@ -120,6 +124,8 @@ class QemuDriver:
             await self._monitor.close()
         if self._exit is not None:
             await self._exit
+        if self._socket is not None:
+            self._socket.unlink(missing_ok=True)  # a QEMU that was killed left it
 
     def _on_event(self, name: str, data: Mapping[str, Any]) -> None:
         if name == "SHUTDOWN" and data.get("reason") == "guest-shutdown":
