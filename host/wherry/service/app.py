@@ -22,6 +22,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from wherry.api.server import Endpoint
 from wherry.config.layout import Layout, MachinePaths
 from wherry.config.load import load
 from wherry.config.model import Config, check_host
@@ -30,7 +31,6 @@ from wherry.core.bridge import in_thread, post
 from wherry.core.errors import StageError, TunnelError, WherryError
 from wherry.ports.desired import Forward
 from wherry.ports.forwarder import Forwarder
-from wherry.relay.relay import Relay
 from wherry.service import console, engine, state, status
 from wherry.service.guest import Guest
 from wherry.service.stages import DEFAULT_BOUNDS, Bounds, Stages
@@ -89,7 +89,7 @@ class Service:
         self._image: image.Image | None = None
         self._driver: QemuDriver | None = None
         self._tunnel: Tunnel | None = None
-        self._relay: Relay | None = None
+        self._endpoint: Endpoint | None = None
         self._guest: Guest | None = None
         self._watch: engine.ContainerWatch | None = None
         self._forwarder: Forwarder | None = None
@@ -307,12 +307,11 @@ class Service:
             timeout_s=bounds.tunnel_s + 1,
             hint="see: wherry logs --source console",
         )
-        self._relay = Relay(
+        self._endpoint = Endpoint(
             self._layout.platform.listen_local(paths.docker_socket),
             lambda: tunnel.begin_unix(engine.SOCKET),
-            name="endpoint",
         )
-        self._relay.start()
+        self._endpoint.start()
         self._engine_version = await stages.run(
             "engine",
             lambda: self._unless_exit(self._await_engine(tunnel, bounds.engine_s)),
@@ -418,13 +417,13 @@ class Service:
         """Close everything, the newest first; the guest is shut down unless ``force``."""
         if self._record.state is State.RUNNING and not force:
             self._transition(State.STOPPING)
-        relay, guest, tunnel, driver = self._relay, self._guest, self._tunnel, self._driver
+        endpoint, guest, tunnel, driver = self._endpoint, self._guest, self._tunnel, self._driver
         if self._watch is not None:
             await in_thread(self._watch.close, name="container watch close")
         if self._forwarding is not None:
             self._forwarding.cancel()
-        if relay is not None:
-            await in_thread(relay.close, name="relay close")
+        if endpoint is not None:
+            await in_thread(endpoint.close, name="endpoint close")
         if guest is not None:
             await in_thread(guest.close, name="agent close")
         if driver is not None and driver.identity is not None and tunnel is not None and not force:
@@ -508,6 +507,8 @@ class Service:
             live["image"] = {"version": self._image.version, "sha256": self._image.sha256}
         if self._engine_version:
             live["engine_version"] = self._engine_version
+        if self._endpoint is not None:
+            live["idle_s"] = round(self._endpoint.idle_s, 1)
         if self._ssh is not None:
             live["ssh"] = {"host": self._ssh[0], "port": self._ssh[1]}
         return status.describe(self._layout, self._paths, self._record, **live)
