@@ -5,78 +5,21 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import threading
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from stub_engine import Client, SocketStream, StubEngine, eventually, pattern
+from api_proxy import MakeProxy, Proxy, proxies
+from stub_engine import eventually, pattern
 
-from wherry.api.hooks import Hooks
-from wherry.api.server import Endpoint
 from wherry.core.errors import TunnelError
-from wherry.platform import current
-from wherry.tunnel.stream import Stream
-
-
-@dataclass
-class Proxy:
-    """An endpoint, the engine behind it, and the streams between them."""
-
-    path: Path
-    engine: StubEngine
-    hooks: Hooks = field(default_factory=Hooks)
-    limit: int = 512
-    problem: TunnelError | None = None
-    streams: list[SocketStream] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        self.endpoint = Endpoint(
-            current().listen_local(self.path), self.open_stream, hooks=self.hooks, limit=self.limit
-        )
-        self.endpoint.start()
-
-    def open_stream(self) -> Stream:
-        if self.problem is not None:
-            raise self.problem
-        try:
-            sock = self.engine.connect()
-        except OSError as error:
-            raise TunnelError(f"nothing answers at the engine's socket: {error}") from error
-        stream = SocketStream(sock)
-        self.streams.append(stream)
-        return stream
-
-    def client(self) -> Client:
-        return Client(self.path)
-
-    def ping(self) -> None:
-        with self.client() as client:
-            client.request("GET", "/_ping")
-            assert client.answer()[::2] == (200, b"OK")
-
-
-MakeProxy = Callable[..., Proxy]
 
 
 @pytest.fixture
 def make_proxy(tmp_path: Path) -> Iterator[MakeProxy]:
-    made: list[Proxy] = []
-
-    def make(**options: object) -> Proxy:
-        proxy = Proxy(tmp_path / "docker.sock", StubEngine(tmp_path / "engine.sock"), **options)  # type: ignore[arg-type]
-        made.append(proxy)
-        return proxy
-
-    yield make
-    for proxy in made:
-        proxy.endpoint.close()
-        with contextlib.suppress(OSError):
-            proxy.engine.stop()
-    left = [each.name for each in threading.enumerate() if each.name.startswith("endpoint")]
-    assert not left
+    with proxies(tmp_path) as make:
+        yield make
 
 
 @pytest.fixture
@@ -264,7 +207,8 @@ def test_a_refused_attach_leaves_http(proxy: Proxy) -> None:
 def test_what_follows_an_answer_until_the_end_reaches_no_engine(proxy: Proxy) -> None:
     with proxy.client() as client:
         client.send(
-            b"GET /close?n=10 HTTP/1.1\r\nHost: x\r\n\r\nGET /status?code=200 HTTP/1.1\r\nHost: x\r\n\r\n"
+            b"GET /close?n=10 HTTP/1.1\r\nHost: x\r\n\r\n"
+            b"GET /status?code=200 HTTP/1.1\r\nHost: x\r\n\r\n"
         )
         assert client.answer()[2] == pattern(10)
     eventually(lambda: proxy.endpoint.counters.active == 0)
@@ -383,7 +327,7 @@ def test_a_lost_tunnel(proxy: Proxy) -> None:
     proxy.ping()
 
 
-# -- limits ------------------------------------------------------------------------------------------
+# -- limits ----------------------------------------------------------------------------------
 
 
 def test_200_connections_of_which_100_listen(proxy: Proxy) -> None:

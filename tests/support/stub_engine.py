@@ -103,7 +103,11 @@ class StubEngine:
 
     def connect(self) -> socket.socket:
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        connection.connect(str(self.path))
+        try:
+            connection.connect(str(self.path))
+        except OSError:
+            connection.close()
+            raise
         return connection
 
     @property
@@ -302,7 +306,6 @@ class SocketStream:
         self._closed = False
         self._room = threading.Condition()
         self._waiting = 0
-        self._lock = threading.RLock()
         self._thread = threading.Thread(target=self._read, name="stub-stream", daemon=True)
         self._thread.start()
 
@@ -327,6 +330,9 @@ class SocketStream:
             pass
         self._gone = True
         self._inbox.tell_end(self._error, gone=True)
+        with self._room:
+            self._room.wait_for(lambda: self._closed)
+        self._sock.close()
 
     def _taken(self, count: int) -> None:
         with self._room:
@@ -365,21 +371,19 @@ class SocketStream:
         self._end(TunnelError("the connection to the guest was lost"))
 
     def _end(self, error: TunnelError) -> None:
-        with self._lock:
+        with self._room:
             if self._closed:
                 return
             self._error = error
+            with contextlib.suppress(OSError):
+                self._sock.shutdown(socket.SHUT_RDWR)
             self._closed = True
-        with contextlib.suppress(OSError):
-            self._sock.shutdown(socket.SHUT_RDWR)
-        with self._room:
             self._room.notify_all()
         self._inbox.close()
         self._inbox.tell_end(error, gone=True)
         self._inbox.detach()
         if threading.current_thread() is not self._thread:
             self._thread.join(WAIT_S)
-            self._sock.close()
 
     def deliver_to(self, sink: Sink) -> None:
         self._inbox.attach(sink)

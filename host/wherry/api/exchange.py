@@ -159,9 +159,11 @@ class Exchange:
                     yield self._take_held()
             self._line += content[at:]
         self._held += piece.data[released:]
-        if len(self._line) > LINE_LIMIT_BYTES and not piece.last:
+        if len(self._line) > LINE_LIMIT_BYTES:
             self._too_long = True
             self._line.clear()
+        # Without a begun line only framing is held, which a client may be waiting for.
+        if not piece.last and not self._line:
             yield self._take_held()
 
     def _take_held(self) -> bytes:

@@ -1,0 +1,76 @@
+"""An endpoint over a stub of the engine."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from stub_engine import Client, SocketStream, StubEngine
+
+from wherry.api.hooks import Hooks
+from wherry.api.server import Endpoint
+from wherry.core.errors import TunnelError
+from wherry.platform import current
+from wherry.tunnel.stream import Stream
+
+
+@dataclass
+class Proxy:
+    """An endpoint, the engine behind it, and the streams between them."""
+
+    path: Path
+    engine: StubEngine
+    hooks: Hooks = field(default_factory=Hooks)
+    limit: int = 512
+    problem: TunnelError | None = None
+    streams: list[SocketStream] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.endpoint = Endpoint(
+            current().listen_local(self.path), self.open_stream, hooks=self.hooks, limit=self.limit
+        )
+        self.endpoint.start()
+
+    def open_stream(self) -> Stream:
+        if self.problem is not None:
+            raise self.problem
+        try:
+            sock = self.engine.connect()
+        except OSError as error:
+            raise TunnelError(f"nothing answers at the engine's socket: {error}") from error
+        stream = SocketStream(sock)
+        self.streams.append(stream)
+        return stream
+
+    def client(self) -> Client:
+        return Client(self.path)
+
+    def ping(self) -> None:
+        with self.client() as client:
+            client.request("GET", "/_ping")
+            assert client.answer()[::2] == (200, b"OK")
+
+
+MakeProxy = Callable[..., Proxy]
+
+
+@contextlib.contextmanager
+def proxies(directory: Path) -> Iterator[MakeProxy]:
+    """Make endpoints and engines, and end them all; no thread may be left."""
+    made: list[Proxy] = []
+
+    def make(**options: object) -> Proxy:
+        proxy = Proxy(directory / "docker.sock", StubEngine(directory / "engine.sock"), **options)  # type: ignore[arg-type]
+        made.append(proxy)
+        return proxy
+
+    yield make
+    for proxy in made:
+        proxy.endpoint.close()
+        with contextlib.suppress(OSError):
+            proxy.engine.stop()
+    left = [each.name for each in threading.enumerate() if each.name.startswith("endpoint")]
+    assert not left
