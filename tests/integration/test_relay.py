@@ -214,6 +214,33 @@ def test_a_client_that_went_while_data_came_ends_the_server(chain: Chain) -> Non
         wait_for(lambda: endpoint.relay.counters.active == 0, "the connection did not end")
 
 
+def test_a_client_that_went_while_its_data_is_stuck(chain: Chain) -> None:
+    """The thread that would notice its end waits for the server's window."""
+    gone = threading.Event()
+    failed = threading.Event()
+
+    def handler(server: socket.socket) -> None:
+        gone.wait(WAIT_S)
+        server.sendall(b"x")
+        time.sleep(0.1)
+        # It never reads; that the channel was closed shows in what it sends.
+        try:
+            while True:
+                server.sendall(bytes(100_000))
+        except OSError:
+            failed.set()
+
+    with chain.serve(handler) as endpoint:
+        client = endpoint.connect()
+        client.settimeout(0.5)
+        with contextlib.suppress(TimeoutError):
+            client.sendall(bytes(50 * MB))
+        client.close()
+        gone.set()
+        assert failed.wait(WAIT_S)
+        wait_for(lambda: endpoint.relay.counters.active == 0, "the connection did not end")
+
+
 def test_a_server_that_went_ends_a_client_that_sends(chain: Chain) -> None:
     def send_for_ever(client: socket.socket) -> None:
         deadline = time.monotonic() + WAIT_S

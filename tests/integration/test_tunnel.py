@@ -316,8 +316,12 @@ def test_silence_alone_is_no_end(sshd: LoopbackSshd) -> None:
 def test_closing_leaves_no_thread(sshd: LoopbackSshd, tmp_path: Path) -> None:
     threads = threading.active_count()
     made = connect(sshd)
+    made.run("true", timeout_s=WAIT_S)
+    time.sleep(0.3)  # until nothing comes any more that would wake the reader
+    start = time.monotonic()
     made.close()
     made.close()
+    assert time.monotonic() - start < 2
     assert threading.active_count() == threads
     with pytest.raises(TunnelError, match="lost"):
         made.run("true", timeout_s=1)

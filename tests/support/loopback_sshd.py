@@ -32,6 +32,8 @@ AllowStreamLocalForwarding {streamlocal}
 MaxStartups 100
 MaxSessions 100
 UseDNS no
+# bash reads ~/.bashrc when sshd runs it: what it does there must not be killed half-way.
+SetEnv HOME={directory}
 PrintMotd no
 LogLevel ERROR
 """
