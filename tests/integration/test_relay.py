@@ -64,7 +64,10 @@ class Chain:
         local = self.directory / f"l{self._number}"
         with unix_server(self.directory / f"r{self._number}", handler) as remote:
             relay = Relay(
-                current().listen_local(local), lambda: self.tunnel.begin_unix(remote), **options
+                current().listen_local(local),
+                lambda: self.tunnel.begin_unix(remote),
+                try_open=lambda: self.tunnel.try_begin_unix(remote),
+                **options,
             )
             relay.start()
             try:

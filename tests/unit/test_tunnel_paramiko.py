@@ -28,16 +28,17 @@ def test_the_version_is_one_that_was_read() -> None:
 OURS = {
     FastPacketizer: {
         "_fill", "_has_packet", "_next_packet", "_sealed", "_send_sealed", "_take_data",
-        "_want_rekey_in", "send_data", "send_message_now",
+        "_want_rekey_in", "send_data", "send_now",
     },
     StreamChannel: {
         "_acknowledge", "_raise_failure", "_take_window", "_tell_end", "_wait_active",
         "close_message", "deliver_to", "drain", "feed", "more_window", "recv_into", "refused",
-        "send_until", "wait_open",
+        "_park", "send_until", "wait_open",
     },
     TunnelTransport: {
         "_ask", "_begin", "_channel_data", "_channel_window", "_fail_opening", "_keep_watch",
         "_ready_for_data", "authenticated_as_client", "begin_session", "begin_unix", "send_data",
+        "send_now",
     },
 }  # fmt: skip
 

@@ -7,6 +7,7 @@ import logging
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 from wherry.core.errors import TunnelError
 from wherry.platform.base import LocalListener, LocalStream
@@ -47,6 +48,8 @@ class Relay:
     :param listener: owned from now on: :meth:`close` closes it.
     :param open_stream: makes the guest's side of a connection; may wait, in a thread
         of that connection; raises TunnelError when there is none.
+    :param try_open: the same, in the accepting thread, which saves a change of threads;
+        must not wait, and may return None: then ``open_stream`` is called.
     :param limit: connections at once; more are closed at once.
     :param on_limit: called, in the accepting thread, for each of those.
     """
@@ -56,12 +59,14 @@ class Relay:
         listener: LocalListener,
         open_stream: Callable[[], Stream],
         *,
+        try_open: Callable[[], Stream | None] = lambda: None,
         limit: int = CONNECTION_LIMIT,
         on_limit: Callable[[], None] = lambda: None,
         name: str = "relay",
     ) -> None:
         self._listener = listener
         self._open_stream = open_stream
+        self._try_open = try_open
         self._limit = limit
         self._on_limit = on_limit
         self._workers = Workers(name)
@@ -128,20 +133,23 @@ class Relay:
                 local.close()
                 self._on_limit()
                 continue
+            remote = self._try_open()
             try:
-                self._workers.spawn(lambda local=local: self._serve(local))  # type: ignore[misc]
+                self._workers.spawn(partial(self._serve, local, remote))
             except RuntimeError as error:
                 _logger.error("no thread for a connection: %s", error)
                 local.close()
+                if remote is not None:
+                    remote.close()
                 with self._lock:
                     self._active -= 1
 
-    def _serve(self, local: LocalStream) -> None:
+    def _serve(self, local: LocalStream, remote: Stream | None) -> None:
         """Relay one connection; the body of a worker's job."""
         pump: Pump | None = None
         try:
             try:
-                remote = self._open_stream()
+                remote = remote or self._open_stream()
             except TunnelError as error:
                 _logger.info("a connection was not relayed: %s", error)
                 local.close()

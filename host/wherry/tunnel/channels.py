@@ -12,6 +12,7 @@ end outside both, since it may close the channel.
 from __future__ import annotations
 
 import signal
+import struct
 import time
 from collections.abc import Callable
 from typing import Any
@@ -23,6 +24,7 @@ from paramiko.ssh_exception import SSHException
 
 from wherry.core.errors import TunnelError
 from wherry.tunnel.inbox import Inbox
+from wherry.tunnel.packetizer import CHANNEL_DATA
 from wherry.tunnel.stream import DrainWrite, Sink
 
 WINDOW_BYTES = 2 * 1024 * 1024
@@ -36,6 +38,8 @@ _STDERR = 1
 
 _SEND_AT_ONCE_BYTES = 128 * 1024
 """How much one call sends before other streams may: a bound on what they wait."""
+
+_PARKED_BYTES = 16 * 1024
 
 LOST = "the connection to the guest was lost"
 
@@ -58,6 +62,7 @@ class StreamChannel(Channel):  # type: ignore[misc]  # paramiko ships no types
         self.closed_while_opening = False
         self._open_deadline = open_deadline
         self._failure: TunnelError | None = None
+        self._parked: memoryview | None = None
 
     # -- Stream -----------------------------------------------------------------------
 
@@ -86,6 +91,8 @@ class StreamChannel(Channel):  # type: ignore[misc]  # paramiko ships no types
     def send_until(self, data: memoryview | bytes, deadline: float | None) -> None:
         """Like :meth:`sendall`, giving up at a time of the monotonic clock."""
         view = memoryview(data)
+        if not self.active and len(view) <= _PARKED_BYTES and self._park(view):
+            return
         while view:
             count = self._take_window(min(len(view), _SEND_AT_ONCE_BYTES), deadline)
             part = view[:count]
@@ -181,7 +188,16 @@ class StreamChannel(Channel):  # type: ignore[misc]  # paramiko ships no types
     def _set_remote_channel(self, chanid: int, window_size: int, max_packet_size: int) -> None:
         with self.lock:
             super()._set_remote_channel(chanid, window_size, max_packet_size)
+            parked = self._parked
+            if parked is not None and len(parked) <= min(self.out_window_size, max_packet_size):
+                head = struct.pack(">BII", CHANNEL_DATA, self.remote_chanid, len(parked))
+                if self.transport.send_now(head + parked):
+                    self.out_window_size -= len(parked)
+                    self._parked = None
             self.out_buffer_cv.notify_all()
+
+    def _log(self, level: int, msg: str, *args: Any) -> None:
+        """Say nothing: paramiko has six lines for a channel, in the way of its first byte."""
 
     def _feed(self, m: Any) -> None:
         self.feed([memoryview(m if isinstance(m, bytes) else m.get_binary())])
@@ -246,6 +262,22 @@ class StreamChannel(Channel):  # type: ignore[misc]  # paramiko ships no types
             self.out_buffer_cv.wait(left)
         if self.closed:
             raise self._failure or TunnelError(f"{self.target} closed the stream")
+
+    def _park(self, data: memoryview) -> bool:
+        """Leave data to the thread that learns that the channel is open; tell if it sent it.
+
+        A client's first bytes are there before that, and so need not wait until the
+        thread that read them runs again.
+        """
+        with self.lock:
+            if self.active:
+                return False
+            self._parked = data
+            try:
+                self._wait_active()
+                return self._parked is None
+            finally:
+                self._parked = None
 
     def _take_window(self, wanted: int, deadline: float | None) -> int:
         """Wait for room in the guest's window and take up to ``wanted`` bytes of it."""

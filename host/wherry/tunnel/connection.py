@@ -14,7 +14,7 @@ from paramiko.ssh_exception import AuthenticationException, IncompatiblePeer, SS
 
 from wherry.core.clock import Deadline
 from wherry.core.errors import TunnelError
-from wherry.tunnel.channels import LOST, CommandChannel
+from wherry.tunnel.channels import LOST, CommandChannel, StreamChannel
 from wherry.tunnel.keys import KeyPair
 from wherry.tunnel.stream import Stream
 from wherry.tunnel.transport import TunnelTransport
@@ -195,17 +195,29 @@ class Connection:
 
         :raises TunnelError: nothing listens there, the guest forbids it, or time ran out.
         """
-        channel = self._transport.begin_unix(path, time.monotonic() + timeout_s)
+        stream = self._begin_unix(path, timeout_s)
         try:
-            channel.wait_open()
+            stream.wait_open()
         except BaseException:
-            channel.close()
+            stream.close()
             raise
-        return channel
+        return stream
 
     def begin_unix(self, path: str, *, timeout_s: float = OPEN_TIMEOUT_S) -> Stream:
         """Like :meth:`open_unix`, without waiting: the stream's methods tell a failure."""
-        return self._transport.begin_unix(path, time.monotonic() + timeout_s)
+        return self._begin_unix(path, timeout_s)
+
+    def try_begin_unix(self, path: str, *, timeout_s: float = OPEN_TIMEOUT_S) -> Stream | None:
+        """Like :meth:`begin_unix`, but None when asking alone would have to wait.
+
+        :param timeout_s: for the guest's answer.
+        """
+        return self._transport.begin_unix(path, time.monotonic() + timeout_s, now=True)
+
+    def _begin_unix(self, path: str, timeout_s: float) -> StreamChannel:
+        channel = self._transport.begin_unix(path, time.monotonic() + timeout_s)
+        assert channel is not None
+        return channel
 
     def exec(self, command: str, *, timeout_s: float = OPEN_TIMEOUT_S) -> Process:
         """Start a command by the guest's shell; the caller closes it.

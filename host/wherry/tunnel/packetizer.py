@@ -17,6 +17,8 @@ moves one of them.
 
 from __future__ import annotations
 
+import select
+import socket
 import struct
 import threading
 import time
@@ -72,7 +74,7 @@ class _Cipher:
 class FastPacketizer(Packetizer):  # type: ignore[misc]  # paramiko ships no types
     """Packets over a socket, at the speed of a relay.
 
-    :param socket: without a timeout, which would cost a poll(2) for each call. Nobody
+    :param sock: without a timeout, which would cost a poll(2) for each call. Nobody
         needs to look up from a read in between: :meth:`close` wakes it, and that we
         want new keys is seen after the next packet, which a sender's window brings.
     """
@@ -85,16 +87,16 @@ class FastPacketizer(Packetizer):  # type: ignore[misc]  # paramiko ships no typ
     REKEY_BYTES_OVERFLOW_MAX = 1 << 32
     REKEY_PACKETS_OVERFLOW_MAX = 1 << 30
 
-    def __init__(self, socket: Any) -> None:
-        super().__init__(socket)
-        self._sock = socket
+    def __init__(self, sock: Any) -> None:
+        super().__init__(sock)
+        self._sock = sock
         self._buffer = bytearray(_BUFFER_BYTES)
         self._view = memoryview(self._buffer)
         self._plain = memoryview(bytearray(_BUFFER_BYTES))
         self._start = 0
         self._end = 0
         # Windows' sockets have no sendmsg.
-        self._sendmsg: Callable[[list[bytes]], int] | None = getattr(socket, "sendmsg", None)
+        self._sendmsg: Callable[[list[bytes]], int] | None = getattr(sock, "sendmsg", None)
         self._write_lock = threading.Lock()
         self._bulk_lock = threading.Lock()
         self._cipher_in: _Cipher | None = None
@@ -294,12 +296,14 @@ class FastPacketizer(Packetizer):  # type: ignore[misc]  # paramiko ships no typ
         with self._write_lock:
             self._send_sealed(self._sealed(b"", data.asbytes()), 1)
 
-    def send_message_now(self, data: Any) -> bool:
-        """Send one message unless another thread is sending; tell whether it was sent."""
+    def send_now(self, payload: bytes) -> bool:
+        """Send one message unless that would wait; tell whether it was sent."""
         if self._cipher_out is None or not self._write_lock.acquire(blocking=False):
             return False
         try:
-            self._send_sealed(self._sealed(b"", data.asbytes()), 1)
+            if not has_room(self._sock):
+                return False
+            self._send_sealed(self._sealed(b"", payload), 1)
         finally:
             self._write_lock.release()
         return True
@@ -365,3 +369,15 @@ class FastPacketizer(Packetizer):  # type: ignore[misc]  # paramiko ships no typ
             self._bytes_out >= self.REKEY_BYTES or self._packets_out >= self.REKEY_PACKETS
         ) and not self.need_rekey():
             self._trigger_rekey()
+
+
+def has_room(sock: socket.socket) -> bool:
+    """Whether a small write to the socket would not wait."""
+    try:
+        if hasattr(select, "poll"):
+            poller = select.poll()
+            poller.register(sock.fileno(), select.POLLOUT)
+            return bool(poller.poll(0))
+        return bool(select.select([], [sock], [], 0)[1])
+    except (OSError, ValueError):
+        return False  # it is being closed

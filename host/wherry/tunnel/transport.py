@@ -16,8 +16,6 @@ What is overridden, and why:
 from __future__ import annotations
 
 import logging
-import select
-import socket
 import threading
 import time
 from collections.abc import Callable
@@ -170,23 +168,34 @@ class TunnelTransport(Transport):  # type: ignore[misc]  # paramiko ships no typ
 
     # -- opening ------------------------------------------------------------------------
 
-    def begin_unix(self, path: str, deadline: float) -> StreamChannel:
-        """Ask for a stream to a Unix socket of the guest, without waiting for the answer."""
+    def begin_unix(self, path: str, deadline: float, *, now: bool = False) -> StreamChannel | None:
+        """Ask for a stream to a Unix socket of the guest, without waiting for the answer.
+
+        :param now: return None rather than wait to send.
+        """
         tail = Message()
         tail.add_string(path)
         tail.add_string("")  # reserved
         tail.add_int(0)  # reserved
         return self._begin(
-            StreamChannel, "direct-streamlocal@openssh.com", tail.asbytes(), deadline, path
+            StreamChannel, "direct-streamlocal@openssh.com", tail.asbytes(), deadline, path, now
         )
 
     def begin_session(self, deadline: float) -> CommandChannel:
         """Ask for a session channel (RFC 4254 §6.1), without waiting for the answer."""
-        return self._begin(CommandChannel, "session", b"", deadline, "a command")
+        channel = self._begin(CommandChannel, "session", b"", deadline, "a command", False)
+        assert channel is not None
+        return channel
 
     def _begin(
-        self, channel_class: type[C], kind: str, tail: bytes, deadline: float, target: str
-    ) -> C:
+        self,
+        channel_class: type[C],
+        kind: str,
+        tail: bytes,
+        deadline: float,
+        target: str,
+        now: bool,
+    ) -> C | None:
         message = Message()
         message.add_byte(cMSG_CHANNEL_OPEN)
         message.add_string(kind)
@@ -204,10 +213,16 @@ class TunnelTransport(Transport):  # type: ignore[misc]  # paramiko ships no typ
         message.add_int(WINDOW_BYTES)
         message.add_int(MAX_PACKET_BYTES)
         message.add_bytes(tail)
-        try:
-            self._send_user_message(message)
-        except (EOFError, OSError, SSHException) as error:
-            raise TunnelError(LOST) from error
+        if now:
+            if not self.send_now(message.asbytes()):
+                self._opening.pop(chanid, None)
+                self._channels.delete(chanid)
+                return None
+        else:
+            try:
+                self._send_user_message(message)
+            except (EOFError, OSError, SSHException) as error:
+                raise TunnelError(LOST) from error
         if not self.active:
             # The thread may have ended before the channel was in its table.
             self._fail_opening()
@@ -244,6 +259,20 @@ class TunnelTransport(Transport):  # type: ignore[misc]  # paramiko ships no typ
     def send_data(self, channel: int, data: memoryview, most: int) -> None:
         """Send channel data in packets of up to ``most`` bytes; waits during a key exchange."""
         self._send_user_message(_ChannelData(channel, data, most))
+
+    def send_now(self, payload: bytes) -> bool:
+        """Send one message unless that would wait, or the connection ended; tell if it was sent.
+
+        No key exchange may begin in between, so the lock that it takes is held.
+        """
+        if not self.clear_to_send_lock.acquire(blocking=False):
+            return False
+        try:
+            return self.clear_to_send.is_set() and bool(self.packetizer.send_now(payload))
+        except (EOFError, OSError, SSHException):
+            return False  # the transport's thread learns the same
+        finally:
+            self.clear_to_send_lock.release()
 
     def _ready_for_data(self) -> bool:
         """Whether data may come now; during a key exchange paramiko judges it."""
@@ -307,29 +336,12 @@ class TunnelTransport(Transport):  # type: ignore[misc]  # paramiko ships no typ
         message.add_byte(cMSG_GLOBAL_REQUEST)
         message.add_string("keepalive@openssh.com")
         message.add_boolean(True)
-        if not self.clear_to_send.is_set() or not _has_room(self.sock):
-            return
-        try:
-            if self.packetizer.send_message_now(message):
-                self._asked_at = now
-        except (EOFError, OSError, SSHException):
-            pass  # the transport's thread learns the same
+        if self.send_now(message.asbytes()):
+            self._asked_at = now
 
     def authenticated_as_client(self) -> bool:
         """Whether the handshake is over."""
         return self.auth_handler is not None and bool(self.auth_handler.is_authenticated())
-
-
-def _has_room(sock: socket.socket) -> bool:
-    """Whether a small write to the socket would not wait."""
-    try:
-        if hasattr(select, "poll"):
-            poller = select.poll()
-            poller.register(sock.fileno(), select.POLLOUT)
-            return bool(poller.poll(0))
-        return bool(select.select([], [sock], [], 0)[1])
-    except (OSError, ValueError):
-        return False  # it is being closed
 
 
 def _refusal(target: str, code: int, text: str) -> TunnelError:

@@ -109,6 +109,17 @@ class Tunnel:
         """See :meth:`Connection.begin_unix`; waits for a connection during an outage."""
         return self._count(self.wait(self._outage_timeout_s).begin_unix(path, timeout_s=timeout_s))
 
+    def try_begin_unix(self, path: str, *, timeout_s: float = OPEN_TIMEOUT_S) -> Stream | None:
+        """See :meth:`Connection.try_begin_unix`; also None while there is no connection."""
+        connection = self._connection
+        if connection is None:
+            return None
+        try:
+            stream = connection.try_begin_unix(path, timeout_s=timeout_s)
+        except TunnelError:
+            return None
+        return None if stream is None else self._count(stream)
+
     def open_unix(self, path: str, *, timeout_s: float = OPEN_TIMEOUT_S) -> Stream:
         """See :meth:`Connection.open_unix`; waits for a connection during an outage."""
         return self._count(self.wait(self._outage_timeout_s).open_unix(path, timeout_s=timeout_s))
