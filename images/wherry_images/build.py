@@ -174,8 +174,9 @@ def _make_image(
     progress("compressing the root")
     tools.run(
         "usr/bin/mkfs.erofs",
-        "-zlz4hc,12",
+        "-zlz4hc,12:zstd,6",
         "-C65536",
+        f"--compress-hints={RECIPE / 'compression'}",
         "--all-root",
         "-x-1",
         f"-T{epoch}",
