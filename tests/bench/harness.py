@@ -1,0 +1,196 @@
+"""What the benchmarks of a relay share: the loopback's sshd, ssh -L beside ours, the table.
+
+A client on one Unix socket, a server on another, and between them an sshd and either
+our program (in a process of its own) or OpenSSH's client with the same cipher. Runs
+alternate; the table shows medians and the median of the ratios.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "support"))
+
+from loopback_sshd import LoopbackSshd
+
+from wherry.core.files import write_atomic
+from wherry.tunnel.keys import known_hosts_line, load_keys
+from wherry.tunnel.tunnel import Tunnel
+
+MB = 1_000_000
+CHUNK = bytes(1 << 20)
+STREAMS = 8
+
+Measures = dict[str, tuple[str, bool, Callable[[Path], float]]]
+"""Name: unit, whether more is better, and how to measure it on a socket."""
+
+
+@dataclass(frozen=True)
+class Bench:
+    """A benchmark.
+
+    :param script: its file, which is run again for each program.
+    :param serve: the server; gets the path of its socket and never returns.
+    :param relay: our side; gets a connected tunnel, the directory of the sockets
+        (``SIDE.sock`` to ``server.sock``), and returns what is to be closed at the end.
+    :param ready: makes one connection to a socket and checks that it works.
+    :param measures: makes the measures for a size of transfer in bytes.
+    :param memory: measures the resident memory of our process, by a socket of it.
+    :param sides: what is compared; the ratio is the first one's to ``ssh``.
+    """
+
+    script: str
+    serve: Callable[[str], None]
+    relay: Callable[[Tunnel, Path], list[Any]]
+    ready: Callable[[Path], object]
+    measures: Callable[[int], Measures]
+    memory: Callable[[Path, psutil.Process], dict[str, float]]
+    sides: tuple[str, ...] = ("ours", "ssh")
+
+
+def connect(path: Path) -> socket.socket:
+    connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    connection.settimeout(60)
+    connection.connect(str(path))
+    connection.settimeout(None)
+    return connection
+
+
+def rate(transfer: Callable[[Path, int], None], path: Path, size: int, streams: int = 1) -> float:
+    """MB/s of all streams together."""
+    threads = [
+        threading.Thread(target=transfer, args=(path, size // streams)) for _ in range(streams)
+    ]
+    start = time.perf_counter()
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return size / MB / (time.perf_counter() - start)
+
+
+def run_relay(bench: Bench, directory: Path, port: int, user: str) -> None:
+    """Our side, until the standard input ends."""
+    from wherry.tunnel.connection import Connection
+
+    keys = load_keys(directory / "keys")
+    tunnel = Tunnel(
+        lambda watcher: Connection.connect(
+            ("127.0.0.1", port),
+            user=user,
+            user_key=keys.user,
+            host_public=keys.host.public,
+            watcher=watcher,
+        )
+    )
+    tunnel.start()
+    tunnel.wait(30)
+    relays = bench.relay(tunnel, directory)
+    sys.stdin.read()
+    for each in relays:
+        each.close()
+    tunnel.close()
+
+
+def main(bench: Bench, title: str) -> None:
+    """Run the benchmark by the command line's options."""
+    parser = argparse.ArgumentParser(description=title)
+    parser.add_argument("--json", type=Path, help="write the numbers there")
+    parser.add_argument("--runs", type=int, default=5, help="of each side (default 5)")
+    parser.add_argument("--size", type=int, default=400, help="MB of a transfer (default 400)")
+    parser.add_argument("--only", default="", help="measures whose name contains this")
+    parser.add_argument("--internal", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.internal:
+        kind, *rest = options.internal
+        if kind == "serve":
+            bench.serve(rest[0])
+        else:
+            run_relay(bench, Path(rest[0]), int(rest[1]), rest[2])
+        return
+
+    with tempfile.TemporaryDirectory(prefix="relay") as name:
+        results = compare(bench, Path(name), options)
+    print_table(bench, results)
+    if options.json:
+        write_atomic(options.json, json.dumps(results, indent=2).encode() + b"\n", mode=0o644)
+    else:
+        print(json.dumps(results))
+
+
+def compare(bench: Bench, directory: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """Start everything, measure, stop everything."""
+    sshd = LoopbackSshd(directory)
+    known = directory / "known_hosts"
+    known.write_text(known_hosts_line("127.0.0.1", sshd.port, sshd.keys.host.public) + "\n")
+    me = [sys.executable, bench.script, "--internal"]
+    programs = []
+    try:
+        programs.append(subprocess.Popen([*me, "serve", str(directory / "server.sock")]))
+        ours = subprocess.Popen(
+            [*me, "relay", str(directory), str(sshd.port), sshd.user], stdin=subprocess.PIPE
+        )
+        programs.append(ours)
+        ssh = ["ssh", "-F", "none", "-N", "-c", "aes128-gcm@openssh.com", "-o", "Compression=no"]
+        ssh += ["-i", str(sshd.keys.user_path), "-o", f"UserKnownHostsFile={known}"]
+        ssh += ["-L", f"{directory}/ssh.sock:{directory}/server.sock"]
+        ssh += ["-p", str(sshd.port), f"{sshd.user}@127.0.0.1"]
+        programs.append(subprocess.Popen(ssh))
+        paths = {side: directory / f"{side}.sock" for side in bench.sides}
+        for path in paths.values():
+            deadline = time.monotonic() + 10
+            while not path.exists():
+                assert time.monotonic() < deadline, f"no {path}"
+                time.sleep(0.02)
+            bench.ready(path)
+        results: dict[str, Any] = {"runs": options.runs, "size_mb": options.size, "measures": {}}
+        if options.only in "memory":
+            results["memory"] = bench.memory(paths["ours"], psutil.Process(ours.pid))
+        for name, (unit, more, measure) in bench.measures(options.size * MB).items():
+            if options.only not in name:
+                continue
+            found: dict[str, list[float]] = {side: [] for side in bench.sides}
+            for run in range(options.runs):
+                for side in bench.sides if run % 2 else bench.sides[::-1]:
+                    found[side].append(measure(paths[side]))
+            ratios = [a / b for a, b in zip(found["ours"], found["ssh"], strict=True)]
+            results["measures"][name] = {
+                "unit": unit,
+                "more_is_better": more,
+                **{side: statistics.median(found[side]) for side in bench.sides},
+                "ratio": statistics.median(ratios),
+                "samples": found,
+            }
+        return results
+    finally:
+        for program in programs:
+            if program.stdin is not None:
+                program.stdin.close()
+                program.wait(10)
+            program.terminate()
+            program.wait(10)
+        sshd.stop()
+
+
+def print_table(bench: Bench, results: dict[str, Any]) -> None:
+    columns = "".join(f" {'ssh -L' if side == 'ssh' else side:>9}" for side in bench.sides)
+    print(f"{'':24}{columns} {'':5} {'ratio':>6}")
+    for name, found in results["measures"].items():
+        columns = "".join(f" {found[side]:9.0f}" for side in bench.sides)
+        print(f"{name:24}{columns} {found['unit']:5} {found['ratio']:5.2f}x")
+    for name, value in results.get("memory", {}).items():
+        print(f"{name:30} {value:9.1f}")
