@@ -76,15 +76,14 @@ prepare_python() {
     PATH=$venv/bin:$PATH
 }
 
-# Have a guest image: built here on Linux, the released one elsewhere.
+# Have the guest image of this checkout: built here on Linux, the released one elsewhere.
 prepare_image() {
-    [ "$(wherry image list --json)" != "[]" ] && return
     if [ "$(uname -s)" = Linux ]; then
-        say "Building the guest image (2 to 3 minutes)"
-        wherry image build
-    else
+        say "The guest image (the first build takes 2 to 3 minutes)"
+        wherry image build >&2
+    elif [ "$(wherry image list --json)" = "[]" ]; then
         say "Fetching the guest image"
-        wherry image pull
+        wherry image pull >&2
     fi
 }
 

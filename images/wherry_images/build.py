@@ -119,6 +119,11 @@ def engine_version(lock: Lock) -> str:
     return lock.version_of("docker.io").partition("+")[0].partition("-")[0]
 
 
+def version_to_build(architecture: str) -> str:
+    """Return the version that a build for `architecture` has now. Raises WherryError."""
+    return image_version(read_lock(lock_path("guest", architecture_named(architecture))), RECIPE)
+
+
 def image_version(lock: Lock, recipe: Path) -> str:
     """Return the day of the lock and a digest of all that decides the image's contents."""
     digest = hashlib.sha256()

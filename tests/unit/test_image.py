@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.server
 import json
+import os
 import shutil
 import threading
 from collections.abc import Iterator
@@ -139,16 +140,11 @@ def test_the_newest_image_for_the_architecture_is_chosen(layout: Layout, make_im
         image.choose(layout, "", "riscv64")
 
 
-def test_versions_sort_by_their_numbers() -> None:
-    versions = ["0.2", "0.10", "0.9", "1.0", "2026.1.10", "2026.1.9"]
-    assert sorted(versions, key=image._version_key) == [
-        "0.2",
-        "0.9",
-        "0.10",
-        "1.0",
-        "2026.1.9",
-        "2026.1.10",
-    ]
+def test_images_sort_by_date_then_by_arrival(layout: Layout, make_image: Any) -> None:
+    arrived = ["2026.1.9-ff", "2026.1.10-aa", "2026.1.10-ff", "2026.1.10-00"]
+    for seconds, version in enumerate(arrived):
+        os.utime(make_image(version) / image.MANIFEST, (seconds, seconds))
+    assert [each.version for each in image.installed(layout)] == arrived[::-1]
 
 
 def test_installing_replaces_one_of_the_same_name(layout: Layout, make_image: Any) -> None:

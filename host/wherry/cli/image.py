@@ -41,19 +41,32 @@ def _architecture_option(function: F) -> F:
 
 @image.command()
 @_architecture_option
-def build(architecture: str) -> None:
+@click.option("--force", is_flag=True, help="Build even if this image is installed already.")
+def build(architecture: str, force: bool) -> None:
     """Build the guest image from Debian packages; on Linux, with mmdebstrap."""
-    from wherry.vm.image import install
+    from wherry.vm.image import install, installed, verify
     from wherry_images.build import build as build_image
+    from wherry_images.build import version_to_build
 
     where = layout()
+    version = version_to_build(architecture)
+    for made in installed(where):
+        if (made.version, made.architecture) == (version, architecture) and not force:
+            verify(made)
+            click.echo(f"Image {made.name} is there already.")
+            return
     staged = Path(tempfile.mkdtemp(prefix=".build-", dir=where.images))
     try:
-        build_image(staged, architecture)
+        build_image(staged, architecture, progress=_progress)
         made = install(where, staged)
     finally:
         shutil.rmtree(staged, ignore_errors=True)
     click.echo(f"Image {made.name}: {format_size(made.boot_bytes)} to boot, in {made.directory}")
+
+
+def _progress(line: str) -> None:
+    if stderr_is_terminal():
+        click.echo(line, err=True)
 
 
 @image.command()

@@ -167,7 +167,7 @@ def installed(layout: Layout) -> list[Image]:
                     images.append(read(directory))
                 except WherryError:
                     continue  # `wherry image verify` names it
-    return sorted(images, key=lambda image: _version_key(image.version), reverse=True)
+    return sorted(images, key=_age, reverse=True)
 
 
 def choose(layout: Layout, version: str, architecture: str) -> Image:
@@ -219,5 +219,11 @@ def remove(layout: Layout, name: str) -> None:
     raise WherryError(f"no image is named {name}", hint="see: wherry image list")
 
 
-def _version_key(version: str) -> list[tuple[int, str]]:
-    return [(int(part or -1), text) for part, text in re.findall(r"(\d+)|([^\d.]+)", version)]
+def _age(image: Image) -> tuple[list[int], float]:
+    """Order by the date in the version, then by when the image came here.
+
+    What follows the date in a version is a hash, which has no order.
+    """
+    date = image.version.partition("-")[0]
+    installed_at = (image.directory / MANIFEST).stat().st_mtime
+    return [int(number) for number in re.findall(r"\d+", date)], installed_at
