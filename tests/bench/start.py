@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import statistics
 import subprocess
 import sys
@@ -106,6 +107,8 @@ def main() -> None:
     parser.add_argument("--idle", type=float, default=60.0, help="seconds to watch at rest")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
+    # Ended from outside, it still ends its machine.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(143))
     with tempfile.TemporaryDirectory(prefix="wherry-bench-") as scratch:
         directory = Path(scratch)
         sandbox = Sandbox(directory)
