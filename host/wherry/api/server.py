@@ -61,6 +61,8 @@ class Endpoint:
     :param open_stream: makes the engine's side of a connection, at its start; may wait, in
         a thread of that connection, and is where a sleeping machine is woken; raises
         TunnelError when there is no engine.
+    :param try_open: the same, in the accepting thread, which saves a change of threads;
+        must not wait, and may return None: then ``open_stream`` is called.
     :param hooks: what other features do with requests.
     :param limit: connections at once; more get 503.
     """
@@ -70,6 +72,7 @@ class Endpoint:
         listener: LocalListener,
         open_stream: Callable[[], Stream],
         *,
+        try_open: Callable[[], Stream | None] = lambda: None,
         hooks: Hooks | None = None,
         limit: int = CONNECTION_LIMIT,
         name: str = "endpoint",
@@ -77,6 +80,7 @@ class Endpoint:
         self.hooks = hooks if hooks is not None else Hooks()
         self._listener = listener
         self._open_stream = open_stream
+        self._try_open = try_open
         self._limit = limit
         self._workers = Workers(name)
         self._lock = threading.Lock()
@@ -151,17 +155,23 @@ class Endpoint:
 
     def _admit(self, local: LocalStream) -> None:
         """Have a worker serve the client, or tell it that there are too many."""
-        with self._lock:
-            full = len(self._connections) >= self._limit
-            if not full:
-                connection = Connection(local, self._open_stream, self.hooks, self._workers.spawn)
-                self._connections.add(connection)
-        if full:
+        if len(self._connections) >= self._limit:
             self._refuse(LocalEnd(local))
             return
+        remote = self._try_open()
+        connection = Connection(
+            local,
+            self._open_stream if remote is None else lambda: remote,
+            self.hooks,
+            self._workers.spawn,
+        )
+        with self._lock:
+            self._connections.add(connection)
         try:
             self._workers.spawn(lambda: self._serve(connection))
         except RuntimeError:
+            if remote is not None:
+                remote.close()
             with self._lock:
                 self._connections.discard(connection)
             raise
