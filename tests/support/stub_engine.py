@@ -284,7 +284,8 @@ class _Client:
         if early and "half" not in query:
             self.sock.sendall(early)
         while data := self.sock.recv(65536):
-            got += data
+            if len(got) < 1 << 20:
+                got += data
             if "half" not in query:
                 self.sock.sendall(data)
         self.wire += got
@@ -365,6 +366,7 @@ class SocketStream:
 
     def close(self) -> None:
         self._end(TunnelError("the stream was closed"))
+        self._inbox.detach()
 
     def cut(self) -> None:
         """Break off as a lost connection does."""
@@ -381,7 +383,6 @@ class SocketStream:
             self._room.notify_all()
         self._inbox.close()
         self._inbox.tell_end(error, gone=True)
-        self._inbox.detach()
         if threading.current_thread() is not self._thread:
             self._thread.join(WAIT_S)
 
@@ -475,7 +476,7 @@ class Client:
             pass
 
 
-def eventually(condition: Callable[[], bool], what: str = "", timeout_s: float = WAIT_S) -> None:
+def eventually(condition: Callable[[], object], what: str = "", timeout_s: float = WAIT_S) -> None:
     """Wait until something is so."""
     deadline = time.monotonic() + timeout_s
     while not condition():

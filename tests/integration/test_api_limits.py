@@ -1,0 +1,277 @@
+"""The endpoint under stress: malformed requests, slow readers, cuts, pipes without a descriptor."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import random
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+from api_proxy import MakeProxy, Proxy, proxies
+from stub_engine import Client, eventually, pattern
+
+from wherry.api.hooks import Request, Watch
+from wherry.api.server import Endpoint
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "unit"))
+
+
+@pytest.fixture
+def make_proxy(tmp_path: Path) -> Iterator[MakeProxy]:
+    with proxies(tmp_path) as make:
+        yield make
+
+
+@pytest.fixture
+def proxy(make_proxy: MakeProxy) -> Proxy:
+    return make_proxy()
+
+
+BAD = [
+    b"POST /a HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\nContent-Length: 5\r\n\r\nhello",
+    b"POST /a HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0",
+    b"GET /a HTTP/1.1\nHost: x\n\n",
+    b"GET /a HTTP/1.1\r\nHost: x\r\n folded\r\n\r\n",
+    b"GET /a HTTP/1.1\r\nHost: x\r\nX: " + b"y" * 70000,
+    b"GET /\0 HTTP/1.1\r\nHost: x\r\n\r\n",
+    b"GET /a b HTTP/1.1\r\nHost: x\r\n\r\n",
+    b"G@T /a HTTP/1.1\r\nHost: x\r\n\r\n",
+    b"GET /a HTTP/3.0\r\nHost: x\r\n\r\n",
+    b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\4\0\0\0\0\0",
+    b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",
+]
+
+
+@pytest.mark.parametrize("data", BAD)
+def test_a_malformed_request_reaches_no_engine(proxy: Proxy, data: bytes) -> None:
+    with proxy.client() as client:
+        client.request("GET", "/_ping")
+        client.answer()
+        with contextlib.suppress(BrokenPipeError):
+            client.send(data)
+        status, headers, body = client.answer()
+        assert (status, headers["connection"]) == (400, "close")
+        assert json.loads(body)["message"].startswith("wherry: bad request: ")
+        assert client.rest() == b""
+    eventually(lambda: proxy.engine.connections == 0)
+    assert len(proxy.engine.said) == 1
+    assert proxy.engine.wire[0].count(b"\r\n\r\n") == 1
+
+
+def test_a_malformed_chunk(proxy: Proxy) -> None:
+    with proxy.client() as client:
+        client.send(b"POST /echo HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n")
+        client.send(b"5\r\nhello\r\n")
+        eventually(lambda: proxy.engine.wire and proxy.engine.wire[0].endswith(b"hello\r\n"))
+        client.send(b"5\nworld\r\n0\r\n\r\nGET /smuggled HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert client.answer()[0] == 400
+        assert client.rest() == b""
+    eventually(lambda: proxy.engine.connections == 0)
+    assert b"smuggled" not in proxy.engine.wire[0]
+
+
+def test_a_slow_reader_takes_no_memory(proxy: Proxy) -> None:
+    """1 GB each way; the engine is in this process as well."""
+    size = 1_000_000_000
+    step = bytes(1 << 20)
+
+    with proxy.client() as client:
+        client.request("POST", "/exec/e/start", "Upgrade: tcp", body=b"")
+        client.answer()
+        process = psutil.Process()
+        buffer = bytearray(1 << 20)
+        before = most = process.memory_info().rss
+        # The stub echoes, so the bytes go both ways; only the way back is slow.
+        left_up, left_down = size, size
+
+        def up() -> None:
+            nonlocal left_up
+            while left_up:
+                part = memoryview(step)[: min(left_up, len(step))]
+                client.sock.sendall(part)
+                left_up -= len(part)
+
+        client.sock.settimeout(60)
+        thread = threading.Thread(target=up)
+        thread.start()
+        time.sleep(0.5)  # everything between fills up
+        while left_down:
+            left_down -= client.sock.recv_into(buffer, min(left_down, len(buffer)))
+            most = max(most, process.memory_info().rss)
+        thread.join()
+    assert most - before <= 32_000_000
+
+
+def test_200_requests_while_connections_are_cut(proxy: Proxy) -> None:
+    """Each client has a right answer or an error, and then the next request works."""
+    seed = random.randrange(1 << 30)
+    dice = random.Random(seed)
+    proxy.hooks.on("GET", "/chunked", lambda request: Watch(line=lambda line: None))
+    over = threading.Event()
+    wrong: list[str] = []
+    outcomes: list[str] = []
+
+    def cut() -> None:
+        while not over.wait(dice.random() * 0.02):
+            streams = [stream for stream in proxy.streams if not stream._closed]
+            if streams:
+                dice.choice(streams).cut()
+
+    def ask(number: int) -> None:
+        rolled = random.Random(seed + number)
+        kind = rolled.choice(["ping", "bytes", "chunked", "echo", "exec", "upload"])
+        size = rolled.choice([10, 5000, 400_000, 3_000_000])
+        good = False
+        try:
+            with Client(proxy.path, timeout_s=15) as client:
+                if kind == "ping":
+                    for _ in range(5):
+                        client.request("GET", "/_ping")
+                        status, _, body = client.answer()
+                        good = status == 200 and body == b"OK"
+                elif kind in ("bytes", "chunked"):
+                    client.request("GET", f"/{kind}?n={size}")
+                    status, _, body = client.answer()
+                    good = status == 200 and body == pattern(size)
+                elif kind in ("echo", "upload"):
+                    data = pattern(size, number)
+                    with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+                        client.request("POST", "/echo", body=data)
+                    status, _, body = client.answer()
+                    good = status == 200 and body == data
+                else:
+                    client.request("POST", "/exec/e/start", "Upgrade: tcp", body=b"")
+                    status = client.answer()[0]
+                    if status == 101:
+                        client.send(b"hello")
+                        client.sock.shutdown(1)
+                        good = client.rest() == b"hello<end>"
+                if not good and kind != "exec" and status not in (502, 503):
+                    wrong.append(f"{seed} {number} {kind} {size}: {status}")
+            outcomes.append("good" if good else "refused")
+        except TimeoutError:
+            wrong.append(f"{seed} {number} {kind} {size}: hangs")
+        except (AssertionError, ConnectionError):
+            outcomes.append("broken off")
+
+    cutter = threading.Thread(target=cut)
+    cutter.start()
+    numbers = iter(range(200))
+    lock = threading.Lock()
+
+    def work() -> None:
+        while True:
+            with lock:
+                number = next(numbers, None)
+            if number is None:
+                return
+            ask(number)
+
+    workers = [threading.Thread(target=work) for _ in range(8)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    over.set()
+    cutter.join()
+    assert not wrong
+    assert len(outcomes) == 200
+    assert len(set(outcomes)) > 1, outcomes
+    for _ in range(5):
+        proxy.ping()
+    eventually(lambda: proxy.endpoint.counters.active == 0)
+
+
+class PipeLike:
+    """A LocalStream that is no socket and cannot be polled, as a named pipe of Windows."""
+
+    def __init__(self, end: socket.socket) -> None:
+        self._end = end
+        self.recv, self.recv_into, self.send = end.recv, end.recv_into, end.send
+        self.sendall, self.shutdown, self.close = end.sendall, end.shutdown, end.close
+
+    def fileno(self) -> int:
+        return -1
+
+
+class PipeListener:
+    def __init__(self, path: Path) -> None:
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self._socket.bind(str(path))
+        self._socket.listen()
+
+    docker_host = "npipe:////./pipe/test"
+
+    def accept(self) -> PipeLike:
+        return PipeLike(self._socket.accept()[0])
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)
+        self._socket.close()
+
+
+def test_a_client_on_a_pipe(proxy: Proxy, tmp_path: Path) -> None:
+    path = tmp_path / "pipe"
+    ended: list[bool] = []
+    endpoint = Endpoint(PipeListener(path), proxy.open_stream, hooks=proxy.hooks)
+    proxy.hooks.on("GET", "/bytes", lambda request: Watch(end=ended.append))
+    endpoint.start()
+    try:
+        with Client(path) as client:
+            for _ in range(3):
+                client.request("GET", "/_ping")
+                assert client.answer()[2] == b"OK"
+                client.request("POST", "/echo", body=pattern(500_000))
+                assert client.answer()[2] == pattern(500_000)
+                client.request("GET", "/bytes?n=500000")
+                assert client.answer()[2] == pattern(500_000)
+        with Client(path) as client:
+            client.request("POST", "/exec/e/start", "Upgrade: tcp", body=b"{}")
+            assert client.answer()[0] == 101
+            client.send(b"hi\n")
+            client.sock.shutdown(1)
+            assert client.rest() == b"hi\n<end>"
+        with Client(path) as client:
+            client.request("GET", "/never")
+            eventually(lambda: ("GET", "/never") in proxy.engine.said)
+        assert proxy.engine.cancelled.wait(5)
+        proxy.engine.stop()
+        with Client(path) as client:
+            client.request("GET", "/_ping")
+            assert client.answer()[0] == 503
+        proxy.engine.start()
+    finally:
+        endpoint.close()
+    assert ended == [True] * 3
+
+
+def test_a_hook_under_many_clients(proxy: Proxy) -> None:
+    seen: list[str] = []
+
+    def hook(request: Request) -> Watch:
+        seen.append(request.query["n"][0])
+        return Watch(head=lambda head: None, end=lambda complete: seen.append("end"))
+
+    proxy.hooks.on("GET", "/bytes", hook)
+
+    def ask(number: int) -> None:
+        with proxy.client() as client:
+            for _ in range(5):
+                client.request("GET", f"/bytes?n={number * 100}")
+                assert client.answer()[2] == pattern(number * 100)
+
+    threads = [threading.Thread(target=ask, args=(number,)) for number in range(30)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(seen) == 300
+    assert seen.count("end") == 150
