@@ -17,8 +17,8 @@ from typing import Any
 RUN = Path("/run")
 POWEROFF = "#!/bin/sh\nkill -TERM 1\n"
 SSHD_CONFIG = """\
-HostKey {host_key}
-AuthorizedKeysFile {authorized_key}
+HostKey /run/host_key
+AuthorizedKeysFile /run/authorized_key
 PidFile none
 StrictModes no
 UsePAM no
@@ -38,12 +38,19 @@ def main(settings: dict[str, Any]) -> None:
     """Boot as the settings say, then be the guest until it powers off."""
     control = socket.socket(fileno=settings["control"])
     subprocess.run(["mount", "-t", "tmpfs", "-o", "mode=755", "none", str(RUN)], check=True)
+    # The user's shell starts with whatever the user keeps there, and as slowly.
+    for start_file in (Path.home() / ".bashrc", Path("/etc/bash.bashrc")):
+        if start_file.exists():
+            subprocess.run(["mount", "--bind", "/dev/null", str(start_file)], check=True)
     for directory in ("sshd", "bin"):
         (RUN / directory).mkdir()
     (RUN / "bin/poweroff").write_text("#!/bin/sh\n" if settings.get("deaf") else POWEROFF)
     (RUN / "bin/poweroff").chmod(0o755)
     (RUN / "bin/python3").symlink_to(Path(sys.executable).resolve())
-    (RUN / "sshd_config").write_text(SSHD_CONFIG.format(**settings))
+    (RUN / "sshd_config").write_text(SSHD_CONFIG)
+    for name in ("host_key", "authorized_key"):
+        (RUN / name).write_bytes(Path(settings[name]).read_bytes())
+        (RUN / name).chmod(0o600)
     signal.signal(signal.SIGTERM, lambda *_: power_off(control))
     # Whatever ends in here has this process for its parent.
     signal.signal(signal.SIGCHLD, reap)

@@ -129,9 +129,7 @@ class Machine:
         signal.signal(signal.SIGTERM, lambda *_: self._end("host-signal"))
         ssh = socket.create_server(("127.0.0.1", 0))
         port = ssh.getsockname()[1]
-        self._forwards[f"tcp:127.0.0.1:{port}"] = (
-            f"  TCP[HOST_FORWARD]   3       127.0.0.1 {port:5}       10.0.2.15    22     0     0\r\n"
-        )
+        self._add_forward("tcp", "127.0.0.1", port, 22)
         with contextlib.suppress(FileNotFoundError):
             os.unlink(self._qmp_path)  # noqa: PTH108
         qmp = socket.socket(socket.AF_UNIX)
@@ -237,16 +235,19 @@ class Machine:
             return self._human(arguments["command-line"])
         return None
 
+    def _add_forward(self, protocol: str, address: str, port: int, guest_port: int) -> None:
+        self._forwards[f"{protocol}:{address}:{port}"] = (
+            f"  {protocol.upper()}[HOST_FORWARD]   9 {address:>15} {port:5}"
+            f"       10.0.2.15 {guest_port:5}     0     0\r\n"
+        )
+
     def _human(self, line: str) -> str:
         command, *words = line.split()
         if line == "info usernet":
             return USERNET + "".join(self._forwards.values())
         if command == "hostfwd_add":
             protocol, address, port = words[1].split("-")[0].split(":")
-            self._forwards[f"{protocol}:{address}:{port}"] = (
-                f"  {protocol.upper()}[HOST_FORWARD]   9 {address:>15} {port:>5}"
-                f"       10.0.2.15 {words[1].split(':')[-1]:>5}     0     0\r\n"
-            )
+            self._add_forward(protocol, address, int(port), int(words[1].split(":")[-1]))
             return ""
         if command == "hostfwd_remove":
             known = self._forwards.pop(words[1], None) is not None

@@ -1,0 +1,99 @@
+"""What the tests of clients take from package registries, made once and kept in a cache.
+
+The cache is ``$XDG_CACHE_HOME/wherry/tests``. What is in it is named by a digest of what it
+was made from, and appears whole or not at all.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import platformdirs
+from filelock import FileLock
+
+from wherry_images.archive import host_mirror
+
+NODE_CLIENTS = Path(__file__).resolve().parents[1] / "clients" / "node"
+PROGRAMS = Path(sys.executable).parent
+TIMEOUT_S = 900
+
+DEBIAN_SUITE = "trixie"
+DEBIAN_PACKAGES = ("docker-registry", "openssh-client")
+"""A registry to push to and to pull from, and what uses an agent's keys in a build."""
+DEBIAN_WITHOUT = (
+    "/usr/share/doc/*",
+    "/usr/share/info/*",
+    "/usr/share/locale/*",
+    "/usr/share/man/*",
+    "/usr/share/zoneinfo/*",
+    "/usr/lib/*/gconv/*",
+)
+
+
+def node_modules() -> Path:
+    """The Node clients, installed as the lock file says."""
+    lock = NODE_CLIENTS / "package-lock.json"
+
+    def make(target: Path) -> None:
+        target.mkdir()
+        for name in ("package.json", lock.name):
+            shutil.copy(NODE_CLIENTS / name, target)
+        # Their install scripts only compile optional speed-ups.
+        _run([PROGRAMS / "npm", "ci", "--ignore-scripts", "--no-audit", "--no-fund"], target)
+
+    return _cached(f"node-{_digest(lock.read_bytes())}", make) / "node_modules"
+
+
+def debian_root() -> Path:
+    """A small Debian root for ``docker import``: the essential packages and a few more."""
+    argv = [
+        "mmdebstrap",
+        "--quiet",
+        "--variant=essential",
+        f"--include={','.join(DEBIAN_PACKAGES)}",
+        *(f"--dpkgopt=path-exclude={pattern}" for pattern in DEBIAN_WITHOUT),
+        DEBIAN_SUITE,
+    ]
+
+    def make(target: Path) -> None:
+        _run([*argv, target, f"deb {host_mirror()} {DEBIAN_SUITE} main"], target.parent)
+
+    return _cached(f"debian-{_digest(' '.join(argv).encode())}.tar.gz", make)
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:12]
+
+
+def _cached(name: str, make: Callable[[Path], None]) -> Path:
+    """Return the cache's entry; what is not there is made under another name, then renamed."""
+    cache = Path(platformdirs.user_cache_dir("wherry")) / "tests"
+    cache.mkdir(parents=True, exist_ok=True)
+    entry = cache / name
+    with FileLock(cache / "lock"):
+        if not entry.exists():
+            with tempfile.TemporaryDirectory(dir=cache) as scratch:
+                made = Path(scratch) / name
+                make(made)
+                made.replace(entry)
+    return entry
+
+
+def _run(argv: list[str | Path], directory: Path) -> None:
+    done = subprocess.run(
+        list(map(str, argv)),
+        cwd=directory,
+        env={**os.environ, "PATH": f"{PROGRAMS}{os.pathsep}{os.environ['PATH']}"},
+        capture_output=True,
+        timeout=TIMEOUT_S,
+        text=True,
+    )
+    if done.returncode != 0:
+        raise RuntimeError(f"{argv} ended with {done.returncode}:\n{done.stdout}\n{done.stderr}")
