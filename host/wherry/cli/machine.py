@@ -151,14 +151,18 @@ def _stop(where: Layout, paths: MachinePaths, *, force: bool) -> bool:
                 return False
             # Its service died. A new one adopts the machine, and can stop it in order.
             launch.ensure(where, paths)
+            try:
+                call(where.platform, paths.control_socket, "wait_running", on_event=show)
+            except WherryError as error:
+                launch.wait_gone(where, paths)
+                if state.find_orphan(paths) is None:
+                    return True
+                raise WherryError(
+                    f"machine {paths.name} still runs, and cannot be taken over: {error.message}",
+                    hint=f"end it by force: wherry stop --force {paths.name}",
+                ) from error
         call(where.platform, paths.control_socket, "stop", on_event=show)
         launch.wait_gone(where, paths)
-    if state.find_orphan(paths) is not None:
-        reason = state.read(paths).reason or "its service could not take it over"
-        raise WherryError(
-            f"machine {paths.name} still runs: {reason}",
-            hint=f"end it by force: wherry stop --force {paths.name}",
-        )
     return True
 
 

@@ -316,7 +316,7 @@ class Service:
             "engine",
             lambda: self._unless_exit(self._await_engine(tunnel, bounds.engine_s)),
             timeout_s=bounds.engine_s + 1,
-            hint="see: wherry logs --source engine",
+            hint="see: wherry logs --source console",
         )
         self._record = replace(self._record, state=State.RUNNING, started=time.time())
         self._transition(State.RUNNING)
@@ -358,7 +358,7 @@ class Service:
                 log.info("the engine is not ready: %s", error)
                 failure = console.explain(console.read(self._paths.console_log))
                 if failure:
-                    raise WherryError(failure, hint="see: wherry logs --source engine") from error
+                    raise WherryError(failure, hint="see: wherry logs --source console") from error
             await asyncio.sleep(_ENGINE_RETRY_S)
 
     async def _unless_exit(self, work: Any) -> Any:
@@ -445,6 +445,11 @@ class Service:
             await in_thread(tunnel.close, name="tunnel close")
         if driver is not None:
             await driver.stop(timeout_s=_QUIT_S)
+            orphan = state.find_orphan(self._paths)
+            if orphan is not None:  # its adoption was interrupted
+                await in_thread(
+                    QemuProcess.adopt(orphan, self._paths.qemu_log).kill, name="end the orphan"
+                )
 
     def _transition(self, new: State, reason: str = "") -> None:
         log.info("state %s %s", new, reason)

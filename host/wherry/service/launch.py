@@ -125,20 +125,16 @@ def end_by_force(layout: Layout, paths: MachinePaths) -> bool:
     """
     ended = False
     try:
-        call(
-            layout.platform,
-            paths.control_socket,
-            "stop",
-            {"force": True},
-            timeout_s=_FORCE_TIMEOUT_S,
-        )
-        ended = True
-        wait_gone(layout, paths)
-    except NotRunning:
-        pass
+        if answers(layout, paths):
+            ended = True
+            params = {"force": True}
+            socket, timeout_s = paths.control_socket, _FORCE_TIMEOUT_S
+            call(layout.platform, socket, "stop", params, timeout_s=timeout_s)
+            wait_gone(layout, paths)
     except WherryError:
         service = state.read(paths).service
         if service is not None:
+            ended = True
             QemuProcess.adopt(service, paths.service_log).kill()
     orphan = state.find_orphan(paths)
     if orphan is not None:

@@ -75,6 +75,11 @@ def check(path: Path, *, qemu_img: Path) -> int:
         raise WherryError(
             f"the data disk {path} is damaged: {_last(error)}", hint=restore
         ) from error
+    if b'" lock' in checked.stderr:  # "Failed to get shared "write" lock"
+        raise WherryError(
+            f"the data disk {path} is in use by another program",
+            hint="end what uses it, such as a QEMU or qemu-img of your own",
+        )
     if checked.returncode in (1, _CHECK_ERRORS):
         said = checked.stderr.decode(errors="replace").strip().splitlines()
         raise WherryError(

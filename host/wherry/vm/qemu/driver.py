@@ -53,8 +53,9 @@ class QemuDriver:
             process.kill()
             spec.qmp_socket.unlink(missing_ok=True)
             said = process.last_message()
-            if isinstance(error, WherryError) and said:
-                raise WherryError(f"{error.message}: {said}", hint=f"see {self._log}") from error
+            if isinstance(error, WherryError):
+                what = f"{error.message}: {said}" if said else error.message
+                raise WherryError(what, hint=f"see {self._log}") from error
             raise
 
     async def adopt(

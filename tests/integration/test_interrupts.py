@@ -1,0 +1,162 @@
+"""Ctrl-C while a machine starts: nothing half-made stays, whenever it comes."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from fake_host import Done, FakeHost, wait_until
+
+
+def interrupt(host: FakeHost, command: subprocess.Popen[bytes]) -> Done:
+    """Do what a terminal does at Ctrl-C: signal the whole foreground process group."""
+    os.killpg(command.pid, signal.SIGINT)
+    return host.finish(command)
+
+
+def assert_interrupted(done: Done) -> None:
+    # A new line comes first: the terminal has just shown ^C.
+    assert (done.status, done.stdout, done.stderr) == (130, "", "\nwherry: interrupted\n")
+
+
+def slow_qemu_img(host: FakeHost) -> None:
+    program = host.bin / "qemu-img"
+    program.write_text(f'#!/bin/sh\necho >"{host.bin}/making"\nexec sleep 30\n')
+    program.chmod(0o755)
+
+
+Moment = tuple[dict[str, Any], Callable[[FakeHost], object]]
+
+MOMENTS: dict[str, Moment] = {
+    "trial": ({"trial": {"kvm": "hangs", "tcg": "hangs"}}, lambda host: len(host.calls()) >= 3),
+    "machine": ({"monitor": "absent"}, lambda host: host.launches()),
+    "boot": ({"last_line": "wherry: init"}, lambda host: host.paths.qmp_socket.exists()),
+    "engine": (
+        {"engine": "absent"},
+        lambda host: host.paths.docker_socket.exists(),
+    ),
+}
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_an_interrupted_first_start_leaves_no_machine(moment: str, host: FakeHost) -> None:
+    behaviour, arrived = MOMENTS[moment]
+    host.behave(**behaviour)
+    command = host.spawn("start")
+    wait_until(lambda: arrived(host), 20, moment)
+    assert_interrupted(interrupt(host, command))
+    host.at_rest()
+    assert not host.paths.directory.exists()
+
+
+@pytest.mark.parametrize("moment", ["boot", "engine"])
+def test_an_interrupted_later_start_leaves_the_machine_as_it_was(
+    moment: str, host: FakeHost
+) -> None:
+    host.make(disk="2GiB")
+    before = hashlib.sha256(host.paths.data_disk.read_bytes()).digest()
+    behaviour, arrived = MOMENTS[moment]
+    host.behave(**behaviour)
+    command = host.spawn("start")
+    wait_until(lambda: arrived(host), 20, moment)
+    assert_interrupted(interrupt(host, command))
+    host.at_rest()
+    assert host.status()["state"] == "stopped"
+    assert hashlib.sha256(host.paths.data_disk.read_bytes()).digest() == before
+    host.behave()
+    host.good("start")
+
+
+def test_an_interrupt_while_the_disk_is_made(host: FakeHost) -> None:
+    slow_qemu_img(host)
+    command = host.spawn("start")
+    wait_until((host.bin / "making").exists, 20, "qemu-img")
+    assert_interrupted(interrupt(host, command))
+    host.at_rest()
+    assert not host.paths.directory.exists()
+
+
+def test_a_command_killed_while_the_disk_is_made(host: FakeHost) -> None:
+    """What it leaves is no machine, and is gone with the next start."""
+    slow_qemu_img(host)
+    command = host.spawn("start")
+    wait_until((host.bin / "making").exists, 20, "qemu-img")
+    os.killpg(command.pid, signal.SIGKILL)
+    host.finish(command)
+    assert host.good("list", "--json").strip() == "[]"
+    assert host.run("status").status == 3
+    (host.bin / "qemu-img").unlink()
+    host.good("start")
+    host.good("delete", "--yes")
+    host.at_rest()
+
+
+@pytest.mark.parametrize("exists", [False, True])
+def test_an_interrupt_at_any_moment(exists: bool, host: FakeHost) -> None:
+    """From the first moment of Python to the end; each leaves all of a machine or none."""
+    outcomes = set()
+    for step in range(12):
+        if exists and not host.paths.directory.exists():
+            host.make()
+        command = host.spawn("start")
+        # A signal before the interpreter is up is Python's own affair.
+        time.sleep(0.12 + 0.08 * step)
+        done = interrupt(host, command)
+        outcomes.add(done.status)
+        if done.status == 0:
+            assert host.status()["state"] == "running"
+            host.good("stop")
+        else:
+            assert done.status in (130, -signal.SIGINT), done
+        host.at_rest()
+        assert not exists or host.paths.directory.exists()
+        if not exists and done.status == 0:
+            host.good("delete", "--yes")
+        elif not exists:
+            assert not host.paths.directory.exists()
+    assert 130 in outcomes
+
+
+def test_a_second_interrupt_changes_nothing(host: FakeHost) -> None:
+    host.behave(last_line="wherry: init")
+    command = host.spawn("start")
+    wait_until(host.paths.qmp_socket.exists, 20, "QEMU")
+    os.killpg(command.pid, signal.SIGINT)
+    for _ in range(20):
+        time.sleep(0.02)
+        if command.poll() is None:
+            os.killpg(command.pid, signal.SIGINT)
+    assert host.finish(command).status in (130, -signal.SIGINT)
+    host.at_rest()
+    assert not host.paths.directory.exists()
+
+
+def test_an_interrupt_of_one_start_is_none_of_another(host: FakeHost) -> None:
+    """Who waits for a machine that another started leaves it alone."""
+    host.behave(delay_s=0.4)
+    first = host.spawn("start")
+    wait_until(host.launches, 20, "QEMU")
+    second = host.spawn("start")
+    time.sleep(0.4)
+    assert interrupt(host, second).status == 130
+    assert host.finish(first).status == 0
+    assert host.status()["state"] == "running"
+
+
+def test_an_interrupted_stop_goes_on_in_the_service(host: FakeHost) -> None:
+    host.behave(deaf=True)
+    host.make()
+    with host.serve(guest_stop_s=1.5) as service:
+        host.good("start")
+        command = host.spawn("stop")
+        wait_until(lambda: "state stopping" in host.service_log(), 20, "stopping")
+        assert_interrupted(interrupt(host, command))
+        service.wait(20)
+    host.at_rest()
+    assert host.status()["state"] == "stopped"

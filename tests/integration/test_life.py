@@ -1,0 +1,363 @@
+"""A machine's life through the command line, with a fake QEMU and a real sshd."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shlex
+import signal
+import socket
+import subprocess
+from pathlib import Path
+
+import psutil
+import pytest
+from fake_host import FakeHost, wait_until
+
+
+def ping(host: FakeHost) -> str:
+    """Ask the engine through the machine's endpoint, as a Docker client does."""
+    with socket.socket(socket.AF_UNIX) as client:
+        client.settimeout(20)
+        client.connect(host.status()["docker_host"].removeprefix("unix://"))
+        client.sendall(b"GET /_ping HTTP/1.1\r\nHost: d\r\nConnection: close\r\n\r\n")
+        answer = b""
+        while chunk := client.recv(65536):
+            answer += chunk
+    return answer.decode()
+
+
+def kill(pid: int) -> None:
+    """Kill without a word, and wait until it is gone."""
+    process = psutil.Process(pid)
+    process.kill()
+
+    def gone() -> bool:
+        return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+
+    wait_until(gone, 10, f"{pid} ends")
+
+
+def test_from_nothing_to_running_and_back(host: FakeHost) -> None:
+    said = host.good("start", "--cpus", "1", "--memory", "1GiB", "--disk", "2GiB")
+    assert "Machine default is running Docker 28.5.2" in said
+    status = host.status()
+    assert (status["state"], status["cpus"], status["memory_bytes"]) == ("running", 1, 1 << 30)
+    assert (status["engine_version"], status["image"]["version"]) == ("28.5.2", "1")
+    assert status["uptime_s"] >= 0
+    assert {status["service_pid"], status["qemu_pid"]} <= {p.pid for p in host.processes()}
+    assert "200 OK" in ping(host)
+    (context,) = (host.directory / "docker/contexts/meta").glob("*/meta.json")
+    endpoint = json.loads(context.read_text())["Endpoints"]["docker"]["Host"]
+    assert endpoint == status["docker_host"]
+    assert json.loads(host.good("list", "--json"))[0]["state"] == "running"
+    assert host.good("stop") == "Machine default is stopped.\n"
+    host.at_rest()
+    assert host.status()["state"] == "stopped"
+    assert host.good("stop") == "Machine default was not running.\n"
+    host.good("delete", "--yes")
+    host.at_rest()
+    assert not host.paths.directory.exists()
+    assert not list((host.directory / "docker/contexts/meta").iterdir())
+
+
+def test_settings_keys_and_disk_stay(host: FakeHost) -> None:
+    host.good("start", "--cpus", "1", "--disk", "2GiB")
+    keys = {path.name: path.read_bytes() for path in host.paths.keys.iterdir()}
+    assert host.run("start", "--cpus", "2").status == 2
+    host.good("restart")
+    assert host.status()["cpus"] == 1
+    host.good("stop")
+    host.good("start", "--memory", "1GiB")
+    status = host.status()
+    assert (status["cpus"], status["memory_bytes"], status["disk_bytes"]) == (1, 1 << 30, 2 << 30)
+    assert keys.items() <= {p.name: p.read_bytes() for p in host.paths.keys.iterdir()}.items()
+
+
+def test_a_second_start_finds_it_running(host: FakeHost) -> None:
+    host.good("start")
+    before = host.status()
+    assert "is running" in host.good("start")
+    after = host.status()
+    assert (after["qemu_pid"], after["service_pid"]) == (before["qemu_pid"], before["service_pid"])
+    assert host.launches() == 1
+
+
+def test_starts_at_once_start_one(host: FakeHost) -> None:
+    commands = [host.spawn("start") for _ in range(3)]
+    for command in commands:
+        done = host.finish(command)
+        assert (done.status, "is running" in done.stdout) == (0, True), done
+    assert host.launches() == 1
+
+
+def test_a_start_meanwhile_waits_until_it_runs(host: FakeHost) -> None:
+    host.behave(delay_s=0.5)
+    first = host.spawn("start")
+    wait_until(host.launches, 10, "QEMU")
+    assert "is running" in host.good("start")
+    assert host.finish(first).status == 0
+    assert host.launches() == 1
+
+
+def test_stop_and_start_at_once_end_in_one_or_the_other(host: FakeHost) -> None:
+    host.good("start")
+    stop, start = host.spawn("stop"), host.spawn("start")
+    assert host.finish(stop).status == 0
+    assert host.finish(start).status == 0
+    assert host.status()["state"] in ("running", "stopped")
+    assert host.launches() <= 2
+
+
+def test_two_machines_live_side_by_side(host: FakeHost) -> None:
+    host.good("start")
+    host.good("start", "other")
+    assert [each["name"] for each in json.loads(host.good("list", "--json"))] == [
+        "default",
+        "other",
+    ]
+    assert host.status("other")["docker_context"] == "wherry-other"
+    host.good("delete", "--yes", "other")
+    assert host.status()["state"] == "running"
+
+
+def test_a_killed_service_leaves_a_machine_that_the_next_one_adopts(host: FakeHost) -> None:
+    host.behave(trial={"kvm": "crashes"})
+    host.good("start")
+    before = host.status()
+    assert before["accelerator"] == "tcg"
+    kill(before["service_pid"])
+    broken = host.status()
+    assert (broken["state"], broken["qemu_pid"]) == ("broken", before["qemu_pid"])
+    assert broken["reason"] == "the service died; the virtual machine still runs"
+    assert "is running" in host.good("start")
+    after = host.status()
+    assert (after["state"], after["qemu_pid"]) == ("running", before["qemu_pid"])
+    assert after["service_pid"] != before["service_pid"]
+    assert (after["accelerator"], after["warning"]) == ("tcg", before["warning"])
+    assert "200 OK" in ping(host)
+    assert host.launches() == 1
+    host.good("stop")
+    host.at_rest()
+
+
+def test_a_machine_without_its_service_can_be_stopped_in_order(host: FakeHost) -> None:
+    host.good("start")
+    kill(host.status()["service_pid"])
+    assert host.good("stop") == "Machine default is stopped.\n"
+    host.at_rest()
+    assert "poweroff" in host.service_log()
+    assert host.status()["state"] == "stopped"
+
+
+def test_a_machine_that_cannot_be_adopted_is_ended_by_force(host: FakeHost) -> None:
+    host.good("start")
+    kill(host.status()["service_pid"])
+    host.paths.config.write_text("cpus = ")
+    done = host.run("stop")
+    assert done.status == 1
+    assert f"{host.paths.config}:1" in done.line
+    assert done.line.endswith("wherry stop --force default")
+    assert host.good("stop", "--force") == "Machine default is stopped.\n"
+    host.at_rest()
+
+
+def test_a_service_killed_while_it_starts(host: FakeHost) -> None:
+    host.behave(last_line="wherry: init")
+    command = host.spawn("start")
+    wait_until(lambda: host.launches() and host.paths.qmp_socket.exists(), 10, "QEMU")
+    (service,) = [p for p in host.processes() if "wherry.service" in " ".join(p.cmdline())]
+    kill(service.pid)
+    done = host.finish(command)
+    assert done.status == 1
+    assert "the machine's service ended before it answered; see: wherry logs" in done.line
+    assert host.status()["state"] == "broken"
+    host.good("stop", "--force")
+    host.at_rest()
+    host.behave()
+    host.good("start")
+
+
+def test_a_killed_qemu_is_noticed_and_a_start_recovers(host: FakeHost) -> None:
+    host.good("start")
+    first = host.status()["qemu_pid"]
+    kill(first)
+    wait_until(lambda: host.status()["state"] == "broken", 5, "status broken")
+    assert "killed by signal 9" in host.status()["reason"]
+    host.at_rest()
+    host.good("start")
+    assert host.status()["qemu_pid"] != first
+    assert "200 OK" in ping(host)
+
+
+def test_an_adopted_qemu_that_is_killed_is_noticed_too(host: FakeHost) -> None:
+    host.good("start")
+    kill(host.status()["service_pid"])
+    host.good("start")
+    kill(host.status()["qemu_pid"])
+    wait_until(lambda: host.status()["state"] == "broken", 5, "status broken")
+    host.at_rest()
+    host.good("start")
+
+
+def test_everything_killed_at_once_as_when_the_power_fails(host: FakeHost) -> None:
+    host.good("start")
+    status = host.status()
+    kill(status["service_pid"])
+    kill(status["qemu_pid"])
+    assert host.status()["state"] == "broken"
+    assert host.good("stop") == "Machine default was not running.\n"
+    host.at_rest()
+    host.good("start")
+    assert host.status()["state"] == "running"
+
+
+def test_a_number_that_another_program_has_now(host: FakeHost) -> None:
+    host.good("start")
+    status = host.status()
+    kill(status["service_pid"])
+    kill(status["qemu_pid"])
+    with subprocess.Popen(["sleep", "60"]) as bystander:
+        record = json.loads(host.paths.state.read_text())
+        for who in ("service", "qemu"):
+            record[who]["pid"] = bystander.pid
+        host.paths.state.write_text(json.dumps(record))
+        found = host.status()
+        assert (found["state"], found["service_pid"], found["qemu_pid"]) == ("broken", None, None)
+        host.good("stop", "--force")
+        host.good("start")
+        host.good("delete", "--yes")
+        assert bystander.poll() is None
+        bystander.kill()
+
+
+def test_a_service_that_hangs_is_told_and_can_be_ended(host: FakeHost) -> None:
+    host.good("start")
+    service = host.status()["service_pid"]
+    os.kill(service, signal.SIGSTOP)
+    done = host.run("start")
+    assert (done.status, "did not answer within 5 s; it may hang" in done.line) == (1, True)
+    assert host.good("stop", "--force") == "Machine default is stopped.\n"
+    host.at_rest()
+
+
+def test_a_guest_that_powers_off_by_itself_stops_the_machine(host: FakeHost) -> None:
+    host.good("start")
+    assert host.run("shell", "--", "poweroff").status in (0, 255)
+    wait_until(lambda: host.status()["state"] == "stopped", 10, "stopped")
+    assert host.status()["reason"] == ""
+    host.at_rest()
+
+
+def test_a_guest_that_does_not_power_off_is_ended_with_its_bound(host: FakeHost) -> None:
+    host.behave(deaf=True)
+    host.make()
+    with host.serve(guest_stop_s=0.3) as service:
+        host.good("start")
+        host.good("stop")
+        service.wait(10)
+    assert "the guest did not shut down" in host.service_log()
+    host.at_rest()
+
+
+def test_qemu_told_to_end_by_the_system(host: FakeHost) -> None:
+    """The system's own shutdown sends SIGTERM to all; the machine must not hang it."""
+    host.good("start")
+    service = host.status()["service_pid"]
+    os.kill(service, signal.SIGTERM)
+    wait_until(lambda: not host.processes(), 20, "all ended")
+    assert host.status()["state"] == "stopped"
+    host.at_rest()
+
+
+def test_a_home_of_many_letters(host: FakeHost) -> None:
+    deep = host.directory / ("d" * 60) / ("e" * 60)
+    deep.mkdir(parents=True)
+    other = FakeHost(home=deep / "home")
+    try:
+        other.good("start")
+        assert "200 OK" in ping(other)
+        assert len(other.status()["docker_host"]) < 110
+        kill(other.status()["service_pid"])
+        other.good("start")
+        other.good("delete", "--yes")
+        other.at_rest()
+    finally:
+        other.close()
+
+
+def test_a_home_of_strange_letters(host: FakeHost) -> None:
+    other = FakeHost(home=host.directory / "it's, 100% ü")
+    try:
+        other.good("start")
+        assert "200 OK" in ping(other)
+        assert other.good("shell", "--", "echo", "a  b").endswith("a  b\n")
+        said = other.good("env", "--shell", "bash")
+        shown = subprocess.run(
+            ["bash", "-c", 'eval "$1"; printf %s "$DOCKER_HOST"', "-", said],
+            capture_output=True,
+            check=True,
+        )
+        assert shown.stdout.decode() == other.status()["docker_host"]
+        kill(other.status()["service_pid"])
+        other.good("start")
+        assert other.launches() == 1
+        other.good("stop")
+        other.at_rest()
+    finally:
+        other.close()
+
+
+def test_the_guests_commands_keep_their_words_and_status(host: FakeHost) -> None:
+    host.good("start")
+    words = ["a  b", "$HOME", "'", '"', "*", "--debug", ""]
+    said = host.good("shell", "--", "printf", "[%s]", *words)
+    assert said == "".join(f"[{word}]" for word in words)
+    assert host.run("shell", "--", "sh", "-c", "exit 7").status == 7
+    block = host.good("ssh-config")
+    config = host.directory / "ssh_config"
+    config.write_text(block)
+    done = subprocess.run(
+        ["ssh", "-F", config, "wherry-default", shlex.join(["echo", "it", "works"])],
+        capture_output=True,
+        timeout=20,
+    )
+    assert done.stdout == b"it works\n"
+
+
+@pytest.mark.parametrize("source", ["service", "console"])
+def test_logs(source: str, host: FakeHost) -> None:
+    host.good("start")
+    said = host.good("logs", "--source", source)
+    assert ("state running" if source == "service" else "wherry: ssh") in said
+
+
+def test_the_disk_grows_and_never_shrinks(host: FakeHost) -> None:
+    host.make(disk="2GiB")
+    size = host.paths.data_disk.stat().st_size
+    done = host.run("config", "set", "disk", "1GiB")
+    assert (done.status, "smaller than the data disk, 2 GiB" in done.line) == (2, True)
+    host.paths.config.write_text('disk = "1GiB"\n')
+    done = host.run("start")
+    assert (done.status, "a disk can only grow" in done.line) == (1, True)
+    assert host.paths.data_disk.stat().st_size == size
+    host.at_rest()
+    host.paths.config.write_text('disk = "3GiB"\n')
+    host.good("start")
+    said = subprocess.run(
+        ["qemu-img", "info", "-U", "--output=json", host.paths.data_disk],
+        capture_output=True,
+        check=True,
+    )
+    assert json.loads(said.stdout)["virtual-size"] == 3 << 30
+
+
+def test_what_is_running_is_not_deleted_by_halves(host: FakeHost) -> None:
+    host.good("start")
+    with contextlib.suppress(AssertionError):
+        assert host.run("delete").status != 0  # nobody is there to be asked
+    assert host.status()["state"] == "running"
+    host.good("delete", "--yes")
+    host.at_rest()
+    assert not Path(host.paths.directory).exists()
