@@ -183,7 +183,7 @@ def test_200_requests_while_connections_are_cut(proxy: Proxy) -> None:
     cutter.join()
     assert not wrong
     assert len(outcomes) == 200
-    assert len(set(outcomes)) > 1, outcomes
+    assert min(outcomes.count("good"), 200 - outcomes.count("good")) >= 10, outcomes
     for _ in range(5):
         proxy.ping()
     eventually(lambda: proxy.endpoint.counters.active == 0)

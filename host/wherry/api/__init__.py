@@ -1,7 +1,9 @@
 """The Docker API's endpoint: a streaming proxy that other features can hook into.
 
     server.Endpoint          listener, limit, counters
-    └── connection           one client: its threads, sockets and the engine's stream
+    └── connection           one client: its requests, on their way to the engine
+        ├── local            the client's socket or pipe
+        ├── downstream       the answers on their way back
         ├── exchange         one request and its answer; runs what watches the answer
         ├── hooks            what other features fill
         ├── messages         where requests and answers begin and end (no sockets)
