@@ -244,6 +244,28 @@ def test_a_client_that_went_while_its_data_is_stuck(chain: Chain) -> None:
         wait_for(lambda: endpoint.relay.counters.active == 0, "the connection did not end")
 
 
+def test_connections_that_end_from_all_sides_at_once_harm_no_other(chain: Chain) -> None:
+    """One message too many for a channel that is closed would end the whole connection."""
+    chain.tunnel.wait(WAIT_S)
+    before = chain.tunnel.counters.connections
+
+    def handler(server: socket.socket) -> None:
+        while data := server.recv(1 << 16):
+            server.sendall(data * 3)
+
+    for _ in range(8):
+        with chain.serve(handler) as endpoint:
+            clients = [endpoint.connect() for _ in range(20)]
+            for client in clients:
+                client.sendall(bytes(1000))
+            for client in clients[:15]:  # answers are on their way; five are cut by close()
+                client.close()
+        for client in clients:
+            client.close()
+    assert chain.tunnel.run("echo well", timeout_s=WAIT_S).stdout == b"well\n"
+    assert chain.tunnel.counters.connections == before
+
+
 def test_a_server_that_went_ends_a_client_that_sends(chain: Chain) -> None:
     def send_for_ever(client: socket.socket) -> None:
         deadline = time.monotonic() + WAIT_S

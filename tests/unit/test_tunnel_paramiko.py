@@ -32,7 +32,8 @@ OURS = {
     },
     StreamChannel: {
         "_acknowledge", "_raise_failure", "_take_window", "_tell_end", "_wait_active",
-        "close_message", "deliver_to", "drain", "feed", "more_window", "recv_into", "refused",
+        "_flush", "_post", "confirmed", "deliver_to", "drain", "feed", "more_window", "recv_into",
+        "refused",
         "_park", "send_until", "wait_open",
     },
     TunnelTransport: {

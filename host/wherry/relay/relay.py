@@ -130,8 +130,8 @@ class Relay:
                     self._active += 1
                     self._connections += 1
             if full:
-                local.close()
                 self._on_limit()
+                local.close()
                 continue
             remote = self._try_open()
             try:

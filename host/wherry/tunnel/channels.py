@@ -5,16 +5,22 @@ PROTOCOL §2.4), which paramiko cannot open (paramiko#544). :class:`StreamChanne
 replaces what paramiko's Channel does with data (see :mod:`wherry.tunnel.inbox`) and
 keeps what it does with windows, requests and the end.
 
-Locks are taken in this order: the channel's, then its inbox's. A sink is told of the
-end outside both, since it may close the channel.
+Nothing may follow the message that closes a channel: the guest gives the number to the
+next channel, or ends the whole connection over it. paramiko decides what to send under
+the channel's lock and sends it outside; here all goes through :meth:`StreamChannel._post`
+and ``_sending``, which keep that order.
+
+Locks are taken in this order: ``_sending``, the channel's, its inbox's. A sink is told
+of the end outside all of them, since it may close the channel.
 """
 
 from __future__ import annotations
 
 import signal
 import struct
+import threading
 import time
-from collections.abc import Callable
+from collections import deque
 from typing import Any
 
 from paramiko.channel import Channel
@@ -63,6 +69,14 @@ class StreamChannel(Channel):  # type: ignore[misc]  # paramiko ships no types
         self._open_deadline = open_deadline
         self._failure: TunnelError | None = None
         self._parked: memoryview | None = None
+        self._sending = threading.Lock()
+        self._due: deque[tuple[Any, bool]] = deque()
+        self._close_sent = False
+
+    def __del__(self) -> None:
+        # paramiko closes here, that is in whatever thread and under whatever lock the
+        # garbage collector happens to run. Whoever opened a channel closes it.
+        pass
 
     # -- Stream -----------------------------------------------------------------------
 
@@ -97,18 +111,26 @@ class StreamChannel(Channel):  # type: ignore[misc]  # paramiko ships no types
             count = self._take_window(min(len(view), _SEND_AT_ONCE_BYTES), deadline)
             part = view[:count]
             try:
-                self.transport.send_data(self.remote_chanid, part, self.out_max_packet_size)
+                with self._sending:
+                    if self._close_sent:
+                        raise self._failure or TunnelError(f"{self.target} closed the stream")
+                    self.transport.send_data(self.remote_chanid, part, self.out_max_packet_size)
             except (EOFError, OSError, SSHException) as error:
                 raise TunnelError(LOST) from error
+            finally:
+                self._flush()
             view = view[count:]
 
     def shutdown_write(self) -> None:
         """See :meth:`Stream.shutdown_write`."""
-        try:
-            self.wait_open()
-            super().shutdown_write()
-        except (EOFError, OSError, SSHException, TunnelError):
-            pass  # there is no other side left to learn of the end
+        with self.lock:
+            try:
+                self._wait_active()
+            except TunnelError:
+                return  # there is no other side left to learn of the end
+            message = self._send_eof()
+        if message is not None:
+            self._post(message)
 
     def close(self) -> None:
         """See :meth:`Stream.close`."""
@@ -120,10 +142,8 @@ class StreamChannel(Channel):  # type: ignore[misc]  # paramiko ships no types
                 # when it comes, would leave the channel open there for ever.
                 self.closed_while_opening = True
                 self._set_closed()
-        try:
-            super().close()
-        except (EOFError, OSError, SSHException):
-            pass  # the connection is gone, and the channel with it
+        super().close()
+        self._flush()
         self._tell_end()
         self.in_buffer.detach()
         self.in_stderr_buffer.detach()
@@ -172,12 +192,13 @@ class StreamChannel(Channel):  # type: ignore[misc]  # paramiko ships no types
             self._set_closed()
         self._tell_end()
 
-    def close_message(self) -> Message:
-        """Return the message that closes the channel in the guest (RFC 4254 §5.3)."""
-        message = Message()
-        message.add_byte(cMSG_CHANNEL_CLOSE)
-        message.add_int(self.remote_chanid)
-        return message
+    def confirmed(self) -> None:
+        """Learn that the channel is open; close it if nobody wants it any more."""
+        if self.closed_while_opening:
+            message = Message()
+            message.add_byte(cMSG_CHANNEL_CLOSE)
+            message.add_int(self.remote_chanid)
+            self._post(message, last=True)
 
     def _set_window(self, window_size: int, max_packet_size: int) -> None:
         super()._set_window(window_size, max_packet_size)
@@ -189,7 +210,11 @@ class StreamChannel(Channel):  # type: ignore[misc]  # paramiko ships no types
         with self.lock:
             super()._set_remote_channel(chanid, window_size, max_packet_size)
             parked = self._parked
-            if parked is not None and len(parked) <= min(self.out_window_size, max_packet_size):
+            if (
+                parked is not None
+                and not self.closed
+                and len(parked) <= min(self.out_window_size, max_packet_size)
+            ):
                 head = struct.pack(">BII", CHANNEL_DATA, self.remote_chanid, len(parked))
                 if self.transport.send_now(head + parked):
                     self.out_window_size -= len(parked)
@@ -215,12 +240,23 @@ class StreamChannel(Channel):  # type: ignore[misc]  # paramiko ships no types
         super()._handle_eof(m)
         self._tell_end()
 
+    def _close_internal(self) -> tuple[None, None]:
+        # paramiko's callers would send these by themselves.
+        eof, close = super()._close_internal()
+        if eof is not None:
+            self._due.append((eof, False))
+        if close is not None:
+            self._due.append((close, True))
+        return None, None
+
     def _handle_close(self, m: Any) -> None:
         super()._handle_close(m)
+        self._flush()
         self._tell_end()
 
     def _request_failed(self, m: Any) -> None:
         super()._request_failed(m)
+        self._flush()
         self._tell_end()
 
     def _unlink(self) -> None:
@@ -248,10 +284,30 @@ class StreamChannel(Channel):  # type: ignore[misc]  # paramiko ships no types
             message.add_byte(cMSG_CHANNEL_WINDOW_ADJUST)
             message.add_int(self.remote_chanid)
             message.add_int(more)
+            self._post(message)
+
+    def _post(self, message: Any, *, last: bool = False) -> None:
+        """Send a message of the channel, or leave it to the thread that is sending now."""
+        self._due.append((message, last))
+        self._flush()
+
+    def _flush(self) -> None:
+        """Send what is due, unless another thread is sending, which will look here after.
+
+        It never waits for that thread: the transport's own thread comes here too, and
+        the other one may be waiting for it to finish a key exchange.
+        """
+        while self._due and self._sending.acquire(blocking=False):
             try:
-                self.transport._send_user_message(message)
+                while self._due:
+                    message, last = self._due.popleft()
+                    if not self._close_sent:
+                        self._close_sent = last
+                        self.transport._send_user_message(message)
             except (EOFError, OSError, SSHException):
                 pass  # the connection is going; reading goes on to what has arrived
+            finally:
+                self._sending.release()
 
     def _wait_active(self) -> None:
         """Wait, holding the lock, until the channel is open."""
@@ -317,10 +373,7 @@ class CommandChannel(StreamChannel):
         message.add_string("exec")
         message.add_boolean(True)
         message.add_string(command)
-        try:
-            self.transport._send_user_message(message)
-        except (EOFError, OSError, SSHException) as error:
-            raise TunnelError(LOST) from error
+        self._post(message)
         answered = self.event.wait(max(0.0, deadline - time.monotonic()))
         if not answered or not self.event_ready:
             self.close()
@@ -363,6 +416,3 @@ class CommandChannel(StreamChannel):
             return
         m.packet.seek(start)
         super()._handle_request(m)
-
-
-ChannelClass = Callable[[int, float, str], StreamChannel]

@@ -233,8 +233,8 @@ class TunnelTransport(Transport):  # type: ignore[misc]  # paramiko ships no typ
         channel = self._opening.pop(m.get_int(), None)
         m.packet.seek(start)
         super()._parse_channel_open_success(m)
-        if channel is not None and channel.closed_while_opening:
-            self._send_user_message(channel.close_message())
+        if channel is not None:
+            channel.confirmed()
 
     def _parse_channel_open_failure(self, m: Any) -> None:
         chanid = m.get_int()
