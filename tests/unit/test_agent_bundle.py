@@ -24,7 +24,8 @@ def test_nothing_of_the_system_is_in_the_bundle() -> None:
         entries = archive.infolist()
     names = [entry.filename for entry in entries]
     assert names == sorted(names)
-    assert {"__main__.py", "wherry_guest/agent.py", "wherry_wire/frames.py"} <= set(names)
+    wanted = {"wherry_guest/agent.py", "wherry_sync/local.py", "wherry_wire/frames.py"}
+    assert {"__main__.py", *wanted} <= set(names)
     for entry in entries:
         assert entry.filename.endswith(".py")
         assert entry.date_time == (1980, 1, 1, 0, 0, 0)

@@ -15,7 +15,7 @@ from importlib.resources import files
 
 from wherry.core.errors import WherryError
 
-_PACKAGES = ("wherry_guest", "wherry_wire")
+_PACKAGES = ("wherry_guest", "wherry_sync", "wherry_wire")
 _MAIN = """\
 import sys
 from wherry_guest.agent import main

@@ -1,0 +1,410 @@
+"""Carrying out operations on a tree.
+
+Invariants:
+
+* Nothing outside the root is touched: every path is reached by :mod:`wherry_sync.handles`, and
+  names are checked by the caller's decoder and again here.
+* Nothing is overwritten or removed that is not ``before``. The check comes first, and then the
+  displaced file itself is looked at: it is exchanged or moved into the stage, not unlinked, so
+  a write between check and rename is seen, and undone or rescued. What cannot be closed: a
+  process that still has the displaced file open and writes to it later.
+* A reader sees the old file or the new one, except where the inode must stay
+  (:mod:`wherry_sync.inplace`).
+* Contents are complete and verified before they are placed. They are *not* on the disk then:
+  a disk flush for each file would make a first synchronisation ten times as long. The
+  ancestor's store keeps the path pending until :meth:`~wherry_sync.local.LocalEndpoint.flush`.
+* Permission bits beyond the executable one, and the owner, stay what they are; no setuid,
+  setgid or sticky bit is put on contents that come from the other end.
+
+In order, because of kind changes: deletions from the bottom up, then all else from the top down.
+The caller sorts.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+import time
+
+from wherry_sync import handles, inplace, kernel, records
+from wherry_sync.entry import FILE, LINK, Directory, Leaf, is_file, name_problem, split
+from wherry_sync.operation import DONE, FAILED, STALE, Operation, Result, Stale
+from wherry_sync.stage import Stage, same_contents
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    from wherry_sync.entry import Entry
+    from wherry_sync.scan import Scanner
+
+    Keep = Callable[[int, str, str, Leaf], None]
+
+_NOT_EMPTY = {errno.ENOTEMPTY, errno.EEXIST}
+
+
+def no_fault(point: str) -> None:
+    """Do nothing; tests put something here that ends the process, as it were."""
+
+
+class Policy:
+    """What an end does with files beyond what is synchronised.
+
+    :ivar file_mode: permission bits of new files, without the executable ones.
+    :ivar directory_mode: permission bits of new directories.
+    :ivar keep: called with a deleted file, before it is gone: a directory's descriptor, the
+        name in it, the path in the tree, and what it is. It may move the file.
+    """
+
+    __slots__ = ("directory_mode", "file_mode", "keep")
+
+    def __init__(
+        self, file_mode: int = 0o644, directory_mode: int = 0o755, keep: Keep | None = None
+    ) -> None:
+        self.file_mode = file_mode
+        self.directory_mode = directory_mode
+        self.keep = keep
+
+
+class Applier:
+    """Carries out operations. Not safe for concurrent use, nor during a scan.
+
+    :param scanner: knows what was there, and is told what we put there.
+    :param checkpoint: called between any two steps that change something.
+    """
+
+    def __init__(
+        self,
+        stage: Stage,
+        scanner: Scanner,
+        policy: Policy,
+        checkpoint: Callable[[str], None] = no_fault,
+    ) -> None:
+        self._stage = stage
+        self._scanner = scanner
+        self._policy = policy
+        self._checkpoint = checkpoint
+        self._uses: dict[bytes, int] = {}
+
+    def apply(
+        self, fd: int, operations: Sequence[Operation], root_name: str = ""
+    ) -> Iterator[Result]:
+        """Carry out operations, and yield what came of each as soon as it is known.
+
+        :param fd: the root; if the root is a file, the directory that it is in.
+        :param root_name: the root's name if it is a file.
+        """
+        self._uses.clear()
+        for operation in operations:
+            if operation.after is not None and is_file(operation.after):
+                digest = _digest(operation.after)
+                self._uses[digest] = self._uses.get(digest, 0) + 1
+        for operation in operations:
+            self._checkpoint("operation")
+            try:
+                self._one(fd, operation, root_name)
+            except Stale as error:
+                yield Result(operation, STALE, str(error))
+            except OSError as error:
+                yield Result(operation, FAILED, (error.strerror or str(error)).lower())
+            else:
+                yield Result(operation, DONE)
+
+    def finish_in_place(self, fd: int, root_name: str = "") -> None:
+        """Finish a write in place that a crash interrupted, before anything else is done.
+
+        What is there now may also have been edited since, so it is rescued first.
+        """
+        entry = self._stage.journal()
+        if entry is None or not entry[3]:
+            return
+        path, before, after, _ = entry
+        parent, name = (path, "") if root_name else split(path)
+        try:
+            with handles.open_directory(fd, parent) as directory:
+                name = root_name or name
+                current, status = self._scanner.probe(directory, path, name)
+                if (
+                    isinstance(current, Leaf)
+                    and status is not None
+                    and after is not None
+                    and current.kind == FILE
+                    and not same_contents(current, before)
+                    and not same_contents(current, after)
+                    and self._stage.has(after)
+                ):
+                    copy = self._stage.name("t")
+                    inplace.copy(directory, name, self._stage.fd, copy)
+                    self._stage.rescue(copy, path)
+                    inplace.rewrite(directory, name, self._stage, after, 0, self._checkpoint)
+        except FileNotFoundError:
+            pass
+        self._stage.end()
+
+    def _one(self, fd: int, operation: Operation, root_name: str) -> None:
+        path = operation.path
+        if any(name_problem(name) for name in path.split("/")) and not (root_name and not path):
+            raise OSError("the path is not one of this tree")
+        parent, name = split(path)
+        try:
+            directory = handles.open_directory(fd, parent)
+        except (FileNotFoundError, NotADirectoryError) as error:
+            if operation.after is None:
+                return
+            raise Stale("the directory it is in has changed") from error
+        except OSError as error:
+            if error.errno == errno.ELOOP:
+                raise Stale("a directory on the way became a link") from error
+            raise
+        with directory as parent_fd:
+            self._change(parent_fd, name or root_name, operation, in_place=bool(root_name))
+
+    def _change(self, fd: int, name: str, operation: Operation, *, in_place: bool) -> None:
+        before, after = operation.before, operation.after
+        current, status = self._scanner.probe(fd, operation.path, name)
+        if _shallow_equal(current, after):
+            self._forget(after)
+            return
+        if not _shallow_equal(current, before):
+            raise Stale("it was changed meanwhile")
+        if isinstance(before, Directory):
+            if not self._remove_directory(fd, name) and after is not None:
+                raise Stale("something that is not synchronised is in the way")
+            before = status = None
+            if after is None:
+                return
+        if isinstance(after, Directory):
+            if before is not None:
+                assert status is not None
+                self._remove(fd, name, operation.path, before, status)
+            self._checkpoint("mkdir")
+            os.mkdir(name, self._policy.directory_mode, dir_fd=fd)
+            with handles.open_directory(fd, name) as made:
+                os.fchmod(made, self._policy.directory_mode)
+                self._adopt(made, os.fstat(fd))
+        elif after is None:
+            assert before is not None
+            assert status is not None
+            self._remove(fd, name, operation.path, before, status)
+        elif before is None:
+            self._create(fd, name, operation.path, after)
+        else:
+            assert status is not None
+            self._replace(fd, name, operation.path, before, after, status, in_place=in_place)
+
+    def _remove_directory(self, fd: int, name: str) -> bool:
+        """Remove a directory; return False if it still holds something."""
+        self._checkpoint("rmdir")
+        try:
+            os.rmdir(name, dir_fd=fd)
+        except OSError as error:
+            if error.errno not in _NOT_EMPTY:
+                raise
+            return False
+        return True
+
+    def _remove(self, fd: int, name: str, path: str, before: Leaf, status: os.stat_result) -> None:
+        """Take a file or link out of the tree."""
+        self._stage.begin(path, before, None, in_place=False)
+        taken = self._stage.name("t")
+        self._checkpoint("displace")
+        os.rename(name, taken, src_dir_fd=fd, dst_dir_fd=self._stage.fd)
+        self._checkpoint("displaced")
+        if not self._is_still(taken, before, status):
+            self._put_back(taken, fd, name, path)
+            raise Stale("it was written at the last moment")
+        if self._policy.keep is not None:
+            self._policy.keep(self._stage.fd, taken, path, before)
+            self._checkpoint("kept")
+        self._stage.discard(taken)
+
+    def _create(self, fd: int, name: str, path: str, after: Leaf) -> None:
+        self._stage.begin(path, None, after, in_place=False)
+        made = self._make(after, None, os.fstat(fd))
+        self._checkpoint("create")
+        try:
+            self._place(made, fd, name)
+        except FileExistsError as error:
+            self._stage.discard(made)
+            raise Stale("something was made there meanwhile") from error
+        except BaseException as error:
+            if isinstance(error, OSError):
+                self._stage.discard(made)
+            raise
+        self._checkpoint("created")
+        self._note(fd, name, path, after)
+
+    def _replace(
+        self,
+        fd: int,
+        name: str,
+        path: str,
+        before: Leaf,
+        after: Leaf,
+        status: os.stat_result,
+        *,
+        in_place: bool,
+    ) -> None:
+        if is_file(before) and is_file(after):
+            if before.digest == after.digest:
+                self._forget(after)
+                self._checkpoint("chmod")
+                self._set_executable(fd, name, status, after.executable)
+                return
+            start = inplace.start(self._stage, before, after)
+            if in_place or status.st_nlink > 1 or start:
+                self._stage.begin(path, before, after, in_place=True)
+                self._checkpoint("in place")
+                try:
+                    inplace.rewrite(fd, name, self._stage, after, start, self._checkpoint, status)
+                except Stale:
+                    self._stage.end()
+                    raise
+                self._stage.end()
+                if before.executable != after.executable:
+                    self._set_executable(fd, name, None, after.executable)
+                self._note(fd, name, path, after)
+                self._forget(after)
+                return
+        self._stage.begin(path, before, after, in_place=False)
+        made = self._make(after, status, os.fstat(fd))
+        ours = os.stat(made, dir_fd=self._stage.fd, follow_symlinks=False)
+        self._checkpoint("exchange")
+        try:
+            self._exchange(made, fd, name)
+        except OSError:
+            self._stage.discard(made)
+            raise
+        self._checkpoint("exchanged")
+        if not self._is_still(made, before, status):
+            # What is in the stage was written after the check: it goes back where it was,
+            # and what comes out in exchange is ours, unless that was written to as well.
+            self._exchange(made, fd, name)
+            back = os.stat(made, dir_fd=self._stage.fd, follow_symlinks=False)
+            if _same_status(ours, back):
+                self._stage.discard(made)
+            else:
+                self._stage.rescue(made, path)
+            raise Stale("it was written at the last moment")
+        if self._policy.keep is not None and before.kind != after.kind:
+            self._policy.keep(self._stage.fd, made, path, before)
+        self._stage.discard(made)
+        self._note(fd, name, path, after)
+
+    def _make(self, after: Leaf, replaced: os.stat_result | None, parent: os.stat_result) -> str:
+        """Return the name of a new file or link in the stage that is ready to be placed."""
+        if after.kind == LINK:
+            made = self._stage.name("t")
+            os.symlink(after.target, made.encode(), dir_fd=self._stage.fd)
+            return made
+        digest = _digest(after)
+        made = self._stage.take(after, self._uses.get(digest, 1) > 1)
+        self._forget(after)
+        descriptor = os.open(
+            made, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self._stage.fd
+        )
+        try:
+            # A replaced file's times are of use to nobody; its owner and mode are.
+            if replaced is not None and stat.S_ISREG(replaced.st_mode):
+                self._adopt(descriptor, replaced)
+                mode = replaced.st_mode & 0o777
+            else:
+                self._adopt(descriptor, parent)
+                mode = self._policy.file_mode
+            os.fchmod(descriptor, with_executable(mode, after.executable))
+        finally:
+            os.close(descriptor)
+        return made
+
+    def _adopt(self, descriptor: int, like: os.stat_result) -> None:
+        """Give a new file the owner of its predecessor or its directory, if we are root."""
+        if os.geteuid() == 0:
+            os.fchown(descriptor, like.st_uid, like.st_gid)
+
+    def _set_executable(
+        self, fd: int, name: str, expected: os.stat_result | None, executable: bool
+    ) -> None:
+        descriptor = handles.open_regular(fd, name)
+        try:
+            status = os.fstat(descriptor)
+            if expected is not None and status.st_ino != expected.st_ino:
+                raise Stale("it was replaced meanwhile")
+            os.fchmod(descriptor, with_executable(stat.S_IMODE(status.st_mode), executable))
+        finally:
+            os.close(descriptor)
+
+    def _place(self, made: str, fd: int, name: str) -> None:
+        """Move a file from the stage to a name that has nothing."""
+        if not kernel.rename_exclusive(self._stage.fd, made, fd, name):
+            os.link(made, name, src_dir_fd=self._stage.fd, dst_dir_fd=fd, follow_symlinks=False)
+            self._stage.discard(made)
+
+    def _exchange(self, made: str, fd: int, name: str) -> None:
+        """Swap a file in the stage with one in the tree.
+
+        Where the filesystem cannot, the displaced file is held by a second name; that misses
+        a file that is itself replaced between the two steps.
+        """
+        if kernel.exchange(self._stage.fd, made, fd, name):
+            return
+        held = self._stage.name("t")
+        os.link(name, held, src_dir_fd=fd, dst_dir_fd=self._stage.fd, follow_symlinks=False)
+        os.rename(made, name, src_dir_fd=self._stage.fd, dst_dir_fd=fd)
+        os.rename(held, made, src_dir_fd=self._stage.fd, dst_dir_fd=self._stage.fd)
+
+    def _put_back(self, taken: str, fd: int, name: str, path: str) -> None:
+        try:
+            self._place(taken, fd, name)
+        except OSError:
+            self._stage.rescue(taken, path)
+
+    def _is_still(self, taken: str, before: Leaf, checked: os.stat_result) -> bool:
+        """Whether a displaced file is what was checked before it was displaced."""
+        status = os.stat(taken, dir_fd=self._stage.fd, follow_symlinks=False)
+        if stat.S_ISREG(status.st_mode) and _same_status(checked, status):
+            # A rename changes the time of change, so it is the other time that has to be old
+            # enough to tell of a write.
+            if status.st_mtime_ns < time.time_ns() - 5 * records.COARSE_NS:
+                return True
+        elif not stat.S_ISREG(status.st_mode) and not stat.S_ISLNK(status.st_mode):
+            return False
+        return self._stage.leaf(taken) == before
+
+    def _note(self, fd: int, name: str, path: str, after: Leaf) -> None:
+        if after.kind != FILE:
+            return
+        status = handles.status(fd, name)
+        if status is not None and stat.S_ISREG(status.st_mode) and status.st_size == after.size:
+            self._scanner.note(path, after, status)
+
+    def _forget(self, after: Entry | None) -> None:
+        """Count one use of contents less."""
+        if after is not None and is_file(after):
+            digest = _digest(after)
+            self._uses[digest] = self._uses.get(digest, 1) - 1
+
+
+def with_executable(mode: int, executable: bool) -> int:
+    """Return permission bits with those for executing where those for reading are, or none."""
+    return mode | (mode & 0o444) >> 2 if executable else mode & ~0o111
+
+
+def _digest(entry: Entry) -> bytes:
+    assert isinstance(entry, Leaf)
+    return entry.digest
+
+
+def _shallow_equal(one: Entry | None, other: Entry | None) -> bool:
+    if isinstance(one, Directory) or isinstance(other, Directory):
+        return isinstance(one, Directory) and isinstance(other, Directory)
+    return one == other
+
+
+def _same_status(one: os.stat_result, other: os.stat_result) -> bool:
+    return (one.st_mode, one.st_ino, one.st_size, one.st_mtime_ns) == (
+        other.st_mode,
+        other.st_ino,
+        other.st_size,
+        other.st_mtime_ns,
+    )

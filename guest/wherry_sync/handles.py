@@ -1,0 +1,73 @@
+"""Reaching what is in a tree by directory descriptors, one name at a time.
+
+Each step is an ``openat`` with ``O_NOFOLLOW``: a directory on the way that was swapped for a
+link, by a container or by anyone, makes the step fail. So no path, however it was come by,
+leads out of the root. The descriptor that a caller holds stays the directory that was checked,
+wherever it is moved to.
+
+This is for POSIX; a system without directory descriptors needs its own version of this module.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+
+DIRECTORY_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+# A fifo that took a file's place must not block the open.
+READ_FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+
+
+class Handle:
+    """A directory that is kept open; a context manager that closes it."""
+
+    __slots__ = ("fd",)
+
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
+
+    def __enter__(self) -> int:
+        return self.fd
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self.fd)
+
+
+def open_directory(fd: int, path: str) -> Handle:
+    """Open a directory below another one.
+
+    :raises OSError: it is missing, or something on the way is not a directory.
+    """
+    current = os.dup(fd)
+    try:
+        for name in path.split("/") if path else ():
+            following = os.open(name, DIRECTORY_FLAGS, dir_fd=current)
+            os.close(current)
+            current = following
+    except BaseException:
+        os.close(current)
+        raise
+    return Handle(current)
+
+
+def status(fd: int, name: str) -> os.stat_result | None:
+    """Return what is at a name, not following a link; None if there is nothing.
+
+    :raises OSError: it cannot be told.
+    """
+    try:
+        return os.stat(name, dir_fd=fd, follow_symlinks=False)
+    except FileNotFoundError:
+        return None
+
+
+def open_regular(fd: int, name: str) -> int:
+    """Open a regular file to read it.
+
+    :raises OSError: it is missing, unreadable, or not a regular file.
+    """
+    descriptor = os.open(name, READ_FLAGS, dir_fd=fd)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError("it is not a regular file")
+    return descriptor

@@ -1,0 +1,118 @@
+"""Changing a file's contents without replacing the file.
+
+Needed where the inode is what somebody holds: a single file that is itself mounted, a file
+with several hard links, and a file that only grew, for ``tail -f`` reads on in what it opened.
+
+Not atomic, so the stage's journal has it on the disk before the first byte is written, and
+:meth:`~wherry_sync.apply.Applier.finish_in_place` finishes it after a crash. A torn file is
+therefore never taken for somebody's edit.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+
+from wherry_sync import handles, hashing
+from wherry_sync.operation import Stale
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from wherry_sync.entry import Leaf
+    from wherry_sync.stage import Stage
+
+_STEP_BYTES = 1 << 20
+
+
+def start(stage: Stage, before: Leaf, after: Leaf) -> int:
+    """Return how many bytes may stay because the new contents begin with all the old ones.
+
+    Zero if they do not; a pure append is what this is about.
+    """
+    if not 0 < before.size < after.size:
+        return 0
+    contents = stage.open_contents(after)
+    try:
+        digest, _ = hashing.read_digest(contents, before.size)
+    finally:
+        os.close(contents)
+    return before.size if digest == before.digest else 0
+
+
+def rewrite(
+    fd: int,
+    name: str,
+    stage: Stage,
+    after: Leaf,
+    start: int,
+    checkpoint: Callable[[str], None],
+    expected: os.stat_result | None = None,
+) -> None:
+    """Write the staged contents over a file, from ``start`` on.
+
+    :param expected: what the file's status must be when it is open; it is the last check.
+    :raises Stale: it is not; nothing was written.
+    :raises OSError: it cannot be written.
+    """
+    flags = os.O_WRONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    target = os.open(name, flags, dir_fd=fd)
+    try:
+        status = os.fstat(target)
+        if expected is not None and (
+            (status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+            != (expected.st_ino, expected.st_size, expected.st_mtime_ns, expected.st_ctime_ns)
+        ):
+            raise Stale("it was written at the last moment")
+        if after.size > status.st_size:
+            _reserve(target, status.st_size, after.size)
+        source = stage.open_contents(after)
+        try:
+            position = start
+            while data := os.pread(source, _STEP_BYTES, position):
+                view = memoryview(data)
+                while view:
+                    written = os.pwrite(target, view, position)
+                    position += written
+                    view = view[written:]
+                checkpoint("written in place")
+            if status.st_size > after.size:
+                os.ftruncate(target, after.size)
+            mtime_ns = os.fstat(source).st_mtime_ns
+        finally:
+            os.close(source)
+        checkpoint("truncated")
+        os.utime(target, ns=(mtime_ns, mtime_ns))
+    finally:
+        os.close(target)
+
+
+def _reserve(target: int, size: int, wanted: int) -> None:
+    """Have the space before the old contents are touched, where the filesystem can do that."""
+    try:
+        os.posix_fallocate(target, size, wanted - size)
+    except (AttributeError, OSError) as error:
+        os.ftruncate(target, size)
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            raise
+
+
+def copy(fd: int, name: str, to_fd: int, to_name: str) -> None:
+    """Copy a regular file's contents into a new file.
+
+    :raises OSError: it cannot be read, or the copy not written.
+    """
+    source = handles.open_regular(fd, name)
+    try:
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        target = os.open(to_name, flags, 0o600, dir_fd=to_fd)
+        try:
+            while data := os.read(source, _STEP_BYTES):
+                view = memoryview(data)
+                while view:
+                    view = view[os.write(target, view) :]
+        finally:
+            os.close(target)
+    finally:
+        os.close(source)

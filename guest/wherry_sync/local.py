@@ -1,0 +1,175 @@
+"""One end of a synchronisation: a tree on this machine, with its stage.
+
+The host has one for each root, and so has the agent; ``wherry.sync.endpoint`` says what each
+method promises, whichever side of the wire it is on.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+
+from wherry_sync import handles, kernel, records
+from wherry_sync.apply import Applier, Policy, no_fault
+from wherry_sync.entry import Leaf, split
+from wherry_sync.ignore import NOTHING, Ignore
+from wherry_sync.scan import Scanner, Snapshot
+from wherry_sync.stage import Damaged, Stage
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+
+    from wherry_sync.operation import Operation, Result
+    from wherry_sync.stage import Rescued
+
+_READ_BYTES = 256 * 1024
+
+
+class LocalEndpoint:
+    """A tree on this machine.
+
+    :param root: the directory, or the single file.
+    :param stage: the directory for what is on its way; on the root's filesystem, and not in
+        the tree unless its name begins with :data:`~wherry_sync.entry.TEMPORARY_PREFIX`.
+    :param boot: id of this boot of this machine, as :attr:`boot` gives it back.
+    :raises OSError: the stage cannot be made, or is on another filesystem.
+    """
+
+    def __init__(
+        self,
+        root: str,
+        stage: str,
+        boot: str,
+        *,
+        ignore: Ignore = NOTHING,
+        policy: Policy | None = None,
+        checkpoint: Callable[[str], None] = no_fault,
+    ) -> None:
+        self.boot = boot
+        self._path = root
+        self._stage = Stage(stage)
+        try:
+            granularity_ns = records.granularity_ns(self._stage.fd, self._stage.name("part"))
+            self._scanner = Scanner(ignore, granularity_ns=granularity_ns)
+            self._policy = policy or Policy()
+            self._applier = Applier(self._stage, self._scanner, self._policy, checkpoint)
+            self._stage.recover(self._expected)
+            with self._opened() as (fd, name):
+                if os.fstat(fd).st_dev != os.fstat(self._stage.fd).st_dev:
+                    raise OSError("the stage is not on the filesystem of the tree")
+                self._applier.finish_in_place(fd, name)
+        except FileNotFoundError:
+            # No root: the next scan says so.
+            pass
+        except BaseException:
+            self._stage.close()
+            raise
+        self._stage.discard_contents()
+
+    def close(self) -> None:
+        """Release the descriptors; safe to call twice."""
+        self._stage.close()
+
+    def set_ignore(self, ignore: Ignore) -> None:
+        """Take other rules, from the next full scan on."""
+        self._scanner.set_ignore(ignore)
+
+    def scan(self, dirty: Collection[str] | None = None) -> Snapshot:
+        """Return the tree as it is now."""
+        try:
+            with self._opened() as (fd, name):
+                # A write in place that failed half-way is nobody's edit.
+                self._applier.finish_in_place(fd, name)
+                if name:
+                    return self._scanner.scan_file(fd, name)
+                return self._scanner.scan(fd, dirty)
+        except FileNotFoundError:
+            return Snapshot()
+
+    def missing(self, files: Iterable[Leaf]) -> list[Leaf]:
+        """Return those files whose contents have to be sent."""
+        return [leaf for leaf in files if not self._stage.has(leaf)]
+
+    def read(self, path: str) -> tuple[int, Iterator[bytes]]:
+        """Return a file's time of modification and its contents."""
+        with self._opened() as (fd, root_name):
+            parent, name = split(path)
+            with handles.open_directory(fd, parent) as directory:
+                descriptor = handles.open_regular(directory, name or root_name)
+        return os.fstat(descriptor).st_mtime_ns, _chunks(descriptor)
+
+    def stage(self, leaf: Leaf, mtime_ns: int, chunks: Iterable[bytes]) -> None:
+        """Take contents that :meth:`missing` asked for."""
+        self._stage.receive(leaf, mtime_ns, chunks)
+
+    def stage_local(self, leaf: Leaf, path: str) -> bool:
+        """Take contents from this tree, if they are still at the path."""
+        try:
+            self._stage.receive(leaf, *self.read(path))
+        except (Damaged, OSError):
+            return False
+        return True
+
+    def apply(self, operations: Sequence[Operation]) -> Iterator[Result]:
+        """Carry out operations in their order; yield what came of each."""
+        with self._opened() as (fd, name):
+            yield from self._applier.apply(fd, operations, name)
+            self._applier.finish_in_place(fd, name)
+        self._stage.discard_contents()
+
+    def flush(self) -> None:
+        """Wait until all that was done so far is on the disk."""
+        kernel.flush(self._stage.fd)
+
+    def rescued(self) -> list[Rescued]:
+        """Return what was saved from being overwritten at the last moment."""
+        return list(self._stage.rescued())
+
+    def read_rescued(self, name: str) -> Iterator[bytes]:
+        """Return the contents of a rescued file."""
+        return _chunks(handles.open_regular(self._stage.fd, name))
+
+    def forget_rescued(self, name: str) -> None:
+        """Remove a rescued file, now that it is kept elsewhere."""
+        self._stage.discard(name)
+        self._stage.discard(f"{name}.path")
+
+    def _expected(self, name: str, path: str, leaf: Leaf) -> bool:
+        if self._policy.keep is None:
+            return False
+        self._policy.keep(self._stage.fd, name, path, leaf)
+        self._stage.discard(name)
+        return True
+
+    def _opened(self) -> _Root:
+        return _Root(self._path)
+
+
+class _Root:
+    """The root, opened: a descriptor, and a name if it is not a directory."""
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+        self._fd = -1
+
+    def __enter__(self) -> tuple[int, str]:
+        # The path to the root is the user's, so links in it are followed.
+        name = ""
+        if stat.S_ISDIR(os.stat(self._path).st_mode):  # noqa: PTH116 - pathlib is slow to import
+            parent = self._path
+        else:
+            parent, name = os.path.split(self._path)
+        self._fd = os.open(parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        return self._fd, name
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self._fd)
+
+
+def _chunks(descriptor: int) -> Iterator[bytes]:
+    try:
+        while data := os.read(descriptor, _READ_BYTES):
+            yield data
+    finally:
+        os.close(descriptor)

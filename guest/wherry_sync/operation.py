@@ -1,0 +1,57 @@
+"""One change of one path, and what came of it.
+
+An operation names what must be there (``before``) and what shall be (``after``), both without
+children. It is carried out only where ``before`` holds at that moment; where ``after`` holds
+already it is done, so repeating it is harmless.
+"""
+
+from __future__ import annotations
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from wherry_sync.entry import Entry
+
+DONE, STALE, FAILED = "done", "stale", "failed"
+
+
+class Stale(Exception):
+    """Something else than expected is at the path."""
+
+
+class Operation:
+    """A change.
+
+    :param path: from the root.
+    :param before: what must be at the path; None for nothing.
+    :param after: what shall be there. A directory that shall vanish but still holds
+        something, untracked or new, is left as it is, and that counts as done.
+    """
+
+    __slots__ = ("after", "before", "path")
+
+    def __init__(self, path: str, before: Entry | None, after: Entry | None) -> None:
+        self.path = path
+        self.before = before
+        self.after = after
+
+    def __repr__(self) -> str:
+        return f"Operation({self.path!r}, {self.before!r} -> {self.after!r})"
+
+
+class Result:
+    """What came of an operation.
+
+    :ivar status: DONE; STALE if something else than ``before`` was there, so that the next
+        scan has to decide anew; FAILED if the system refused it.
+    :ivar reason: of a failure, for people.
+    """
+
+    __slots__ = ("operation", "reason", "status")
+
+    def __init__(self, operation: Operation, status: str, reason: str = "") -> None:
+        self.operation = operation
+        self.status = status
+        self.reason = reason
+
+    def __repr__(self) -> str:
+        return f"Result({self.operation.path!r}, {self.status}, {self.reason!r})"

@@ -1,0 +1,400 @@
+"""A directory on disk -> its :class:`~wherry_sync.entry.Entry`.
+
+Invariants:
+
+* What has not changed comes back as the same object, so comparing two scans costs what
+  changed. A scan that finds nothing new makes no entries.
+* A digest is of contents that the file had at one moment. A file that is written while it is
+  read is read again; if it only grew, its old length is taken (a log is synchronised by
+  prefixes); if it will not hold still it is a problem, and in :attr:`Snapshot.requeue`.
+* The scan never leaves the root: no link is followed, no other filesystem entered.
+* What cannot be told is a problem at its own path and nowhere else.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+import time
+
+from wherry_sync import handles, hashing, records
+from wherry_sync.entry import (
+    EMPTY,
+    IGNORED,
+    MAX_DEPTH,
+    TEMPORARY_PREFIX,
+    Directory,
+    Leaf,
+    file,
+    join,
+    link,
+    name_problem,
+    problem,
+    split,
+    untracked,
+)
+from wherry_sync.ignore import NOTHING, Ignore
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Collection
+
+    from wherry_sync.entry import Entry
+
+_READS = 3
+# In place of a record, known by identity.
+_IGNORED_LEAF = b"ignored"
+_IGNORED_DIRECTORY = b"ignored/"
+_NEVER = b""
+
+
+class Snapshot:
+    """What a scan found.
+
+    :ivar root: the tree; None if there is no root.
+    :ivar device: of the filesystem that it is on (``st_dev``).
+    :ivar requeue: paths to look at again soon, as they were changing.
+    :ivar files_read: files whose contents were read, because no record stood for them.
+    :ivar bytes_read: their size.
+    """
+
+    __slots__ = ("bytes_read", "device", "files_read", "requeue", "root")
+
+    def __init__(self) -> None:
+        self.root: Entry | None = None
+        self.device = 0
+        self.requeue: set[str] = set()
+        self.files_read = 0
+        self.bytes_read = 0
+
+
+class _Node:
+    """A directory as the last scan left it: its entry, and the records of what is in it."""
+
+    __slots__ = ("entry", "nodes", "records")
+
+    def __init__(self, entry: Directory, records: dict[str, bytes], nodes: dict[str, _Node]):
+        self.entry = entry
+        self.records = records
+        self.nodes = nodes
+
+
+def _reason(error: OSError) -> str:
+    return error.strerror.lower() if error.strerror else str(error)
+
+
+class Scanner:
+    """Scans one tree, again and again. Not safe for concurrent use.
+
+    :param granularity_ns: of the filesystem's clock; see :func:`records.granularity_ns`.
+    :param now_ns: the wall clock.
+    """
+
+    def __init__(
+        self,
+        ignore: Ignore = NOTHING,
+        *,
+        granularity_ns: int = records.COARSE_NS,
+        now_ns: Callable[[], int] = time.time_ns,
+    ) -> None:
+        self._ignore = ignore
+        self._granularity_ns = granularity_ns
+        self._now_ns = now_ns
+        self._root = _Node(EMPTY, {}, {})
+        self._file: tuple[bytes, Leaf] = (_NEVER, problem(""))
+        self._notes: dict[str, tuple[bytes, Leaf]] = {}
+        self._trust_ignored = True
+        self._found = Snapshot()
+
+    def set_ignore(self, ignore: Ignore) -> None:
+        """Take other rules; they hold from the next full scan on."""
+        self._ignore = ignore
+        self._trust_ignored = False
+
+    def scan(self, fd: int, dirty: Collection[str] | None = None) -> Snapshot:
+        """Return the tree below a directory.
+
+        :param dirty: the directories whose own entries may have changed; None for all.
+            Directories that are new, or not the same inode as before, are always scanned.
+        :raises OSError: the root itself cannot be read.
+        """
+        self._found = found = Snapshot()
+        found.device = os.fstat(fd).st_dev
+        wanted: dict[str, bool] | None = None
+        if dirty is not None and self._trust_ignored:
+            # The directory itself is to be listed (true), or one below it (false).
+            wanted = {}
+            for path in dirty:
+                wanted[path] = True
+                while path:
+                    path = split(path)[0]
+                    wanted.setdefault(path, False)
+        self._root = self._visit(fd, "", self._root, 0, wanted)
+        found.root = self._root.entry
+        if wanted is None:
+            self._trust_ignored = True
+            self._notes.clear()
+        return found
+
+    def scan_file(self, fd: int, name: str) -> Snapshot:
+        """Return a tree whose root is a file, or anything but a directory.
+
+        :param fd: the directory that it is in.
+        :raises OSError: it cannot be told whether it exists.
+        """
+        self._found = found = Snapshot()
+        status = handles.status(fd, name)
+        if status is None:
+            return found
+        found.device = status.st_dev
+        if stat.S_ISDIR(status.st_mode):
+            found.root = EMPTY
+            return found
+        kept, leaf = self._file
+        current = records.record(status)
+        if kept != current:
+            record, leaf = self._leaf(fd, "", name, status)
+            self._file = (record, leaf)
+        found.root = leaf
+        return found
+
+    def probe(self, fd: int, path: str, name: str) -> tuple[Entry | None, os.stat_result | None]:
+        """Return what is at one path now, a directory without its children, and its status.
+
+        :param fd: the directory that it is in.
+        :param path: from the root, empty for the root itself.
+        """
+        status = handles.status(fd, name)
+        if status is None:
+            return None, None
+        if stat.S_ISDIR(status.st_mode):
+            return EMPTY, status
+        parent = split(path)[0]
+        node: _Node | None = self._root
+        for part in parent.split("/") if parent else ():
+            node = node.nodes.get(part) if node is not None else None
+        if node is not None and path:
+            known = node.entry.children.get(name)
+            if isinstance(known, Leaf) and node.records.get(name) == records.record(status):
+                return known, status
+        return self._leaf(fd, path, name, status)[1], status
+
+    def note(self, path: str, leaf: Leaf, status: os.stat_result) -> None:
+        """Have the next scan know what we wrote ourselves, unless it was changed since."""
+        if records.settled(status, self._now_ns(), self._granularity_ns):
+            self._notes[path] = (records.record(status), leaf)
+
+    def _visit(
+        self, fd: int, path: str, old: _Node, depth: int, wanted: dict[str, bool] | None
+    ) -> _Node:
+        """Return the node of an open directory; ``old`` itself if nothing changed."""
+        if wanted is not None and not wanted.get(path, True):
+            return self._descend(fd, path, old, depth, wanted)
+        device = self._found.device
+        known = old.records.get
+        same: list[str] = []
+        other: list[tuple[str, os.stat_result]] = []
+        directories: list[tuple[str, os.stat_result]] = []
+        pack = records.record
+        trusted = self._trust_ignored
+        with os.scandir(fd) as listing:
+            for found in listing:
+                name = found.name
+                before = known(name)
+                if (before is _IGNORED_LEAF or before is _IGNORED_DIRECTORY) and trusted:
+                    is_directory = found.is_dir(follow_symlinks=False)
+                    if is_directory == (before is _IGNORED_DIRECTORY):
+                        same.append(name)
+                        continue
+                try:
+                    status = found.stat(follow_symlinks=False)
+                except FileNotFoundError:
+                    continue
+                if stat.S_ISDIR(status.st_mode):
+                    if not name.startswith(TEMPORARY_PREFIX):
+                        directories.append((name, status))
+                elif before == pack(status) and status.st_dev == device and trusted:
+                    same.append(name)
+                else:
+                    other.append((name, status))
+        children: dict[str, Entry] = {}
+        nodes: dict[str, _Node] = {}
+        kept = old.entry.children
+        for name, status in directories:
+            shown = self._shown(name)
+            below = join(path, shown)
+            node = self._subdirectory(fd, name, below, status, old, depth, wanted)
+            if isinstance(node, _Node):
+                nodes[name] = node
+                children[name] = node.entry
+            else:
+                children[shown] = kept[shown] if kept.get(shown) == node else node
+        fresh: dict[str, bytes] = {}
+        for name, status in other:
+            shown = self._shown(name)
+            if shown.startswith(TEMPORARY_PREFIX):
+                continue
+            record, leaf = known(name, _NEVER), kept.get(name)
+            below = join(path, shown)
+            if not isinstance(leaf, Leaf) or record != pack(status) or self._ignore(below, False):
+                record, leaf = self._leaf(fd, below, name, status)
+            if record:
+                fresh[name] = record
+            children[shown] = kept[shown] if kept.get(shown) == leaf else leaf
+        if len(same) + len(children) == len(kept) and all(
+            kept.get(name) is child for name, child in children.items()
+        ):
+            entry = old.entry
+            # Records of files whose contents are the same after all.
+            old.records.update(fresh)
+            old.nodes = nodes
+            for name, status in directories:
+                self._record_directory(name, status, children, nodes, old.records)
+            return old
+        for name in same:
+            children[name] = kept[name]
+            fresh[name] = old.records[name]
+        for name, status in directories:
+            self._record_directory(name, status, children, nodes, fresh)
+        entry = Directory(children)
+        return _Node(entry, fresh, nodes)
+
+    def _record_directory(
+        self,
+        name: str,
+        status: os.stat_result,
+        children: dict[str, Entry],
+        nodes: dict[str, _Node],
+        into: dict[str, bytes],
+    ) -> None:
+        if name in nodes:
+            into[name] = status.st_ino.to_bytes(8, "big")
+        elif children.get(name) is IGNORED:
+            into[name] = _IGNORED_DIRECTORY
+
+    def _descend(
+        self, fd: int, path: str, old: _Node, depth: int, wanted: dict[str, bool]
+    ) -> _Node:
+        """Return a node of which only some directories further down are to be listed."""
+        children: dict[str, Entry] | None = None
+        for name, node in list(old.nodes.items()):
+            below = join(path, name)
+            if below not in wanted:
+                continue
+            status = handles.status(fd, name)
+            if status is None or not stat.S_ISDIR(status.st_mode):
+                return self._visit(fd, path, old, depth, {**wanted, path: True})
+            new = self._subdirectory(fd, name, below, status, old, depth, wanted)
+            if new is node:
+                continue
+            if children is None:
+                children = dict(old.entry.children)
+            if isinstance(new, _Node):
+                old.nodes[name] = new
+                children[name] = new.entry
+            else:
+                del old.nodes[name]
+                children[name] = new
+        if children is None:
+            return old
+        return _Node(Directory(children), old.records, old.nodes)
+
+    def _subdirectory(
+        self,
+        fd: int,
+        name: str,
+        path: str,
+        status: os.stat_result,
+        parent: _Node,
+        depth: int,
+        wanted: dict[str, bool] | None,
+    ) -> _Node | Leaf:
+        """Return the node of a directory, or the leaf that stands for it."""
+        reason = name_problem(name)
+        if reason is not None:
+            return problem(reason)
+        if status.st_dev != self._found.device:
+            # Its contents are hidden by the mount, not deleted.
+            return problem("another filesystem is mounted there")
+        if self._ignore(path, True):
+            return IGNORED
+        if depth >= MAX_DEPTH:
+            return problem("it is too deep in the tree")
+        old = parent.nodes.get(name)
+        known = parent.records.get(name) == status.st_ino.to_bytes(8, "big")
+        if old is not None and known and wanted is not None and path not in wanted:
+            return old
+        try:
+            child = os.open(name, handles.DIRECTORY_FLAGS, dir_fd=fd)
+        except FileNotFoundError:
+            return problem("it was moved while it was read")
+        except OSError as error:
+            return problem(_reason(error))
+        try:
+            if old is None:
+                old = _Node(EMPTY, {}, {})
+            # One that is not the same inode is compared with the old one all the same, for
+            # the records would not match; but all of it has to be listed.
+            return self._visit(child, path, old, depth + 1, wanted if known else None)
+        except OSError as error:
+            return problem(_reason(error))
+        finally:
+            os.close(child)
+
+    def _shown(self, name: str) -> str:
+        """Return a name that can be stored and printed."""
+        return name if name.isascii() else name.encode(errors="backslashreplace").decode()
+
+    def _leaf(self, fd: int, path: str, name: str, status: os.stat_result) -> tuple[bytes, Leaf]:
+        """Return the record and the entry of anything but a directory."""
+        reason = name_problem(name)
+        if reason is not None:
+            return _NEVER, problem(reason)
+        if path and self._ignore(path, False):
+            return _IGNORED_LEAF, IGNORED
+        if path and self._found.device and status.st_dev != self._found.device:
+            return _NEVER, problem("another filesystem is mounted there")
+        mode = status.st_mode
+        try:
+            if stat.S_ISREG(mode):
+                note = self._notes.get(path)
+                if note is not None and note[0] == records.record(status):
+                    return note
+                return self._read(fd, path, name)
+            if stat.S_ISLNK(mode):
+                # A link cannot be written to, only replaced, so its inode tells enough.
+                target = os.fsencode(os.readlink(name, dir_fd=fd))
+                return records.record(status), link(target)
+        except FileNotFoundError:
+            self._found.requeue.add(path)
+            return _NEVER, problem("it was moved while it was read")
+        except OSError as error:
+            return _NEVER, problem(_reason(error))
+        return _NEVER, untracked("not a file, link or directory")
+
+    def _read(self, fd: int, path: str, name: str) -> tuple[bytes, Leaf]:
+        descriptor = handles.open_regular(fd, name)
+        try:
+            earlier: tuple[int, bytes] | None = None
+            for _ in range(_READS):
+                now_ns = self._now_ns()
+                before = os.fstat(descriptor)
+                size = before.st_size if earlier is None else earlier[0]
+                digest, length = hashing.read_digest(descriptor, size)
+                after = os.fstat(descriptor)
+                self._found.files_read += 1
+                self._found.bytes_read += length
+                executable = bool(before.st_mode & 0o111)
+                if records.record(before) == records.record(after) and length == before.st_size:
+                    settled = records.settled(before, now_ns, self._granularity_ns)
+                    leaf = file(executable, length, digest)
+                    return (records.record(before) if settled else _NEVER), leaf
+                # Two reads of the same bytes while the file got longer: it was appended to.
+                if earlier == (length, digest) and after.st_size >= length:
+                    self._found.requeue.add(path)
+                    return _NEVER, file(executable, length, digest)
+                earlier = (length, digest) if after.st_size >= length else None
+        finally:
+            os.close(descriptor)
+        self._found.requeue.add(path)
+        return _NEVER, problem("it is being written")

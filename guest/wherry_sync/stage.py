@@ -1,0 +1,298 @@
+"""Contents on their way into a tree, and what a change took out of it.
+
+The stage is a directory of its own on the tree's filesystem, so that a rename moves a file
+between the two. What is in it:
+
+=============== ==================================================================
+``part-N``      contents being received
+``c-DIGEST``    contents received and verified, waiting to be placed
+``t-N``         one file between stage and tree: about to be placed, or just displaced
+``journal``     the operation that is under way: path, before, after, and how
+``rescued-N``   what somebody wrote at the last moment, for the user to have;
+                ``rescued-N.path`` says where it was
+=============== ==================================================================
+
+Invariant: a file that a user or a container wrote is never removed from here unless it equals
+the entry that the operation was told to replace. After a crash, :meth:`Stage.open` decides
+about each ``t-N`` by that rule, with the journal; the rest but rescued files is rubbish.
+"""
+
+from __future__ import annotations
+
+import os
+
+from wherry_sync import hashing, kernel
+from wherry_sync.entry import FILE, LINK, Leaf, file, link
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator
+
+_NEW = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+_JOURNAL = "journal"
+
+
+class Damaged(Exception):
+    """Contents that arrived are not what was announced."""
+
+
+def same_contents(one: Leaf, other: Leaf | None) -> bool:
+    """Whether two files have the same contents, executable or not, or two links one target."""
+    if other is not None and one.kind == other.kind == FILE:
+        return one[2:] == other[2:]
+    return one == other
+
+
+class Rescued:
+    """A file that was saved from being overwritten.
+
+    :ivar name: in the stage.
+    :ivar path: where it was in the tree.
+    :ivar leaf: what it is.
+    """
+
+    __slots__ = ("leaf", "name", "path")
+
+    def __init__(self, name: str, path: str, leaf: Leaf) -> None:
+        self.name = name
+        self.path = path
+        self.leaf = leaf
+
+
+class Stage:
+    """The staging directory of one tree; one thread uses it at a time.
+
+    :param path: made if missing, with access for its owner alone.
+    :raises OSError: it cannot be made or read.
+    """
+
+    def __init__(self, path: str) -> None:
+        os.makedirs(path, 0o700, exist_ok=True)  # noqa: PTH103 - pathlib is slow to import
+        self.fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        self._number = 0
+        names = self._names()
+        for name in names:
+            number = name.removeprefix("rescued-").removesuffix(".path")
+            if number.isdigit():
+                self._number = max(self._number, int(number))
+        self._journal = os.open(
+            _JOURNAL, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600, dir_fd=self.fd
+        )
+
+    def _names(self) -> list[str]:
+        with os.scandir(self.fd) as entries:
+            return [entry.name for entry in entries]
+
+    def close(self) -> None:
+        """Release the descriptors; safe to call twice."""
+        if self.fd >= 0:
+            os.close(self._journal)
+            os.close(self.fd)
+        self.fd = -1
+
+    def name(self, kind: str) -> str:
+        """Return a new name."""
+        self._number += 1
+        return f"{kind}-{self._number}"
+
+    # Receiving
+
+    def has(self, leaf: Leaf) -> bool:
+        """Whether a file's contents are here."""
+        try:
+            os.stat(f"c-{leaf.digest.hex()}", dir_fd=self.fd)
+        except FileNotFoundError:
+            return False
+        return True
+
+    def receive(self, leaf: Leaf, mtime_ns: int, chunks: Iterable[bytes]) -> None:
+        """Take a file's contents.
+
+        :param mtime_ns: time of modification that the placed file gets.
+        :raises Damaged: they do not have the leaf's size or digest.
+        :raises OSError: the disk is full, or failed.
+        """
+        part = self.name("part")
+        descriptor = os.open(part, _NEW, 0o600, dir_fd=self.fd)
+        try:
+            state = hashing.new()
+            size = 0
+            for chunk in chunks:
+                size += len(chunk)
+                if size > leaf.size:
+                    break
+                state.update(chunk)
+                view = memoryview(chunk)
+                while view:
+                    view = view[os.write(descriptor, view) :]
+            if size != leaf.size or state.digest() != leaf.digest:
+                raise Damaged("the contents are not those announced")
+            os.utime(descriptor, ns=(mtime_ns, mtime_ns))
+            os.rename(part, f"c-{leaf.digest.hex()}", src_dir_fd=self.fd, dst_dir_fd=self.fd)
+        except BaseException:
+            os.unlink(part, dir_fd=self.fd)
+            raise
+        finally:
+            os.close(descriptor)
+
+    def open_contents(self, leaf: Leaf) -> int:
+        """Open contents that were received.
+
+        :raises FileNotFoundError: they were not.
+        """
+        return os.open(f"c-{leaf.digest.hex()}", os.O_RDONLY | os.O_CLOEXEC, dir_fd=self.fd)
+
+    def take(self, leaf: Leaf, again: bool) -> str:
+        """Return the name of a file with these contents that nothing else refers to.
+
+        :param again: the contents are needed once more after this.
+        :raises FileNotFoundError: they were not received.
+        """
+        name = self.name("t")
+        contents = f"c-{leaf.digest.hex()}"
+        if not again:
+            os.rename(contents, name, src_dir_fd=self.fd, dst_dir_fd=self.fd)
+            return name
+        part = self.name("part")
+        source = self.open_contents(leaf)
+        try:
+            target = os.open(part, _NEW, 0o600, dir_fd=self.fd)
+            try:
+                while data := os.read(source, hashing.CHUNK_BYTES):
+                    os.write(target, data)
+                status = os.fstat(source)
+                os.utime(target, ns=(status.st_mtime_ns, status.st_mtime_ns))
+            finally:
+                os.close(target)
+        finally:
+            os.close(source)
+        os.rename(part, name, src_dir_fd=self.fd, dst_dir_fd=self.fd)
+        return name
+
+    def discard(self, name: str) -> None:
+        """Remove a file of ours; missing is well."""
+        try:
+            os.unlink(name, dir_fd=self.fd)
+        except FileNotFoundError:
+            pass
+
+    def discard_contents(self) -> None:
+        """Remove all contents that were received and not taken."""
+        for name in self._names():
+            if name.startswith(("c-", "part-")):
+                self.discard(name)
+
+    # Not losing what was displaced
+
+    def begin(self, path: str, before: Leaf | None, after: Leaf | None, *, in_place: bool) -> None:
+        """Write down the operation that is about to touch the tree.
+
+        One that works in place is written to the disk, and the contents too, because it can be
+        finished after a crash of the system and of nothing less.
+        """
+        fields = (path.encode(), before or b"", after or b"", b"in place" if in_place else b"")
+        data = b"".join(len(field).to_bytes(4, "big") + field for field in fields)
+        os.pwrite(self._journal, len(data).to_bytes(4, "big") + data, 0)
+        if in_place:
+            assert after is not None
+            contents = self.open_contents(after)
+            try:
+                kernel.flush_disk(contents)
+            finally:
+                os.close(contents)
+            os.fsync(self.fd)
+            kernel.flush_disk(self._journal)
+
+    def end(self) -> None:
+        """Write down that no operation works in place any more."""
+        os.pwrite(self._journal, bytes(4), 0)
+
+    def journal(self) -> tuple[str, Leaf | None, Leaf | None, bool] | None:
+        """Return the last operation that was begun; None if there was none, or it is torn."""
+        size = int.from_bytes(os.pread(self._journal, 4, 0), "big")
+        data = os.pread(self._journal, size, 4)
+        fields = []
+        while len(data) >= 4:
+            length = int.from_bytes(data[:4], "big")
+            fields.append(data[4 : 4 + length])
+            if len(fields[-1]) != length:
+                return None
+            data = data[4 + length :]
+        if len(fields) != 4:
+            return None
+        path, before, after, in_place = fields
+        try:
+            text = path.decode()
+        except UnicodeDecodeError:
+            return None
+        return (
+            text,
+            Leaf(before) if before else None,
+            Leaf(after) if after else None,
+            bool(in_place),
+        )
+
+    def leaf(self, name: str) -> Leaf:
+        """Return what a file in the stage is."""
+        status = os.stat(name, dir_fd=self.fd, follow_symlinks=False)
+        if (status.st_mode & 0o170000) == 0o120000:
+            return link(os.fsencode(os.readlink(name, dir_fd=self.fd)))
+        descriptor = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self.fd)
+        try:
+            digest, size = hashing.read_digest(descriptor, status.st_size)
+        finally:
+            os.close(descriptor)
+        return file(bool(status.st_mode & 0o111), size, digest)
+
+    def rescue(self, name: str, path: str) -> None:
+        """Keep a displaced file for the user; an empty one says nothing and is removed."""
+        leaf = self.leaf(name)
+        if leaf.kind == FILE and leaf.size == 0:
+            self.discard(name)
+            return
+        kept = self.name("rescued")
+        marker = os.open(f"{kept}.path", _NEW, 0o600, dir_fd=self.fd)
+        try:
+            os.write(marker, path.encode())
+        finally:
+            os.close(marker)
+        os.rename(name, kept, src_dir_fd=self.fd, dst_dir_fd=self.fd)
+
+    def rescued(self) -> Iterator[Rescued]:
+        """Yield what was kept for the user."""
+        for name in sorted(self._names()):
+            if not name.startswith("rescued-") or name.endswith(".path"):
+                continue
+            marker = os.open(f"{name}.path", os.O_RDONLY | os.O_CLOEXEC, dir_fd=self.fd)
+            try:
+                path = os.read(marker, 1 << 20).decode(errors="replace")
+            finally:
+                os.close(marker)
+            leaf = self.leaf(name)
+            if leaf.kind in (FILE, LINK):
+                yield Rescued(name, path, leaf)
+
+    def recover(self, expected: Callable[[str, str, Leaf], bool]) -> None:
+        """Clean up after a crash: keep what a user wrote, remove what we did.
+
+        :param expected: called with a displaced file that its operation was told to remove:
+            its name, its path, and what it is. Whether it took the file.
+        """
+        entry = self.journal()
+        path, before, after, in_place = entry if entry is not None else ("", None, None, False)
+        names = set(self._names())
+        for name in names:
+            if name.startswith("t-"):
+                leaf = self.leaf(name)
+                if same_contents(leaf, after):
+                    self.discard(name)
+                elif not same_contents(leaf, before):
+                    self.rescue(name, path)
+                elif not expected(name, path, leaf):
+                    self.discard(name)
+            elif (
+                name.startswith("part-")
+                or (name.startswith("c-") and not in_place)
+                or (name.endswith(".path") and name.removesuffix(".path") not in names)
+            ):
+                self.discard(name)

@@ -1,0 +1,259 @@
+"""One round: scan both sides, decide, transfer, apply, remember.
+
+:meth:`Cycle.run` can be stopped at any point by any means and run again, by a new process too;
+it goes on from what is on the two sides and in the store. The order is what makes that so:
+
+1. What was rescued on either side is kept, then forgotten there.
+2. Both sides are scanned. A root that cannot be believed ends the round.
+3. After a loss of power the ancestor is changed (:mod:`recover`), once.
+4. All paths decided on are pending, on the disk.
+5. What a conflict would overwrite is kept, on the disk. Contents are staged.
+6. Both sides carry out their operations.
+7. The ancestor takes the results of what both sides have done.
+
+A path whose contents moved away under way is left out and comes up again in the next round.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+from wherry.sync.core import safety
+from wherry.sync.core.diff import shallow
+from wherry.sync.core.keep import Keep
+from wherry.sync.core.plan import SidePlan, plan
+from wherry.sync.core.reconcile import (
+    GUEST,
+    HOST,
+    Agreement,
+    Decision,
+    Problem,
+    reconcile,
+)
+from wherry.sync.core.recover import recover
+from wherry.sync.core.store import Store
+from wherry.sync.core.traits import Traits
+from wherry.sync.endpoint import Endpoint
+from wherry_sync.apply import no_fault
+from wherry_sync.entry import FILE, Entry, Leaf, lookup, share, updated
+from wherry_sync.operation import DONE, FAILED, Operation
+from wherry_sync.scan import Snapshot
+from wherry_sync.stage import Damaged
+
+
+@dataclass(slots=True)
+class Outcome:
+    """What a round came to.
+
+    :ivar changed: whether anything was done, on either side or in the ancestor.
+    :ivar conflicts: paths at which the guest's version was kept aside.
+    :ivar problems: paths that are not equal on both sides now, and why.
+    :ivar requeue: paths that changed under way: another round is due.
+    :ivar halt: why nothing was done, and on which side.
+    """
+
+    changed: bool = False
+    conflicts: list[str] = field(default_factory=list)
+    problems: list[Problem] = field(default_factory=list)
+    requeue: set[str] = field(default_factory=set)
+    halt: tuple[int, safety.Halt] | None = None
+
+    @property
+    def quiescent(self) -> bool:
+        """Whether both sides are equal, but for the problems."""
+        return not self.changed and not self.requeue and self.halt is None
+
+
+class Cycle:
+    """Keeps two endpoints equal. One thread at a time.
+
+    :param conflicts: where the guest's versions go, and what is rescued.
+    :param traits: of the host.
+    :param checkpoint: called between any two steps that change something.
+    """
+
+    def __init__(
+        self,
+        host: Endpoint,
+        guest: Endpoint,
+        store: Store,
+        conflicts: Keep,
+        traits: Traits | None = None,
+        checkpoint: Callable[[str], None] = no_fault,
+    ) -> None:
+        self._ends = (host, guest)
+        self._store = store
+        self._conflicts = conflicts
+        self._traits = traits or Traits()
+        self._checkpoint = checkpoint
+        self._agreement = Agreement()
+        self._ancestor = store.load()
+        self._met = False
+
+    def run(self, *, marked: tuple[bool, bool] = (True, True)) -> Outcome:
+        """Do one round.
+
+        :param marked: whether what identifies each side's tree is there.
+        :raises OSError: a side cannot be reached or its disk fails; run again later.
+        """
+        outcome = Outcome()
+        self._collect_rescued()
+        host, guest = self._ends[HOST].scan(), self._ends[GUEST].scan()
+        outcome.requeue = host.requeue | guest.requeue
+        outcome.halt = self._meet(host, guest, marked)
+        if outcome.halt is not None:
+            return outcome
+        found = reconcile(self._ancestor, host.root, guest.root, self._traits, self._agreement)
+        outcome.problems = found.problems
+        if not found.decisions and not found.ancestor:
+            return outcome
+        outcome.changed = True
+        self._begin(found.decisions, found.ancestor)
+        decisions = [decision for decision in found.decisions if self._save(decision, outcome)]
+        changes = dict(found.ancestor)
+        changes.update(self._carry_out(decisions, outcome))
+        self._store.commit(changes)
+        self._ancestor = updated(self._ancestor, changes)
+        return outcome
+
+    def flush(self, side: int) -> None:
+        """Have all that is done so far on a side's disk, and remember that it is."""
+        ticket = self._store.ticket()
+        self._ends[side].flush()
+        self._store.confirm(side, ticket)
+
+    def _collect_rescued(self) -> None:
+        for end in self._ends:
+            for rescued in end.rescued():
+                if rescued.leaf.kind == FILE:
+                    chunks: Iterable[bytes] = end.read_rescued(rescued.name)
+                else:
+                    chunks = ()
+                if self._conflicts.save(rescued.path, rescued.leaf, chunks):
+                    self._checkpoint("rescued")
+                    end.forget_rescued(rescued.name)
+
+    def _meet(
+        self, host: Snapshot, guest: Snapshot, marked: tuple[bool, bool]
+    ) -> tuple[int, safety.Halt] | None:
+        """Find out whether the two trees can be believed, and what power was lost."""
+        store = self._store
+        boots = (self._ends[HOST].boot, self._ends[GUEST].boot)
+        lost = [not self._met and store.boot(side) not in ("", boots[side]) for side in (0, 1)]
+        changes: dict[str, Entry | None] = {}
+        if any(lost):
+            changes = recover(
+                self._ancestor,
+                host.root,
+                guest.root,
+                host_lost=store.pending(HOST) if lost[HOST] else None,
+                guest_lost=store.pending(GUEST) if lost[GUEST] else None,
+            )
+        ancestor = updated(self._ancestor, changes) if changes else self._ancestor
+        for side, snapshot in enumerate((host, guest)):
+            halt = safety.check(
+                ancestor,
+                snapshot.root,
+                device=snapshot.device,
+                known_device=store.device(side),
+                marked=marked[side],
+                may_empty=side == GUEST,
+            )
+            if halt is not None:
+                return side, halt
+        if not self._met:
+            if host.root is not None and guest.root is not None:
+                store.meet(boots, (host.device, guest.device), changes)
+                self._met = True
+            self._ancestor = share(ancestor, host.root)
+        return None
+
+    def _begin(self, decisions: Iterable[Decision], agreed: dict[str, Entry | None]) -> None:
+        pending = {
+            decision.path: (shallow(lookup(self._ancestor, decision.path)), decision.result)
+            for decision in decisions
+        }
+        for path, entry in agreed.items():
+            pending[path] = (shallow(lookup(self._ancestor, path)), entry)
+        self._store.begin(pending)
+
+    def _save(self, decision: Decision, outcome: Outcome) -> bool:
+        """Keep what a conflict overwrites; False if it has changed already."""
+        saved = decision.saved
+        if saved is None:
+            return True
+        chunks: Iterable[bytes] = ()
+        try:
+            if saved.kind == FILE:
+                chunks = self._ends[GUEST].read(decision.path)[1]
+            kept = self._conflicts.save(decision.path, saved, chunks)
+        except FileNotFoundError:
+            kept = False
+        if kept:
+            self._checkpoint("saved")
+            outcome.conflicts.append(decision.path)
+        else:
+            outcome.requeue.add(decision.path)
+        return kept
+
+    def _carry_out(self, decisions: list[Decision], outcome: Outcome) -> dict[str, Entry | None]:
+        """Transfer and apply; return the ancestor's changes for what both sides have done."""
+        plans = (
+            plan(decisions, lambda decision: decision.host),
+            plan(decisions, lambda decision: decision.guest),
+        )
+        undone: set[str] = set()
+        for side in (HOST, GUEST):
+            undone |= self._transfer(side, plans[side], outcome)
+        for side in (HOST, GUEST):
+            operations = [found for found in plans[side].operations if found.path not in undone]
+            undone |= self._apply(side, operations, outcome)
+        return {
+            decision.path: decision.result for decision in decisions if decision.path not in undone
+        }
+
+    def _transfer(self, side: int, todo: SidePlan, outcome: Outcome) -> set[str]:
+        """Stage what one side needs; return the paths for which that was not possible."""
+        end, other = self._ends[side], self._ends[1 - side]
+        wants = {want.leaf.digest: want for want in todo.wants}
+        absent = set()
+        for leaf in end.missing(want.leaf for want in todo.wants):
+            want = wants[leaf.digest]
+            self._checkpoint("transfer")
+            if want.local is not None and end.stage_local(leaf, want.local):
+                continue
+            try:
+                end.stage(leaf, *other.read(want.path))
+            except (Damaged, FileNotFoundError):
+                absent.add(leaf.digest)
+        if not absent:
+            return set()
+        paths = {
+            operation.path
+            for operation in todo.operations
+            if operation.after is not None and _needs(operation) in absent
+        }
+        outcome.requeue |= paths
+        return paths
+
+    def _apply(self, side: int, operations: list[Operation], outcome: Outcome) -> set[str]:
+        undone = set()
+        for result in self._ends[side].apply(operations):
+            path = result.operation.path
+            if result.status != DONE:
+                undone.add(path)
+                if result.status == FAILED:
+                    outcome.problems.append(Problem(path, result.reason))
+                else:
+                    outcome.requeue.add(path)
+        return undone
+
+
+def _needs(operation: Operation) -> bytes:
+    """Return the digest of the contents that an operation needs; empty for none."""
+    before, after = operation.before, operation.after
+    if not isinstance(after, Leaf) or after.kind != FILE:
+        return b""
+    had = before.digest if isinstance(before, Leaf) and before.kind == FILE else b""
+    return b"" if had == after.digest else after.digest

@@ -1,0 +1,175 @@
+"""Files that must not get lost: the guest's side of conflicts, and what a container deleted.
+
+A directory with the contents under numbers and an index of JSON lines that says what they were.
+A line is written before its file arrives, so a file is never without one; a line whose file
+never came is dropped when the index is read. Paths are data here, never names, so whatever the
+guest calls its files does no harm.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from wherry.core.files import write_atomic
+from wherry_sync.entry import Leaf, is_file
+from wherry_sync.hashing import new
+
+_INDEX = "index"
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """A file or link that is kept.
+
+    :ivar time_s: when, since the epoch.
+    :ivar path: where it was in the tree.
+    :ivar entry: the leaf, in hexadecimal.
+    """
+
+    number: int
+    time_s: float
+    path: str
+    entry: str
+
+    @property
+    def leaf(self) -> Leaf:
+        """What it is."""
+        return Leaf(bytes.fromhex(self.entry))
+
+
+class Keep:
+    """A directory of kept files. One thread at a time.
+
+    :param limit_bytes: the oldest go when there is more; None to keep all.
+    :param limit_files: likewise of their number.
+    :raises OSError: the directory cannot be made or read.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        limit_bytes: int | None = None,
+        limit_files: int | None = None,
+        now: Callable[[], float] = time.time,
+    ) -> None:
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._directory = directory
+        self._limit_bytes = limit_bytes
+        self._limit_files = limit_files
+        self._now = now
+        self._kept = {kept.number: kept for kept in self._read()}
+        self._bytes = sum(kept.leaf.size for kept in self._kept.values())
+        self._number = max(self._kept, default=0)
+        self._write()
+        for path in directory.iterdir():
+            if path.name != _INDEX and not (path.name.isdigit() and int(path.name) in self._kept):
+                path.unlink()
+        self._index = (directory / _INDEX).open("a", encoding="utf-8")
+
+    def close(self) -> None:
+        """Close the index; safe to call twice."""
+        self._index.close()
+
+    def __iter__(self) -> Iterator[Kept]:
+        return iter(list(self._kept.values()))
+
+    def open(self, kept: Kept) -> Iterator[bytes]:
+        """Return the contents of a kept file."""
+        with self._path(kept.number).open("rb") as file:
+            while data := file.read(1 << 20):
+                yield data
+
+    def save(self, path: str, leaf: Leaf, chunks: Iterable[bytes]) -> bool:
+        """Keep contents, on the disk when this returns; the same ones are not kept twice.
+
+        :returns: False if they are not the leaf's contents, and nothing was kept.
+        :raises OSError: the disk is full, or failed.
+        """
+        entry = leaf.hex()
+        if any(kept.path == path and kept.entry == entry for kept in self._kept.values()):
+            return True
+        kept = self._announce(path, leaf)
+        target = self._path(kept.number)
+        with target.open("wb") as file:
+            state = new()
+            for chunk in chunks:
+                state.update(chunk)
+                file.write(chunk)
+            file.flush()
+            os.fsync(file.fileno())
+        os.fsync(self._index.fileno())
+        if is_file(leaf) and state.digest() != leaf.digest:
+            target.unlink()
+            return False
+        self._add(kept)
+        return True
+
+    def take(self, fd: int, name: str, path: str, leaf: Leaf) -> None:
+        """Move a file in here that is about to be removed; fits ``Policy.keep``.
+
+        :param fd: the directory that it is in.
+        :raises OSError: it can be neither moved nor copied.
+        """
+        kept = self._announce(path, leaf)
+        target = self._path(kept.number)
+        if is_file(leaf):
+            try:
+                os.rename(name, target, src_dir_fd=fd)
+            except OSError:
+                # Another filesystem, most likely.
+                source = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=fd)
+                with os.fdopen(source, "rb") as old, target.open("wb") as file:
+                    shutil.copyfileobj(old, file)
+        else:
+            target.write_bytes(b"")
+        self._add(kept)
+
+    def forget(self, kept: Kept) -> None:
+        """Remove a kept file."""
+        if self._kept.pop(kept.number, None) is not None:
+            self._bytes -= kept.leaf.size
+            self._path(kept.number).unlink(missing_ok=True)
+
+    def _announce(self, path: str, leaf: Leaf) -> Kept:
+        self._number += 1
+        kept = Kept(self._number, self._now(), path, leaf.hex())
+        self._index.write(json.dumps(asdict(kept)) + "\n")
+        self._index.flush()
+        return kept
+
+    def _add(self, kept: Kept) -> None:
+        self._kept[kept.number] = kept
+        self._bytes += kept.leaf.size
+        while len(self._kept) > 1 and (
+            (self._limit_bytes is not None and self._bytes > self._limit_bytes)
+            or (self._limit_files is not None and len(self._kept) > self._limit_files)
+        ):
+            self.forget(next(iter(self._kept.values())))
+
+    def _read(self) -> Iterator[Kept]:
+        try:
+            text = (self._directory / _INDEX).read_text(encoding="utf-8")
+        except FileNotFoundError:
+            return
+        for line in text.splitlines():
+            try:
+                kept = Kept(**json.loads(line))
+            except (ValueError, TypeError):
+                # The last line of a crash.
+                continue
+            if self._path(kept.number).exists():
+                yield kept
+
+    def _write(self) -> None:
+        lines = [json.dumps(asdict(kept)) + "\n" for kept in self._kept.values()]
+        write_atomic(self._directory / _INDEX, "".join(lines).encode())
+
+    def _path(self, number: int) -> Path:
+        return self._directory / str(number)

@@ -1,0 +1,58 @@
+"""Whether what a scan found may be believed at all.
+
+A tree that is not there, because a disk was not mounted or a folder was moved away, looks like
+one in which everything was deleted. Then nothing is done to the other side and the root is
+halted with a reason, until its user says what happened.
+"""
+
+from __future__ import annotations
+
+import enum
+
+from wherry_sync.entry import Directory, Entry, is_untracked
+
+
+class Halt(enum.Enum):
+    """Why a root is halted; the value is for people."""
+
+    VANISHED = "it is not there any more"
+    KIND = "it was a directory and is a file now, or the other way round"
+    EMPTIED = "all that was in it is gone"
+    DEVICE = "it is on another disk than before"
+    MARKER = "its mark is gone, so it is not the one that was synchronised before"
+
+
+def check(
+    ancestor: Entry | None,
+    found: Entry | None,
+    *,
+    device: int,
+    known_device: int | None,
+    marked: bool,
+    may_empty: bool,
+) -> Halt | None:
+    """Return why one side's tree must not be believed, or None if it may.
+
+    :param ancestor: what both sides had last.
+    :param found: what the scan of this side gave.
+    :param device: that it is on, and ``known_device`` that it was on before.
+    :param marked: whether what identifies the tree, and lies outside of it, is there.
+    :param may_empty: whether this side may lose all of several children at once. A container
+        may do that, for the files go to the host's trash; that a person on the host meant it
+        cannot be told from a disk that is not mounted.
+    """
+    if ancestor is None:
+        return None
+    if found is None:
+        return Halt.VANISHED
+    if not marked:
+        return Halt.MARKER
+    if known_device is not None and device != known_device:
+        return Halt.DEVICE
+    if isinstance(ancestor, Directory) != isinstance(found, Directory):
+        return Halt.KIND
+    if isinstance(ancestor, Directory) and isinstance(found, Directory):
+        left = any(not is_untracked(child) for child in found.children.values())
+        if len(ancestor.children) >= 2 and not left and not may_empty:
+            return Halt.EMPTIED
+    return None

@@ -1,0 +1,253 @@
+"""The ancestor, and which paths are not on both disks yet. SQLite with a write-ahead log.
+
+A cycle goes through here twice. :meth:`Store.begin` writes down, before anything is touched,
+that its paths are pending on both sides, with what was there for certain; :meth:`Store.commit`
+writes what both sides have now into the ancestor. Both are one transaction each and on the disk
+when they return. Later :meth:`Store.confirm` forgets what was pending before a side's disk was
+flushed.
+
+So whatever stops when, either the ancestor is what both sides had, or the path is pending; what
+a side that lost power has at a pending path is judged by :mod:`wherry.sync.core.recover`.
+
+Also paths at which both sides changed alike are pending: a side can lose its own change, too.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Callable, Mapping
+from contextlib import closing
+from pathlib import Path
+
+from wherry.core.errors import WherryError
+from wherry.sync.core.reconcile import GUEST, HOST
+from wherry.sync.core.recover import Pending
+from wherry_sync.apply import no_fault
+from wherry_sync.entry import EMPTY, Directory, Entry, Leaf
+
+_SCHEMA = """
+CREATE TABLE ancestor (
+    root INTEGER NOT NULL, path BLOB NOT NULL, entry BLOB NOT NULL, PRIMARY KEY (root, path)
+) WITHOUT ROWID;
+CREATE TABLE pending (
+    root INTEGER NOT NULL, side INTEGER NOT NULL, path BLOB NOT NULL,
+    before BLOB, after BLOB, number INTEGER NOT NULL, PRIMARY KEY (root, side, path)
+) WITHOUT ROWID;
+CREATE TABLE side (
+    root INTEGER NOT NULL, side INTEGER NOT NULL, boot TEXT NOT NULL, device INTEGER,
+    PRIMARY KEY (root, side)
+) WITHOUT ROWID;
+"""
+_VERSION = 1
+_DIRECTORY = b"D"
+
+
+class Store:
+    """What is remembered of one root; a file may hold several. One thread at a time.
+
+    :param path: of the database, made if missing.
+    :param root: the root's number in it.
+    :param checkpoint: called between any two steps that change something.
+    :raises WherryError: the file is not ours, or of a later release.
+    """
+
+    def __init__(self, path: Path, root: int, checkpoint: Callable[[str], None] = no_fault) -> None:
+        self._root = root
+        self._checkpoint = checkpoint
+        self._database = sqlite3.connect(path, isolation_level=None)
+        try:
+            self._execute("PRAGMA journal_mode = WAL")
+            # Not only consistent after a loss of power but complete: "begin" is relied on.
+            self._execute("PRAGMA synchronous = FULL")
+            ((version,),) = self._execute("PRAGMA user_version")
+            if version == 0:
+                self._database.executescript(
+                    f"BEGIN IMMEDIATE;{_SCHEMA}PRAGMA user_version = {_VERSION};COMMIT;"
+                )
+            elif version != _VERSION:
+                raise WherryError(
+                    f"{path} is of another release of wherry (version {version})",
+                    hint="install that release, or remove the file to compare both sides anew",
+                )
+        except sqlite3.DatabaseError as error:
+            self._database.close()
+            raise WherryError(f"{path} cannot be read: {error}") from error
+        except BaseException:
+            self._database.close()
+            raise
+        ((last,),) = self._execute("SELECT coalesce(max(number), 0) FROM pending")
+        self._number: int = last
+
+    def close(self) -> None:
+        """Close the database; safe to call twice."""
+        self._database.close()
+
+    def load(self) -> Entry | None:
+        """Return the ancestor."""
+        # A directory comes before what is in it: its path is a prefix of theirs.
+        children: dict[str, dict[str, Entry]] = {}
+        root: Entry | None = None
+        for raw, data in self._execute(
+            "SELECT path, entry FROM ancestor WHERE root = ? ORDER BY path", self._root
+        ):
+            path = raw.decode()
+            entry: Entry = Leaf(data)
+            if data == _DIRECTORY:
+                entry = Directory(children.setdefault(path, {}))
+            if path:
+                parent, _, name = path.rpartition("/")
+                children[parent][name] = entry
+            else:
+                root = entry
+        return root
+
+    def begin(self, changes: Mapping[str, tuple[Entry | None, Entry | None]]) -> None:
+        """Make paths pending on both sides.
+
+        :param changes: what is there, and what shall be; only shallow entries are kept. What
+            was there when the path was made pending before is kept instead.
+        """
+        self._number += 1
+        self._checkpoint("begin")
+        with _Transaction(self._database):
+            self._database.executemany(
+                "INSERT INTO pending VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT (root, side, path)"
+                " DO UPDATE SET after = excluded.after, number = excluded.number",
+                (
+                    (self._root, side, path.encode(), _data(before), _data(after), self._number)
+                    for path, (before, after) in changes.items()
+                    for side in (HOST, GUEST)
+                ),
+            )
+        self._checkpoint("begun")
+
+    def commit(self, changes: Mapping[str, Entry | None]) -> None:
+        """Change the ancestor; entries are shallow. Below a removed path nothing stays."""
+        self._checkpoint("commit")
+        with _Transaction(self._database):
+            self._change(changes)
+        self._checkpoint("committed")
+
+    def pending(self, side: int) -> dict[str, Pending]:
+        """Return the paths that a side may not have on its disk."""
+        return {
+            path.decode(): Pending(_entry(before), _entry(after))
+            for path, before, after in self._execute(
+                "SELECT path, before, after FROM pending WHERE root = ? AND side = ?",
+                self._root,
+                side,
+            )
+        }
+
+    def ticket(self) -> int:
+        """Return what to hand to :meth:`confirm` after a flush that starts now.
+
+        Not between a cycle's first operation and its commit.
+        """
+        return self._number
+
+    def confirm(self, side: int, ticket: int) -> None:
+        """Note that a side has on its disk all that was pending when the ticket was taken."""
+        self._checkpoint("confirm")
+        with _Transaction(self._database):
+            self._execute(
+                "DELETE FROM pending WHERE root = ? AND side = ? AND number <= ?",
+                self._root,
+                side,
+                ticket,
+            )
+        self._checkpoint("confirmed")
+
+    def boot(self, side: int) -> str:
+        """Return the boot in which a side was seen last; empty if it then ended in order."""
+        return self._side(side)[0]
+
+    def device(self, side: int) -> int | None:
+        """Return the device that a side's tree is on; None if it is not known."""
+        return self._side(side)[1]
+
+    def meet(
+        self,
+        boots: tuple[str, str],
+        devices: tuple[int, int],
+        changes: Mapping[str, Entry | None],
+    ) -> None:
+        """Note in which boots both sides are, and how the ancestor was changed for that.
+
+        One transaction, so that a loss of power is answered exactly once.
+        """
+        self._checkpoint("meet")
+        with _Transaction(self._database):
+            self._change(changes)
+            for side in (HOST, GUEST):
+                self._execute(
+                    "INSERT OR REPLACE INTO side VALUES (?, ?, ?, ?)",
+                    self._root,
+                    side,
+                    boots[side],
+                    devices[side],
+                )
+        self._checkpoint("met")
+
+    def part(self, side: int, ticket: int) -> None:
+        """Note that a side ended in order, after a flush; its next boot has lost nothing."""
+        self.confirm(side, ticket)
+        self._execute("UPDATE side SET boot = '' WHERE root = ? AND side = ?", self._root, side)
+
+    def _side(self, side: int) -> tuple[str, int | None]:
+        for boot, device in self._execute(
+            "SELECT boot, device FROM side WHERE root = ? AND side = ?", self._root, side
+        ):
+            return boot, device
+        return "", None
+
+    def _change(self, changes: Mapping[str, Entry | None]) -> None:
+        # First all that goes, as what comes may be below it.
+        for path, entry in changes.items():
+            raw = path.encode()
+            if not isinstance(entry, Directory):
+                # "0" is what follows "/".
+                first, last = (raw + b"/", raw + b"0") if raw else (b"", b"\xff")
+                self._execute(
+                    "DELETE FROM ancestor WHERE root = ? AND (path = ? OR path > ? AND path < ?)",
+                    self._root,
+                    raw,
+                    first,
+                    last,
+                )
+        self._database.executemany(
+            "INSERT OR REPLACE INTO ancestor VALUES (?, ?, ?)",
+            (
+                (self._root, path.encode(), _data(entry))
+                for path, entry in changes.items()
+                if entry is not None
+            ),
+        )
+
+    def _execute(self, statement: str, *values: object) -> list[tuple]:  # type: ignore[type-arg]
+        with closing(self._database.cursor()) as cursor:
+            return cursor.execute(statement, values).fetchall()
+
+
+class _Transaction:
+    def __init__(self, database: sqlite3.Connection) -> None:
+        self._database = database
+
+    def __enter__(self) -> None:
+        self._database.execute("BEGIN IMMEDIATE")
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        self._database.execute("COMMIT" if kind is None else "ROLLBACK")
+
+
+def _data(entry: Entry | None) -> bytes | None:
+    if entry is None or isinstance(entry, Leaf):
+        # sqlite3 takes subclasses of bytes for what they are.
+        return entry
+    return _DIRECTORY
+
+
+def _entry(data: bytes | None) -> Entry | None:
+    if data is None:
+        return None
+    return EMPTY if data == _DIRECTORY else Leaf(data)

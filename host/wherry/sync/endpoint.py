@@ -1,0 +1,79 @@
+"""What the sync needs of either end. :class:`wherry_sync.local.LocalEndpoint` is one."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from typing import Protocol
+
+from wherry_sync.entry import Leaf
+from wherry_sync.operation import Operation, Result
+from wherry_sync.scan import Snapshot
+from wherry_sync.stage import Rescued
+
+
+class Endpoint(Protocol):
+    """One tree, wherever it is.
+
+    None of the methods may be called while another one runs, save :meth:`close`, which may be
+    called at any time, from any thread, and makes the one that runs fail. Every call has a
+    bound in time, or raises. An iterator that a method returns counts as running until it is
+    exhausted or closed.
+
+    All raise OSError when the end cannot be reached or its disk fails. What concerns one path
+    is in the answer, not an error.
+    """
+
+    @property
+    def boot(self) -> str:
+        """Id of the boot that the end is in; another one means that memory was lost."""
+
+    def scan(self, dirty: Collection[str] | None = None) -> Snapshot:
+        """Return the tree as it is now: as it was at some moment after the call, path by path.
+
+        Idempotent. Equal parts of two results are the same objects.
+
+        :param dirty: the directories whose own entries may have changed; None for all.
+        """
+
+    def missing(self, files: Iterable[Leaf]) -> list[Leaf]:
+        """Return those files whose contents the end does not hold staged. Idempotent."""
+
+    def read(self, path: str) -> tuple[int, Iterator[bytes]]:
+        """Return a file's time of modification in ns and its contents as they are now.
+
+        The contents need not be those of the last scan: who gets them compares the digest.
+
+        :raises OSError: also if it is missing or not a regular file.
+        """
+
+    def stage(self, leaf: Leaf, mtime_ns: int, chunks: Iterable[bytes]) -> None:
+        """Take contents for a later :meth:`apply`. Idempotent; nothing in the tree changes.
+
+        :raises Damaged: they are not the leaf's; none of them are kept.
+        """
+
+    def stage_local(self, leaf: Leaf, path: str) -> bool:
+        """Take contents from a path of the same tree; False if they are not there."""
+
+    def apply(self, operations: Sequence[Operation]) -> Iterator[Result]:
+        """Carry out operations in order, and yield one result each, in order.
+
+        Idempotent: what is already as it shall be is done. Nothing is done where something
+        else is than an operation says. Stopping half-way, by a crash too, leaves each path as
+        it was or as it shall be. Staged contents are gone afterwards.
+        """
+
+    def flush(self) -> None:
+        """Return when all that was in the tree at the call is on the disk. Idempotent."""
+
+    def rescued(self) -> list[Rescued]:
+        """Return the files that were saved from being overwritten; see :mod:`stage`."""
+
+    def read_rescued(self, name: str) -> Iterator[bytes]:
+        """Return the contents of one of them."""
+
+    def forget_rescued(self, name: str) -> None:
+        """Remove one of them, now that it is kept elsewhere. Idempotent."""
+
+    def close(self) -> None:
+        """Release what the end holds. Idempotent."""
