@@ -12,10 +12,7 @@ one disk.
 from __future__ import annotations
 
 import asyncio
-import functools
-import json
 import logging
-import shutil
 import signal
 import time
 from collections.abc import Mapping
@@ -24,26 +21,22 @@ from typing import Any
 
 from wherry.api.server import Endpoint
 from wherry.config.layout import Layout, MachinePaths
-from wherry.config.load import load
-from wherry.config.model import Config, check_host
 from wherry.control.server import ControlServer, Emit
 from wherry.core.bridge import in_thread, post
-from wherry.core.errors import StageError, TunnelError, WherryError
+from wherry.core.errors import TunnelError, WherryError
 from wherry.ports.desired import Forward
 from wherry.ports.forwarder import Forwarder
 from wherry.service import console, engine, state, status
+from wherry.service.boot import Boot, end_orphan
 from wherry.service.guest import Guest
 from wherry.service.stages import DEFAULT_BOUNDS, Bounds, Stages
 from wherry.service.state import Record, State
 from wherry.tunnel.connection import Connection
-from wherry.tunnel.keys import load_keys
+from wherry.tunnel.keys import MachineKeys, load_keys
 from wherry.tunnel.tunnel import Tunnel
-from wherry.vm import disk, image
-from wherry.vm.driver import Exit, MachineSpec
-from wherry.vm.qemu import probe, programs
+from wherry.vm.driver import Exit
 from wherry.vm.qemu.arguments import NETWORK_DEVICE
 from wherry.vm.qemu.driver import QemuDriver
-from wherry.vm.qemu.process import QemuProcess
 
 log = logging.getLogger(__name__)
 
@@ -52,11 +45,6 @@ _UNASKED_STOP_S = 5.0
 
 _LINGER_S = 5.0
 """How long a failed start is kept for the command that began it to ask."""
-
-_BOOT_TRIES = 3
-"""QEMU before 8.1 rarely emulates a self-modifying kernel wrongly with several processors
-(its commit deba78709a mends that); the kernel then panics early, before it has written
-anything, and another try is as good as the first."""
 
 _QUIT_S = 10.0
 _DRAIN_S = 2.0
@@ -75,19 +63,25 @@ class Service:
         self._layout = layout
         self._paths = paths
         self._bounds = bounds
+        self._stages = Stages()
         # What an earlier service knew of a QEMU that this one may adopt.
         before = state.read(paths)
+        self._boot = Boot(
+            layout,
+            paths,
+            bounds,
+            self._stages,
+            accelerator=before.accelerator,
+            warning=before.warning,
+            launched=self._launched,
+        )
         self._record = Record(
             State.STARTING,
             service=state.ourselves(),
             accelerator=before.accelerator,
             warning=before.warning,
         )
-        self._stages = Stages()
-        self._warning = ""
         self._engine_version = ""
-        self._image: image.Image | None = None
-        self._driver: QemuDriver | None = None
         self._tunnel: Tunnel | None = None
         self._endpoint: Endpoint | None = None
         self._guest: Guest | None = None
@@ -177,8 +171,8 @@ class Service:
 
     async def _await_end(self, wanted: asyncio.Task[bool]) -> Exit | None:
         """Wait until the VM ends by itself, which is returned, or a stop is asked for."""
-        assert self._driver is not None
-        gone = asyncio.create_task(self._driver.wait(), name="vm exit")
+        assert self._boot.driver is not None
+        gone = asyncio.create_task(self._boot.driver.wait(), name="vm exit")
         try:
             await asyncio.wait({gone, wanted}, return_when=asyncio.FIRST_COMPLETED)
             return gone.result() if gone.done() else None
@@ -186,107 +180,25 @@ class Service:
             gone.cancel()
 
     async def _start(self) -> None:
-        layout, paths, bounds = self._layout, self._paths, self._bounds
-        config = load(paths.config, layout.platform)
-        total = shutil.disk_usage(paths.directory).total
-        check_host(config, layout.platform, disk_total=total)
-        chosen = image.choose(layout, config.image, layout.platform.architecture())
-        self._image = chosen
-        tools = programs.find(chosen.architecture, layout.platform)
-        self._driver = driver = QemuDriver(tools, paths.qemu_log)
-        keys = load_keys(paths.keys)
-        orphan = state.find_orphan(paths)
-
-        adopted = False
-        if orphan is not None:
-            spec = self._spec(chosen, config, self._record.accelerator or "tcg")
-            try:
-                await self._stages.run(
-                    "adopt",
-                    lambda: driver.adopt(spec, orphan, timeout_s=bounds.adopt_s),
-                    timeout_s=bounds.adopt_s + 1,
-                )
-                adopted = True
-            except StageError as error:
-                log.warning("QEMU (process %d) is ended: %s", orphan.pid, error)
-                await in_thread(
-                    QemuProcess.adopt(orphan, paths.qemu_log).kill, name="end the orphan"
-                )
-        if adopted:
-            await self._await_boot()
-        else:
-            driver = await self._launch(config, chosen, tools)
+        keys = load_keys(self._paths.keys)
+        driver = await self._boot.run()
         await self._connect(driver, keys)
 
-    async def _launch(
-        self, config: Config, chosen: image.Image, tools: programs.Programs
-    ) -> QemuDriver:
-        """Start QEMU and wait until the guest has booted."""
-        layout, paths, stages = self._layout, self._paths, self._stages
-        bounds = self._bounds
-        await stages.run(
-            "image",
-            lambda: in_thread(lambda: image.verify(chosen), name="verify image"),
-            timeout_s=bounds.image_s,
+    def _launched(self) -> None:
+        """Note the QEMU that runs now: whoever finds us killed will look for it."""
+        boot = self._boot
+        self._record = replace(
+            self._record,
+            qemu=boot.driver.identity if boot.driver is not None else None,
+            accelerator=boot.accelerator,
+            warning=boot.warning,
         )
-        accelerator = config.accelerator
-        if accelerator == "auto":
-            verdict = await stages.run(
-                "accelerator",
-                lambda: probe.choose(tools, chosen, layout.platform, layout.accelerators),
-                timeout_s=bounds.accelerator_s,
-            )
-            accelerator, self._warning = verdict.accelerator, verdict.warning
-        if self._warning:
-            log.warning("%s", self._warning)
-        await stages.run(
-            "disk",
-            lambda: in_thread(
-                lambda: disk.grow(paths.data_disk, config.disk_bytes, qemu_img=tools.img),
-                name="check disk",
-            ),
-            timeout_s=bounds.disk_s,
-        )
-        spec = self._spec(chosen, config, accelerator)
-        for tries_left in reversed(range(_BOOT_TRIES)):
-            self._driver = driver = QemuDriver(tools, paths.qemu_log)
-            await stages.run(
-                "machine",
-                functools.partial(driver.start, spec, timeout_s=bounds.machine_s),
-                timeout_s=bounds.machine_s + 5,
-            )
-            self._record = replace(
-                self._record, qemu=driver.identity, accelerator=accelerator, warning=self._warning
-            )
-            self._save()
-            try:
-                await self._await_boot()
-                break
-            except StageError:
-                oops = console.emulation_oops(console.read(paths.console_log))
-                if accelerator != "tcg" or not oops or not tries_left:
-                    raise
-                log.warning("booting again: QEMU's emulation made the kernel fail: %s", oops)
-                await driver.stop(timeout_s=_QUIT_S)
-        return driver
-
-    async def _await_boot(self) -> None:
-        """Wait until the guest's sshd listens."""
-        bounds = self._bounds.for_accelerator(self._record.accelerator)
-        await self._stages.run(
-            "boot",
-            lambda: self._unless_exit(
-                console.wait_for_line(self._paths.console_log, "wherry: ssh")
-            ),
-            timeout_s=bounds.boot_s,
-            hint="see: wherry logs --source console",
-        )
-
-    async def _connect(self, driver: QemuDriver, keys: Any) -> None:
-        paths, stages = self._paths, self._stages
-        bounds = self._bounds.for_accelerator(self._record.accelerator)
-        self._record = replace(self._record, qemu=driver.identity)
         self._save()
+
+    async def _connect(self, driver: QemuDriver, keys: MachineKeys) -> None:
+        """Connect to the guest, open the endpoint, wait for the engine."""
+        paths, stages, boot = self._paths, self._stages, self._boot
+        bounds = boot.bounds
         self._ssh = address = await driver.ssh_address()
         tunnel = self._tunnel = Tunnel(
             lambda watcher: Connection.connect(
@@ -301,8 +213,8 @@ class Service:
         tunnel.start()
         await stages.run(
             "tunnel",
-            lambda: self._unless_exit(
-                in_thread(lambda: tunnel.wait(bounds.tunnel_s), name="tunnel wait")
+            lambda: boot.unless_exit(
+                driver, in_thread(lambda: tunnel.wait(bounds.tunnel_s), name="tunnel wait")
             ),
             timeout_s=bounds.tunnel_s + 1,
             hint="see: wherry logs --source console",
@@ -314,7 +226,7 @@ class Service:
         self._endpoint.start()
         self._engine_version = await stages.run(
             "engine",
-            lambda: self._unless_exit(self._await_engine(tunnel, bounds.engine_s)),
+            lambda: boot.unless_exit(driver, self._await_engine(tunnel, bounds.engine_s)),
             timeout_s=bounds.engine_s + 1,
             hint="see: wherry logs --source console",
         )
@@ -361,43 +273,6 @@ class Service:
                     raise WherryError(failure, hint="see: wherry logs --source console") from error
             await asyncio.sleep(_ENGINE_RETRY_S)
 
-    async def _unless_exit(self, work: Any) -> Any:
-        """Await ``work``; the VM's end ends it with the reason."""
-        assert self._driver is not None
-        gone = asyncio.create_task(self._driver.wait(), name="vm exit")
-        task = asyncio.ensure_future(work)
-        try:
-            await asyncio.wait({gone, task}, return_when=asyncio.FIRST_COMPLETED)
-            if task.done():
-                return task.result()
-            reason = console.explain(console.read(self._paths.console_log)) or gone.result().reason
-            raise WherryError(reason, hint="see: wherry logs --source console")
-        finally:
-            gone.cancel()
-            task.cancel()
-
-    def _spec(self, chosen: image.Image, config: Config, accelerator: str) -> MachineSpec:
-        paths = self._paths
-        machine_file = paths.directory / "machine.json"
-        machine_file.write_text(
-            json.dumps({"hostname": paths.docker_context, "memory_bytes": config.memory_bytes})
-        )
-        return MachineSpec(
-            name=paths.name,
-            image=chosen,
-            cpus=config.cpus,
-            memory_bytes=config.memory_bytes,
-            accelerator=accelerator,
-            data_disk=paths.data_disk,
-            console_log=paths.console_log,
-            qmp_socket=paths.qmp_socket,
-            firmware_files={
-                "host_key": paths.keys / "host_ed25519",
-                "authorized_key": paths.keys / "user_ed25519.pub",
-                "machine.json": machine_file,
-            },
-        )
-
     def _tunnel_changed(self) -> Any:
         loop = asyncio.get_running_loop()
 
@@ -417,7 +292,12 @@ class Service:
         """Close everything, the newest first; the guest is shut down unless ``force``."""
         if self._record.state is State.RUNNING and not force:
             self._transition(State.STOPPING)
-        endpoint, guest, tunnel, driver = self._endpoint, self._guest, self._tunnel, self._driver
+        endpoint, guest, tunnel, driver = (
+            self._endpoint,
+            self._guest,
+            self._tunnel,
+            self._boot.driver,
+        )
         if self._watch is not None:
             await in_thread(self._watch.close, name="container watch close")
         if self._forwarding is not None:
@@ -447,9 +327,7 @@ class Service:
             await driver.stop(timeout_s=_QUIT_S)
             orphan = state.find_orphan(self._paths)
             if orphan is not None:  # its adoption was interrupted
-                await in_thread(
-                    QemuProcess.adopt(orphan, self._paths.qemu_log).kill, name="end the orphan"
-                )
+                await end_orphan(self._paths, orphan)
 
     def _transition(self, new: State, reason: str = "") -> None:
         log.info("state %s %s", new, reason)
@@ -507,9 +385,10 @@ class Service:
             self._event_listeners.remove(emit)
 
     def _status(self) -> dict[str, Any]:
-        live: dict[str, Any] = {"warning": self._warning or self._record.warning}
-        if self._image is not None:
-            live["image"] = {"version": self._image.version, "sha256": self._image.sha256}
+        live: dict[str, Any] = {"warning": self._record.warning}
+        image = self._boot.image
+        if image is not None:
+            live["image"] = {"version": image.version, "sha256": image.sha256}
         if self._engine_version:
             live["engine_version"] = self._engine_version
         if self._endpoint is not None:
