@@ -94,6 +94,30 @@ def test_nothing_follows_the_close(hold: int, by: str) -> None:
     assert transport.sent == before
 
 
+def test_data_whose_window_was_taken_before_the_close_is_not_sent() -> None:
+    transport = Transport()
+    channel: Any = opened(transport)
+    take = channel._take_window
+
+    def take_and_close(*args: Any) -> int:
+        count: int = take(*args)
+        channel.close()
+        return count
+
+    channel._take_window = take_and_close
+    with pytest.raises(TunnelError):
+        channel.sendall(b"x")
+    assert transport.sent == [EOF, CLOSE]
+
+
+def test_a_message_decided_on_before_the_close_is_not_sent() -> None:
+    transport = Transport()
+    channel = opened(transport)
+    channel.close()
+    channel._post(Message().add_byte(bytes([93])))
+    assert transport.sent == [EOF, CLOSE]
+
+
 def test_first_bytes_go_with_the_confirmation() -> None:
     transport = Transport()
     channel = StreamChannel(0, time.monotonic() + WAIT_S, "a socket")
