@@ -213,6 +213,7 @@ def test_what_follows_an_answer_until_the_end_reaches_no_engine(proxy: Proxy) ->
         assert client.answer()[2] == pattern(10)
     eventually(lambda: proxy.endpoint.counters.active == 0)
     assert len(proxy.engine.said) == 1
+    assert b"status" not in proxy.engine.wire[0]
 
 
 # -- ends ------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -12,8 +13,11 @@ import pytest
 from api_proxy import MakeProxy, Proxy, proxies
 from stub_engine import Client, eventually, pattern
 
+from wherry.api.downstream import Downstream
+from wherry.api.exchange import Exchange
 from wherry.api.hooks import ClientGone, Hooks, Refusal, Request, Watch
-from wherry.api.http import ResponseHead
+from wherry.api.http import ResponseHead, parse_request
+from wherry.api.local import LocalEnd
 
 CREATE = "/containers/create"
 
@@ -102,10 +106,12 @@ def test_a_body_beyond_the_bound(proxy: Proxy) -> None:
         client.request("POST", "/echo", body=bytes(1001))
         assert message(client) == (413, "wherry: the body is longer than 1000 bytes")
         assert client.rest() == b""
-    with proxy.client() as client:
-        client.send(b"POST /echo HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n")
-        client.send(b"1;%s\r\na\r\n" % (b"x" * 900) * 40)
-        assert client.answer()[0] == 413
+    # More content than the bound, and much more framing than content.
+    for chunk in (b"3e9\r\n%s\r\n" % bytes(1001), b"1;%s\r\na\r\n" % (b"x" * 900) * 40):
+        with proxy.client() as client:
+            client.send(b"POST /echo HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n")
+            client.send(chunk)
+            assert client.answer()[0] == 413
     assert len(proxy.engine.said) == 1
 
 
@@ -378,6 +384,42 @@ def test_a_download_that_is_watched(proxy: Proxy) -> None:
             client.request("GET", "/chunked?n=5000000&size=32768")
             assert client.answer()[2] == pattern(5_000_000)
     assert ended == [True] * 3
+
+
+def test_the_tunnels_thread_does_not_wait_for_a_watch() -> None:
+    held = Held()
+    ours, theirs = socket.socketpair()
+    down = Downstream(LocalEnd(ours), lambda job: threading.Thread(target=job).start(), ours.close)
+    head = parse_request(b"POST /exec/e/start HTTP/1.1\r\nHost: x\r\n\r\n")
+    answer = memoryview(b"HTTP/1.1 101 UPGRADED\r\n\r\n")
+    with ours, theirs:
+        down.begin(Exchange(head, [Watch(end=held)]))
+        assert down.write([answer]) == 0  # a worker is to show it
+        down._pass([answer])
+        assert down.write([memoryview(b"raw")]) == 3
+        start = time.monotonic()
+        down.ended(None)
+        down.hung_up()
+        assert time.monotonic() - start < 1
+        eventually(lambda: bool(held.calls))
+        assert theirs.recv(100) == bytes(answer) + b"raw"
+        theirs.settimeout(0.1)
+        with pytest.raises(TimeoutError):
+            theirs.recv(100)
+        held.let_go.set()
+        theirs.settimeout(10)
+        assert theirs.recv(100) == b""
+
+
+def test_closing_the_endpoint_tells_the_watches(make_proxy: MakeProxy) -> None:
+    proxy = make_proxy()
+    ended: list[bool] = []
+    proxy.hooks.on("GET", "/never", lambda request: Watch(end=ended.append))
+    with proxy.client() as client:
+        client.request("GET", "/never")
+        eventually(lambda: bool(proxy.engine.said))
+        proxy.endpoint.close()
+        assert ended == [False]
 
 
 def test_closing_the_endpoint_does_not_wait_for_hooks(make_proxy: MakeProxy) -> None:

@@ -216,6 +216,9 @@ class _Client:
             self.sock.sendall(b"3;a=b\r\nabc\r\n0\r\nX-Sum: 12\r\n\r\n")
         elif path == "/close":
             self.send("200 OK\r\nConnection: close", pattern(size))
+            self.sock.shutdown(socket.SHUT_WR)
+            while data := self.sock.recv(65536):
+                self.wire += data  # nothing should come
             return False
         elif path == "/echo":
             self.full("200 OK", b"".join(self.body()))
