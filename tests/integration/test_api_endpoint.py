@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 from api_proxy import MakeProxy, Proxy, proxies
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from stub_engine import eventually, pattern
 
 from wherry.core.errors import TunnelError
@@ -90,6 +92,32 @@ def test_requests_sent_ahead_are_answered_in_order(proxy: Proxy) -> None:
             wanted.append(pattern(number))
         client.send(data)
         assert [client.answer()[2] for _ in wanted] == wanted
+
+
+@settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(st.data())
+def test_any_split_of_any_requests(proxy: Proxy, data: st.DataObject) -> None:
+    bodies = data.draw(st.lists(st.binary(max_size=300), min_size=1, max_size=6))
+    sent = b""
+    for body in bodies:
+        sent += b"POST /v1.51/echo HTTP/1.1\r\nHost: x\r\n"
+        if data.draw(st.booleans()):
+            sent += b"Content-Length: %d\r\n\r\n%s" % (len(body), body)
+        else:
+            sent += b"Transfer-Encoding: chunked\r\n\r\n"
+            for at in range(0, len(body), 70):
+                part = body[at : at + 70]
+                sent += b"%x;e=1\r\n%s\r\n" % (len(part), part)
+            sent += b"0\r\nX-T: 1\r\n\r\n"
+    cuts = sorted(data.draw(st.lists(st.integers(0, len(sent)), max_size=8)))
+    with proxy.client() as client:
+        for begin, end in zip([0, *cuts], [*cuts, len(sent)], strict=True):
+            client.send(sent[begin:end])
+            time.sleep(0.0005)
+        assert [client.answer()[2] for _ in bodies] == bodies
+    assert bytes(proxy.engine.wire[-1]) == sent
 
 
 def test_expect_100_continue(proxy: Proxy) -> None:

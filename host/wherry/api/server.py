@@ -18,8 +18,8 @@ from wherry.relay.workers import Workers
 from wherry.tunnel.stream import Stream
 
 CONNECTION_LIMIT = 512
-"""Connections at once. More are answered with 503; each takes a descriptor and a thread,
-and systems give a program 1024 (Linux) or 256 (macOS, raised at start) descriptors."""
+"""Connections at once; more are answered with 503. Each takes a thread and a descriptor, of
+which a program has 1024 on Linux and 256 on macOS unless it asks for more."""
 
 _REFUSERS = 32
 _CLOSE_TIMEOUT_S = 5.0
@@ -199,7 +199,7 @@ class Endpoint:
                 )
 
     def _refuse(self, end: LocalEnd) -> None:
-        """Answer 503 in a worker, or, when too many are refused at once, hang up."""
+        """Answer 503 in a worker, or hang up when too many are being refused already."""
         with self._lock:
             self._ended = replace(self._ended, refused=self._ended.refused + 1)
             crowded = len(self._refusing) >= _REFUSERS
