@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import psutil
 import pytest
 from fake_host import Done, FakeHost, wait_until
 
@@ -101,12 +102,12 @@ def test_a_command_killed_while_the_disk_is_made(host: FakeHost) -> None:
 def test_an_interrupt_at_any_moment(exists: bool, host: FakeHost) -> None:
     """From the first moment of Python to the end; each leaves all of a machine or none."""
     outcomes = set()
-    for step in range(12):
+    for step in range(8):
         if exists and not host.paths.directory.exists():
             host.make()
         command = host.spawn("start")
         # A signal before the interpreter is up is Python's own affair.
-        time.sleep(0.12 + 0.08 * step)
+        time.sleep(0.12 + 0.12 * step)
         done = interrupt(host, command)
         outcomes.add(done.status)
         if done.status == 0:
@@ -139,11 +140,12 @@ def test_a_second_interrupt_changes_nothing(host: FakeHost) -> None:
 
 def test_an_interrupt_of_one_start_is_none_of_another(host: FakeHost) -> None:
     """Who waits for a machine that another started leaves it alone."""
-    host.behave(delay_s=0.4)
+    host.behave(delay_s=1)
     first = host.spawn("start")
     wait_until(host.launches, 20, "QEMU")
     second = host.spawn("start")
-    time.sleep(0.4)
+    waiting = psutil.Process(second.pid)
+    wait_until(lambda: waiting.net_connections("unix"), 20, "the second one asks")
     assert interrupt(host, second).status == 130
     assert host.finish(first).status == 0
     assert host.status()["state"] == "running"

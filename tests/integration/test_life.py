@@ -9,11 +9,13 @@ import shlex
 import signal
 import socket
 import subprocess
+import time
 from pathlib import Path
 
 import psutil
 import pytest
 from fake_host import FakeHost, wait_until
+from filelock import FileLock
 
 
 def ping(host: FakeHost) -> str:
@@ -99,6 +101,16 @@ def test_a_start_meanwhile_waits_until_it_runs(host: FakeHost) -> None:
     assert "is running" in host.good("start")
     assert host.finish(first).status == 0
     assert host.launches() == 1
+
+
+def test_a_start_waits_for_the_service_before_to_be_quite_gone(host: FakeHost) -> None:
+    host.make()
+    with FileLock(host.paths.service_lock):
+        command = host.spawn("start")
+        time.sleep(1)
+        assert command.poll() is None
+    assert host.finish(command).status == 0
+    assert host.status()["state"] == "running"
 
 
 def test_stop_and_start_at_once_end_in_one_or_the_other(host: FakeHost) -> None:

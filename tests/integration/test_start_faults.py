@@ -489,6 +489,14 @@ def test_exit_statuses(arguments: list[str], status: int, host: FakeHost) -> Non
     host.at_rest()
 
 
+def test_a_file_that_cannot_be_read_is_named(host: FakeHost) -> None:
+    host.make()
+    host.paths.service_log.mkdir()
+    for command in ("logs", "start"):
+        failed(host.run(command), status=1, says=str(host.paths.service_log), next_step="writ")
+    wait_until(lambda: not host.processes(), 5, "ended")
+
+
 @pytest.mark.parametrize("arguments", [[], ["config"], ["image"]])
 def test_a_command_alone_shows_its_help(arguments: list[str], host: FakeHost) -> None:
     done = host.run(*arguments)
