@@ -20,7 +20,6 @@ import struct
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
-    from typing import TypeAlias
 
 FILE, LINK, UNTRACKED, PROBLEM = b"FLUP"
 
@@ -121,8 +120,7 @@ class Directory:
         return f"Directory({self.children!r})"
 
 
-if TYPE_CHECKING:
-    Entry: TypeAlias = Leaf | Directory
+Entry = Leaf | Directory
 
 EMPTY = Directory({})
 

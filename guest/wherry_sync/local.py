@@ -14,7 +14,7 @@ from wherry_sync.apply import Applier, Policy, no_fault
 from wherry_sync.entry import Leaf, split
 from wherry_sync.ignore import NOTHING, Ignore
 from wherry_sync.scan import Scanner, Snapshot
-from wherry_sync.stage import Damaged, Stage
+from wherry_sync.stage import Damaged, Gone, Stage
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -93,10 +93,12 @@ class LocalEndpoint:
 
     def read(self, path: str) -> tuple[int, Iterator[bytes]]:
         """Return a file's time of modification and its contents."""
-        with self._opened() as (fd, root_name):
-            parent, name = split(path)
-            with handles.open_directory(fd, parent) as directory:
+        parent, name = split(path)
+        try:
+            with self._opened() as (fd, root_name), handles.open_directory(fd, parent) as directory:
                 descriptor = handles.open_regular(directory, name or root_name)
+        except OSError as error:
+            raise Gone(f"{path} cannot be read: {error}") from error
         return os.fstat(descriptor).st_mtime_ns, _chunks(descriptor)
 
     def stage(self, leaf: Leaf, mtime_ns: int, chunks: Iterable[bytes]) -> None:
@@ -107,7 +109,7 @@ class LocalEndpoint:
         """Take contents from this tree, if they are still at the path."""
         try:
             self._stage.receive(leaf, *self.read(path))
-        except (Damaged, OSError):
+        except (Damaged, Gone):
             return False
         return True
 

@@ -32,6 +32,10 @@ _NEW = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 _JOURNAL = "journal"
 
 
+class Gone(Exception):
+    """A path has no file any more that could be read."""
+
+
 class Damaged(Exception):
     """Contents that arrived are not what was announced."""
 

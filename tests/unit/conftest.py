@@ -8,11 +8,15 @@ from pathlib import Path
 
 import pytest
 from fake_image import FILES, write_image
+from hypothesis import settings
 
 from wherry.config.layout import Layout, MachinePaths
 from wherry.platform.linux import Linux
 
 GIB = 1 << 30
+
+# For long runs: pytest --hypothesis-profile=thorough
+settings.register_profile("thorough", max_examples=1500, stateful_step_count=60, deadline=None)
 
 
 class Host(Linux):

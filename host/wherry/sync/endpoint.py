@@ -43,7 +43,7 @@ class Endpoint(Protocol):
 
         The contents need not be those of the last scan: who gets them compares the digest.
 
-        :raises OSError: also if it is missing or not a regular file.
+        :raises Gone: there is no file that can be read.
         """
 
     def stage(self, leaf: Leaf, mtime_ns: int, chunks: Iterable[bytes]) -> None:

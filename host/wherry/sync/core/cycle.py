@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from wherry.sync.core import safety
-from wherry.sync.core.diff import shallow
+from wherry.sync.core.diff import diff, shallow
 from wherry.sync.core.keep import Keep
 from wherry.sync.core.plan import SidePlan, plan
 from wherry.sync.core.reconcile import (
@@ -39,7 +39,7 @@ from wherry_sync.apply import no_fault
 from wherry_sync.entry import FILE, Entry, Leaf, lookup, share, updated
 from wherry_sync.operation import DONE, FAILED, Operation
 from wherry_sync.scan import Snapshot
-from wherry_sync.stage import Damaged
+from wherry_sync.stage import Damaged, Gone
 
 
 @dataclass(slots=True)
@@ -113,8 +113,9 @@ class Cycle:
         decisions = [decision for decision in found.decisions if self._save(decision, outcome)]
         changes = dict(found.ancestor)
         changes.update(self._carry_out(decisions, outcome))
-        self._store.commit(changes)
-        self._ancestor = updated(self._ancestor, changes)
+        new = updated(self._ancestor, changes)
+        self._store.commit(diff(self._ancestor, new))
+        self._ancestor = new
         return outcome
 
     def flush(self, side: int) -> None:
@@ -164,7 +165,8 @@ class Cycle:
                 return side, halt
         if not self._met:
             if host.root is not None and guest.root is not None:
-                store.meet(boots, (host.device, guest.device), changes)
+                devices = (host.device, guest.device)
+                store.meet(boots, devices, diff(self._ancestor, ancestor))
                 self._met = True
             self._ancestor = share(ancestor, host.root)
         return None
@@ -188,7 +190,7 @@ class Cycle:
             if saved.kind == FILE:
                 chunks = self._ends[GUEST].read(decision.path)[1]
             kept = self._conflicts.save(decision.path, saved, chunks)
-        except FileNotFoundError:
+        except Gone:
             kept = False
         if kept:
             self._checkpoint("saved")
@@ -225,7 +227,7 @@ class Cycle:
                 continue
             try:
                 end.stage(leaf, *other.read(want.path))
-            except (Damaged, FileNotFoundError):
+            except (Damaged, Gone):
                 absent.add(leaf.digest)
         if not absent:
             return set()

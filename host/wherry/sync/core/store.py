@@ -122,7 +122,7 @@ class Store:
         self._checkpoint("begun")
 
     def commit(self, changes: Mapping[str, Entry | None]) -> None:
-        """Change the ancestor; entries are shallow. Below a removed path nothing stays."""
+        """Change the ancestor by what :func:`~wherry.sync.core.diff.diff` says."""
         self._checkpoint("commit")
         with _Transaction(self._database):
             self._change(changes)
@@ -202,19 +202,10 @@ class Store:
         return "", None
 
     def _change(self, changes: Mapping[str, Entry | None]) -> None:
-        # First all that goes, as what comes may be below it.
-        for path, entry in changes.items():
-            raw = path.encode()
-            if not isinstance(entry, Directory):
-                # "0" is what follows "/".
-                first, last = (raw + b"/", raw + b"0") if raw else (b"", b"\xff")
-                self._execute(
-                    "DELETE FROM ancestor WHERE root = ? AND (path = ? OR path > ? AND path < ?)",
-                    self._root,
-                    raw,
-                    first,
-                    last,
-                )
+        self._database.executemany(
+            "DELETE FROM ancestor WHERE root = ? AND path = ?",
+            ((self._root, path.encode()) for path, entry in changes.items() if entry is None),
+        )
         self._database.executemany(
             "INSERT OR REPLACE INTO ancestor VALUES (?, ?, ?)",
             (
