@@ -151,10 +151,10 @@ class Downstream:
 
     def finish(self) -> None:
         """Tell the watches of a pending answer that nobody waits for it any more."""
-        with self._news:
-            self._over = True
-            exchange = self._exchange
-            self._news.notify_all()
+        exchange = self._exchange
+        # The connection holds this object, and its buffers should not wait for the
+        # collector of cycles.
+        self._abort = _nothing
         if exchange is not None:
             try:
                 exchange.finish(complete=False)
@@ -176,7 +176,7 @@ class Downstream:
             count = self._local.send_some(parts)
         except OSError:
             # Not closed here: the thread that calls this holds the stream's lock.
-            self._spawn_or(self._abort, lambda: None)
+            self._spawn_or(self._abort, _nothing)
             raise
         self.bytes += count
         if not raw:
@@ -187,7 +187,7 @@ class Downstream:
 
     def stalled(self) -> None:
         """Have a worker write what :meth:`write` did not take."""
-        self._spawn_or(self._drain, lambda: None)
+        self._spawn_or(self._drain, _nothing)
 
     def ended(self, error: TunnelError | None) -> None:
         """Pass the end on to the client, once those who watch it have seen it."""
@@ -242,7 +242,7 @@ class Downstream:
 
     def _give_up(self, reason: str) -> None:
         _logger.warning("the engine's answer is not understood: %s", reason)
-        self._spawn_or(self._abort, lambda: None)
+        self._spawn_or(self._abort, _nothing)
 
     def _spawn_or(self, job: Callable[[], None], otherwise: Callable[[], object]) -> None:
         """Have a worker do a job; there is none when the endpoint is being closed."""
@@ -353,3 +353,7 @@ class Downstream:
         except ClientGone as error:
             raise ConnectionAbortedError from error
         self._note(exchange)
+
+
+def _nothing() -> None:
+    pass
