@@ -18,7 +18,9 @@ def main() -> None:
 
 
 @main.command("build")
-@click.option("--output", type=click.Path(path_type=Path), required=True, help="Directory to write.")
+@click.option(
+    "--output", type=click.Path(path_type=Path), required=True, help="Directory to write."
+)
 @click.option(
     "--arch", type=click.Choice(sorted(ARCHITECTURES)), default="x86_64", show_default=True
 )

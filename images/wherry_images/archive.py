@@ -25,6 +25,10 @@ APT_TIMEOUT_S = 600
 PARALLEL_DOWNLOADS = 4
 
 
+# A line of sources.list or the URIs field of a .sources file.
+_MIRROR = re.compile(r"(?:deb\s+(?:\[[^]]*\]\s+)?|URIs:\s*)(https?://\S+/debian)/?(?:\s|$)")
+
+
 def mirror_in(sources: Iterable[str]) -> str:
     """Return the first Debian mirror in the texts of apt's source files, or the default one.
 
@@ -32,7 +36,7 @@ def mirror_in(sources: Iterable[str]) -> str:
     """
     for text in sources:
         for line in text.splitlines():
-            match = re.match(r"(?:deb\s+(?:\[[^]]*\]\s+)?|URIs:\s*)(https?://\S+/debian)/?(?:\s|$)", line)
+            match = _MIRROR.match(line)
             if match:
                 return match[1]
     return DEFAULT_MIRROR
@@ -105,7 +109,12 @@ class Apt:
         plan = _apt(["apt-get", *self._options, "--simulate", "install", *names])
         chosen = re.findall(r"^Inst (\S+) \((\S+) ", plan, re.MULTILINE)
         records = _apt(
-            ["apt-cache", *self._options, "show", *(f"{name}={version}" for name, version in chosen)]
+            [
+                "apt-cache",
+                *self._options,
+                "show",
+                *(f"{name}={version}" for name, version in chosen),
+            ]
         )
         return parse_records(records)
 
@@ -142,7 +151,7 @@ def fetch(
 ) -> None:
     """Make sure that `cache` holds every one of `packages`, by its sha256.
 
-    Raises WherryError that names every locked package the archive does not give.
+    Raises WherryError, which names every locked package the archive no longer has.
     """
     cache.mkdir(parents=True, exist_ok=True)
     missing = [package for package in packages if not _is_cached(package, cache)]
@@ -169,9 +178,7 @@ def lost_message(lost: Iterable[LockedPackage], mirror: str) -> str:
 
 def _is_cached(package: LockedPackage, cache: Path) -> bool:
     file = cache / package.file_name
-    return (
-        file.is_file() and file.stat().st_size == package.size and sha256(file) == package.sha256
-    )
+    return file.is_file() and file.stat().st_size == package.size and sha256(file) == package.sha256
 
 
 def _fetch_one(package: LockedPackage, cache: Path, mirror: str) -> bool:
@@ -180,8 +187,10 @@ def _fetch_one(package: LockedPackage, cache: Path, mirror: str) -> bool:
     partial = target.with_suffix(".partial")
     try:
         _apt([APT_HELPER, "download-file", url, str(partial), f"SHA256:{package.sha256}"])
-    except WherryError:
+    except WherryError as error:
         partial.unlink(missing_ok=True)
+        if "404" not in error.message:
+            raise
         return False
     partial.replace(target)
     return True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import os
 import platform
@@ -16,6 +17,7 @@ from wherry.core.errors import WherryError
 from wherry_images import configure, initramfs
 from wherry_images.architecture import ARCHITECTURES, Architecture
 from wherry_images.archive import Apt, fetch, host_mirror
+from wherry_images.libraries import check_libraries
 from wherry_images.lock import Lock, LockedPackage, format_lock, read_lock
 from wherry_images.manifest import Manifest, describe
 from wherry_images.tools import Tools
@@ -136,6 +138,18 @@ def image_version(lock: Lock, recipe: Path) -> str:
     return f"{day}-{digest.hexdigest()[:8]}"
 
 
+def packed_kernel(kernel: bytes) -> bytes:
+    """Return the kernel as it is shipped.
+
+    Debian's arm64 kernel is not compressed. QEMU unpacks gzip for that architecture by itself;
+    the x86 kernel unpacks itself and is passed on.
+    """
+    # Offset 56 of an arm64 Image: Documentation/arch/arm64/booting.rst of the kernel.
+    if kernel[56:60] != b"ARM\x64":
+        return kernel
+    return gzip.compress(kernel, mtime=0)
+
+
 def _resolve(
     recipe: dict[str, object], names: Sequence[str], architecture: Architecture
 ) -> list[LockedPackage]:
@@ -156,7 +170,7 @@ def _make_image(
     root: Path, image: Path, tools: Tools, epoch: int, progress: Callable[[str], None]
 ) -> None:
     (kernel,) = (root / "boot").glob("vmlinuz-*")
-    shutil.copyfile(kernel, image / "kernel")
+    (image / "kernel").write_bytes(packed_kernel(kernel.read_bytes()))
     for name, source in CLIENTS.items():
         (image / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(root / source, image / name)
@@ -165,6 +179,7 @@ def _make_image(
     configure.remove_unneeded(root, [line for (line,) in configure.read_list(RECIPE / "remove")])
     patterns = [line for (line,) in configure.read_list(RECIPE / "modules")]
     modules, dependencies = configure.add_modules(root, patterns, tools)
+    check_libraries(root)
     configure.add_accounts(root)
     configure.add_certificates(root)
     configure.add_files(root, RECIPE)

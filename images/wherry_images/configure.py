@@ -75,12 +75,13 @@ def add_bytecode(root: Path, tools: Tools) -> None:
 
 def add_files(root: Path, recipe: Path) -> None:
     """Add the recipe's directories, links and files; a file that starts with #! is a program."""
-    for (path,) in read_list(recipe / "directories"):
-        (root / path).mkdir(parents=True, exist_ok=True)
-    for link, target in read_list(recipe / "links"):
-        (root / link).parent.mkdir(parents=True, exist_ok=True)
-        (root / link).unlink(missing_ok=True)
-        (root / link).symlink_to(target)
+    for (directory,) in read_list(recipe / "directories"):
+        (root / directory).mkdir(parents=True, exist_ok=True)
+    for name, points_to in read_list(recipe / "links"):
+        link = root / name
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.unlink(missing_ok=True)
+        link.symlink_to(points_to)
     files = recipe / "files"
     for source in sorted(files.rglob("*")):
         target = root / source.relative_to(files)

@@ -34,9 +34,7 @@ def with_dependencies(
     return list(ordered)
 
 
-def select_by_name(
-    names: Iterable[str], dependencies: Mapping[str, Sequence[str]]
-) -> list[str]:
+def select_by_name(names: Iterable[str], dependencies: Mapping[str, Sequence[str]]) -> list[str]:
     """Return the files of the modules `names` in loading order.
 
     A name without a file is built into the kernel and is left out.
