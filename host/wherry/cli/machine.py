@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import sys
 from typing import Any
 
 import click
@@ -186,9 +187,13 @@ def delete(name: str, yes: bool) -> None:
     where = layout()
     paths = machine.require(where, name)
     if not yes:
-        click.confirm(
-            f"Remove machine {name} with all its images, containers and volumes?", abort=True
-        )
+        if not sys.stdin.isatty():
+            raise UsageError(
+                "there is no terminal to confirm on", hint=f"wherry delete --yes {name}"
+            )
+        if not click.confirm(f"Remove machine {name} with all its images, containers and volumes?"):
+            click.echo("Nothing is removed.")
+            return
     # One lock for both, so that no start comes between.
     with machine.locked(where, name):
         machine.require(where, name)  # it may have gone during the question

@@ -20,9 +20,12 @@ import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from wherry.core.errors import UsageError, WherryError
-from wherry.platform import Platform
+
+if TYPE_CHECKING:
+    from wherry.platform import Platform
 
 DEFAULT_NAME = "default"
 
@@ -162,7 +165,10 @@ class Layout:
         :raises WherryError: it is not writable.
         """
         try:
-            for directory in (self.home, self.images, self.machines):
+            # A home that exists keeps its mode: it may be a directory that others use too.
+            if not self.home.is_dir():
+                self.platform.make_private_directory(self.home)
+            for directory in (self.images, self.machines):
                 self.platform.make_private_directory(directory)
         except OSError as error:
             raise WherryError(

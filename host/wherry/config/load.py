@@ -11,12 +11,14 @@ import re
 import tomllib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from wherry.config.model import SETTINGS, Config, build
 from wherry.core.errors import ConfigError, UsageError
 from wherry.core.files import write_atomic
-from wherry.platform import Platform
+
+if TYPE_CHECKING:
+    from wherry.platform import Platform
 
 _ENCODING = "utf-8-sig"
 """UTF-8, with the byte order mark that editors on Windows put before it, or without."""

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from wherry.config.units import format_size, parse_size
 from wherry.core.errors import UsageError
-from wherry.platform import Platform
+
+if TYPE_CHECKING:
+    from wherry.platform import Platform
 
 GIB = 1 << 30
 MIB = 1 << 20
@@ -155,13 +157,13 @@ SETTINGS: Mapping[str, Setting] = {
             "endpoint.default_socket",
             _flag,
             lambda platform: False,
-            "whether /var/run/docker.sock leads to this machine",
+            "whether /var/run/docker.sock leads to this machine (not applied yet)",
         ),
         Setting(
             "engine",
             _table,
             lambda platform: {},
-            "keys of the engine's daemon.json",
+            "keys of the engine's daemon.json (kept, not applied yet)",
         ),
     )
 }

@@ -91,7 +91,10 @@ def containers(stream: Stream) -> list[dict[str, Any]]:
     answer = b"".join(body)
     if response.status_code != 200:
         raise WherryError(f"the engine answered {response.status_code}: {answer[:200]!r}")
-    found: list[dict[str, Any]] = json.loads(answer)
+    try:
+        found: list[dict[str, Any]] = json.loads(answer)
+    except ValueError as error:
+        raise WherryError(f"the engine's list of containers is no JSON: {error}") from error
     return found
 
 
@@ -129,7 +132,10 @@ class ContainerWatch:
         while not self._closed.is_set():
             try:
                 self._stream = stream = self._open_stream()
-                _, events = get(stream, _EVENTS)
+                answer, events = get(stream, _EVENTS)
+                if answer.status_code != 200:
+                    stream.close()
+                    raise WherryError(f"the engine answered {answer.status_code}")
                 # Listed after the events began, so that nothing falls in between.
                 self._changed(containers(self._open_stream()))
                 for _ in events:
