@@ -109,6 +109,8 @@ class Downstream:
         :raises Over: the answer will never end.
         :raises ClientGone: the client left meanwhile.
         """
+        if self._settled is Outcome.DONE:
+            return True  # as a rule; it stays so until the next request
         with self._news:
             while self._settled is Outcome.PENDING:
                 if self._told:
