@@ -34,6 +34,14 @@ class Operation:
         self.before = before
         self.after = after
 
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Operation):
+            return NotImplemented
+        mine, its = (self.path, self.before, self.after), (other.path, other.before, other.after)
+        return mine == its
+
+    __hash__ = None  # type: ignore[assignment]
+
     def __repr__(self) -> str:
         return f"Operation({self.path!r}, {self.before!r} -> {self.after!r})"
 

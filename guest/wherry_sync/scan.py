@@ -236,7 +236,13 @@ class Scanner:
                 continue
             record, leaf = known(name, _NEVER), kept.get(name)
             below = join(path, shown)
-            if not isinstance(leaf, Leaf) or record != pack(status) or self._ignore(below, False):
+            # After a change of the rules a record is as good as before.
+            if (
+                not isinstance(leaf, Leaf)
+                or record != pack(status)
+                or status.st_dev != device
+                or self._ignore(below, False)
+            ):
                 record, leaf = self._leaf(fd, below, name, status)
             if record:
                 fresh[name] = record

@@ -16,7 +16,7 @@ A path whose contents moved away under way is left out and comes up again in the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 from wherry.sync.core import safety
@@ -171,14 +171,16 @@ class Cycle:
             self._ancestor = share(ancestor, host.root)
         return None
 
-    def _begin(self, decisions: Iterable[Decision], agreed: dict[str, Entry | None]) -> None:
-        pending = {
-            decision.path: (shallow(lookup(self._ancestor, decision.path)), decision.result)
-            for decision in decisions
-        }
-        for path, entry in agreed.items():
-            pending[path] = (shallow(lookup(self._ancestor, path)), entry)
-        self._store.begin(pending)
+    def _begin(self, decisions: Iterable[Decision], agreed: Mapping[str, Entry | None]) -> None:
+        """Make all paths pending at which anything shall change, on a side or in the ancestor."""
+        wanted = {decision.path: decision.result for decision in decisions}
+        changes = {**wanted, **diff(self._ancestor, updated(self._ancestor, {**agreed, **wanted}))}
+        self._store.begin(
+            {
+                path: (shallow(lookup(self._ancestor, path)), entry)
+                for path, entry in changes.items()
+            }
+        )
 
     def _save(self, decision: Decision, outcome: Outcome) -> bool:
         """Keep what a conflict overwrites; False if it has changed already."""

@@ -315,6 +315,7 @@ class _Reconciler:
         self, path: str, a: Entry | None, old: Entry, new: Entry, side: int, *, conflict: bool
     ) -> None:
         """Put one side's entry in place of the other's."""
+        self._drop(path, a, new)
         if not isinstance(old, Directory):
             self._create(path, new, side, old, old if conflict else None)
         elif _is_held(old):
@@ -322,6 +323,15 @@ class _Reconciler:
         else:
             self._remove_children(path, a, old, side, conflict=conflict)
             self._create(path, new, side, EMPTY)
+
+    def _drop(self, path: str, a: Entry | None, new: Entry) -> None:
+        """Take from the ancestor what is in neither tree below a directory that stays one."""
+        if isinstance(a, Directory) and isinstance(new, Directory):
+            for name, child in a.children.items():
+                if (found := new.children.get(name)) is None:
+                    self._out.ancestor[join(path, name)] = None
+                else:
+                    self._drop(join(path, name), child, found)
 
     def _remove_children(
         self, path: str, a: Entry | None, old: Directory, side: int, *, conflict: bool

@@ -26,10 +26,10 @@ def parse(file: Iterable[str], settings: Iterable[str] = ()) -> Ignore:
     for source, lines in ((FILE_NAME, file), ("the root's ignore setting", settings)):
         for number, line in enumerate(lines, 1):
             try:
-                (pattern,) = GitIgnoreSpec.from_lines([line]).patterns
+                # None for an empty line, one without an expression for a comment.
+                for pattern in GitIgnoreSpec.from_lines([line]).patterns:
+                    if pattern.include is not None and pattern.regex is not None:
+                        rules.append((pattern.regex.pattern, bool(pattern.include)))
             except ValueError as error:
                 raise ConfigError(f"{source}, line {number}: {error}") from error
-            # A comment or an empty line has no expression.
-            if pattern.include is not None and pattern.regex is not None:
-                rules.append((pattern.regex.pattern, bool(pattern.include)))
     return Ignore(rules)

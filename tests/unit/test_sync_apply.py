@@ -1,0 +1,482 @@
+"""Changing a tree: what is refused, what stays, what is never lost."""
+
+from __future__ import annotations
+
+import os
+import stat
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from sync_trees import FIFO, read, text, tree, write
+
+from wherry_sync import kernel
+from wherry_sync.apply import Policy, with_executable
+from wherry_sync.entry import EMPTY, Leaf, link, lookup
+from wherry_sync.local import LocalEndpoint
+from wherry_sync.operation import DONE, FAILED, STALE, Operation, Result
+from wherry_sync.stage import Damaged
+
+pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="directory descriptors")
+
+MTIME_NS = 1_600_000_000_123_456_789
+
+
+class Crash(BaseException):
+    """The process ends here."""
+
+
+class Place:
+    """A tree and its endpoint."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.root = directory / "root"
+        self.root.mkdir()
+        self.action: Callable[[str], None] = lambda point: None
+        self.policy = Policy()
+        self.open()
+
+    def open(self) -> None:
+        self.end = LocalEndpoint(
+            os.fspath(self.root),
+            os.fspath(self.directory / "stage"),
+            "boot",
+            policy=self.policy,
+            checkpoint=lambda point: self.action(point),
+        )
+
+    def restart(self) -> None:
+        self.end.close()
+        self.action = lambda point: None
+        self.open()
+
+    def do(self, *operations: Operation) -> list[Result]:
+        self.end.scan()
+        for operation in operations:
+            after = operation.after
+            if isinstance(after, Leaf) and after[0] == b"F"[0]:
+                data = next(value for value in CONTENTS if text(value).digest == after.digest)
+                self.end.stage(after, MTIME_NS, [data.encode()])
+        return list(self.end.apply(operations))
+
+    def one(self, path: str, before: object, after: object) -> Result:
+        (result,) = self.do(Operation(path, tree(before), tree(after)))
+        left = {path.name for path in (self.directory / "stage").iterdir()}
+        assert {name.partition("-")[0] for name in left} <= {"journal", "rescued"}
+        return result
+
+    def rescued(self) -> list[tuple[str, str]]:
+        return [
+            (found.path, b"".join(self.end.read_rescued(found.name)).decode())
+            for found in self.end.rescued()
+        ]
+
+
+CONTENTS = ["1", "2", "3", "1 and more", "short", ""]
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Iterator[Place]:
+    found = Place(tmp_path)
+    yield found
+    found.end.close()
+
+
+@pytest.mark.parametrize("before", [None, "1", "1*", "->x", {}])
+@pytest.mark.parametrize("after", [None, "2", "2*", "1", "->y", {}])
+def test_anything_becomes_anything(place: Place, before: object, after: object) -> None:
+    write(place.root, {} if before is None else {"p": before})
+    operation = Operation("p", tree(before), tree(after))
+    assert [result.status for result in place.do(operation)] == [DONE]
+    assert read(place.root) == ({} if after is None else {"p": after})
+    # Once more: it is so already.
+    assert [result.status for result in place.do(operation)] == [DONE]
+    assert lookup(place.end.scan().root, "p") == tree(after)
+
+
+@pytest.mark.parametrize("there", ["3", "->z", {"in": "3"}, None, FIFO])
+@pytest.mark.parametrize(("before", "after"), [("1", "2"), ("1", None), ("1", {}), (None, "2")])
+def test_something_else_than_expected_is_left_alone(
+    place: Place, there: object, before: object, after: object
+) -> None:
+    if there == before or (there is None and after is None):
+        return
+    write(place.root, {} if there is None else {"p": there})
+    if isinstance(there, dict) and isinstance(after, dict):
+        assert place.one("p", before, after).status == DONE
+    else:
+        assert place.one("p", before, after).status == STALE
+    assert read(place.root) == ({} if there is None else {"p": there})
+
+
+def test_a_directory_that_still_holds_something_is_left(place: Place) -> None:
+    write(place.root, {"d": {"new": "1"}})
+    assert place.one("d", {}, None).status == DONE
+    assert place.one("d", {}, "2").status == STALE
+    assert read(place.root) == {"d": {"new": "1"}}
+
+
+# 32: written between the check and the rename
+
+
+@pytest.mark.parametrize("after", ["2", "->y", None, {}])
+@pytest.mark.parametrize("point", ["exchange", "displace"])
+@pytest.mark.parametrize("how", ["in place", "replaced", "same size", "deleted"])
+def test_32_a_write_at_the_last_moment_survives(
+    place: Place, after: object, point: str, how: str
+) -> None:
+    path = place.root / "p"
+    write(place.root, {"p": "1"})
+    status = path.stat()
+
+    def action(now: str) -> None:
+        if now != point:
+            return
+        if how == "replaced":
+            (place.root / "new").write_text("mine")
+            (place.root / "new").rename(path)
+        elif how == "deleted":
+            path.unlink()
+        else:
+            path.write_text("m" if how == "same size" else "mine")
+            os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+    place.action = action
+    result = place.one("p", "1", after)
+    if result.status == DONE:
+        # This operation does not pass that point.
+        assert point != ("exchange" if isinstance(after, str) else "displace")
+    elif how == "deleted":
+        assert read(place.root) == {}
+    else:
+        assert result.status == STALE
+        assert read(place.root) == {"p": "m" if how == "same size" else "mine"}
+    assert place.rescued() == []
+
+
+def test_32_a_write_after_the_exchange_back_is_rescued(place: Place) -> None:
+    path = place.root / "p"
+    write(place.root, {"p": "1"})
+
+    def action(point: str) -> None:
+        if point == "exchange":
+            path.write_text("first")
+        elif point == "exchanged":
+            path.write_text("second")
+
+    place.action = action
+    assert place.one("p", "1", "2").status == STALE
+    assert read(place.root) == {"p": "first"}
+    assert place.rescued() == [("p", "second")]
+
+
+def test_a_file_made_at_the_last_moment_survives(place: Place) -> None:
+    place.action = lambda point: None if point != "create" else write(place.root, {"p": "mine"})
+    assert place.one("p", None, "2").status == STALE
+    assert read(place.root) == {"p": "mine"}
+
+
+@pytest.mark.parametrize("missing", ["exchange", "rename_exclusive"])
+def test_a_filesystem_without_special_renames(
+    place: Place, missing: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernel, missing, lambda *arguments: False)
+    write(place.root, {"p": "1", "l": "->x"})
+    assert place.one("p", "1", "2").status == DONE
+    assert place.one("l", "->x", "->y").status == DONE
+    assert place.one("n", None, "3").status == DONE
+    assert place.one("m", None, "->m").status == DONE
+    assert read(place.root) == {"p": "2", "l": "->y", "n": "3", "m": "->m"}
+    place.action = lambda point: (
+        None if point not in ("exchange", "create") else write(place.root, {"p": "mine"})
+    )
+    assert place.one("p", "2", "3").status == STALE
+    (place.root / "p").unlink()
+    assert place.one("p", None, "3").status == STALE
+    assert read(place.root)["p"] == "mine"
+
+
+# 22, 23: nothing outside the root
+
+
+@pytest.mark.parametrize("path", ["../out", "/out", "a/../../out", "", ".", "a//b", "a\0b"])
+def test_a_path_that_is_none_of_the_tree_is_refused(place: Place, path: str) -> None:
+    write(place.root, {"a": {}})
+    assert place.one(path, None, "2").status == FAILED
+    assert not (place.directory / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [(None, "2"), (None, {}), (None, "->x"), ("1", None), ("1", "2"), ({}, None)],
+)
+def test_23_a_parent_that_became_a_link_is_not_followed(
+    place: Place, before: object, after: object
+) -> None:
+    outside = place.directory / "outside"
+    write(outside, {} if before is None else {"f": before})
+    was = read(outside)
+    (place.root / "d").symlink_to(outside)
+    result = place.one("d/f", before, after)
+    assert result.status == (STALE if after is not None else result.status)
+    assert read(outside) == was
+
+
+def test_23_a_parent_swapped_under_way_changes_nothing_outside(place: Place) -> None:
+    outside = place.directory / "outside"
+    write(outside, {"f": "1"})
+    write(place.root, {"d": {"f": "1"}})
+
+    def action(point: str) -> None:
+        if point == "exchange":
+            (place.root / "d").rename(place.root / "was")
+            (place.root / "d").symlink_to(outside)
+
+    place.action = action
+    place.one("d/f", "1", "2")
+    assert read(outside) == {"f": "1"}
+
+
+def test_22_a_link_is_replaced_not_followed(place: Place) -> None:
+    target = place.directory / "target"
+    target.write_text("1")
+    (place.root / "l").symlink_to(target)
+    assert place.one("l", f"->{target}", "2").status == DONE
+    assert target.read_text() == "1"
+    assert (place.root / "l").read_text() == "2"
+    assert not (place.root / "l").is_symlink()
+
+
+# Owner, mode, times
+
+
+def test_new_files_have_the_policys_mode_and_old_ones_keep_theirs(place: Place) -> None:
+    write(place.root, {"old": "1"})
+    (place.root / "old").chmod(0o640)
+    place.one("old", "1", "2*")
+    place.one("new", None, "2*")
+    place.one("d", None, {})
+    modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in place.root.iterdir()}
+    assert modes == {"old": 0o750, "new": 0o755, "d": 0o755}
+
+
+def test_no_setuid_bit_is_put_on_what_comes_from_the_other_end(place: Place) -> None:
+    write(place.root, {"f": "1*", "g": "1*"})
+    (place.root / "f").chmod(0o6755)
+    (place.root / "g").chmod(0o6755)
+    place.one("f", "1*", "2*")
+    assert stat.S_IMODE((place.root / "f").stat().st_mode) == 0o755
+    # The bit of a file whose contents stay is its own.
+    place.one("g", "1*", "1")
+    assert stat.S_IMODE((place.root / "g").stat().st_mode) == 0o6644
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root gives files away")
+def test_27_files_keep_their_owner_and_new_ones_get_the_directorys(place: Place) -> None:
+    write(place.root, {"d": {"f": "1"}})
+    os.chown(place.root / "d", 1000, 1001)
+    os.chown(place.root / "d" / "f", 1002, 1003)
+    place.do(
+        Operation("d/f", text("1"), text("2")),
+        Operation("d/new", None, text("3")),
+        Operation("d/e", None, EMPTY),
+        Operation("d/e/g", None, text("3")),
+    )
+    owners = {
+        name: ((place.root / name).stat().st_uid, (place.root / name).stat().st_gid)
+        for name in ("d/f", "d/new", "d/e", "d/e/g")
+    }
+    assert owners.pop("d/f") == (1002, 1003)
+    assert set(owners.values()) == {(1000, 1001)}
+
+
+def test_28_the_time_of_modification_comes_along(place: Place) -> None:
+    write(place.root, {"f": "1", "log": "1"})
+    place.one("f", "1", "2")
+    place.one("new", None, "3")
+    place.one("log", "1", "1 and more")
+    for name in ("f", "new", "log"):
+        assert (place.root / name).stat().st_mtime_ns == MTIME_NS
+
+
+def test_what_we_wrote_is_not_read_again(place: Place) -> None:
+    write(place.root, {"f": "1"})
+    place.do(Operation("f", text("1"), text("2")), Operation("new", None, text("3")))
+    found = place.end.scan()
+    assert found.root == tree({"f": "2", "new": "3"})
+    granularity_ns = place.end._scanner._granularity_ns
+    assert found.files_read == (0 if granularity_ns == 0 else 2)
+    (place.root / "f").write_text("mine")
+    assert place.end.scan().root == tree({"f": "mine", "new": "3"})
+
+
+@pytest.mark.parametrize(
+    ("mode", "with_it", "without"),
+    [(0o644, 0o755, 0o644), (0o600, 0o700, 0o600), (0o4755, 0o4755, 0o4644), (0o640, 0o750, 0o640)],
+)
+def test_the_executable_bit_follows_the_readable_ones(
+    mode: int, with_it: int, without: int
+) -> None:
+    assert (with_executable(mode, True), with_executable(mode, False)) == (with_it, without)
+
+
+# In place
+
+
+def test_35_an_append_keeps_the_inode_and_other_edits_do_not(place: Place) -> None:
+    write(place.root, {"log": "1", "f": "1"})
+    inode = (place.root / "log").stat().st_ino
+    with (place.root / "log").open() as tail:
+        assert tail.read() == "1"
+        place.one("log", "1", "1 and more")
+        assert tail.read() == " and more"
+    assert (place.root / "log").stat().st_ino == inode
+    inode = (place.root / "f").stat().st_ino
+    place.one("f", "1", "2")
+    assert (place.root / "f").stat().st_ino != inode
+
+
+def test_25_hard_links_stay_one_file(place: Place) -> None:
+    write(place.root, {"a": "1 and more"})
+    (place.root / "b").hardlink_to(place.root / "a")
+    assert place.one("a", "1 and more", "short").status == DONE
+    assert read(place.root) == {"a": "short", "b": "short"}
+    assert (place.root / "a").samefile(place.root / "b")
+
+
+def test_34_a_single_file_is_rewritten_in_place(tmp_path: Path) -> None:
+    (tmp_path / "f").write_text("1 and more")
+    inode = (tmp_path / "f").stat().st_ino
+    end = LocalEndpoint(os.fspath(tmp_path / "f"), os.fspath(tmp_path / "stage"), "boot")
+    try:
+        assert end.scan().root == text("1 and more")
+        end.stage(text("2*"), MTIME_NS, [b"2*"])
+        end.stage(text("2"), MTIME_NS, [b"2"])
+        after = text("2", executable=True)
+        (result,) = end.apply([Operation("", text("1 and more"), after)])
+        assert result.status == DONE
+        assert end.scan().root == after
+        assert b"".join(end.read("")[1]) == b"2"
+    finally:
+        end.close()
+    assert ((tmp_path / "f").read_text(), (tmp_path / "f").stat().st_ino) == ("2", inode)
+
+
+@pytest.mark.parametrize("point", ["in place", "written in place", "truncated"])
+@pytest.mark.parametrize("edited", [False, True])
+def test_a_crash_in_place_is_never_an_edit(place: Place, point: str, edited: bool) -> None:
+    write(place.root, {"a": "1 and more"})
+    (place.root / "b").hardlink_to(place.root / "a")
+
+    def action(now: str) -> None:
+        if now == point:
+            raise Crash
+
+    place.action = action
+    with pytest.raises(Crash):
+        place.one("a", "1 and more", "short")
+    if edited:
+        (place.root / "a").write_text("mine")
+    place.restart()
+    wanted = "1 and more" if point == "in place" and not edited else "short"
+    assert read(place.root) == {"a": wanted, "b": wanted}
+    torn = "mine" if edited else "short more" if point == "written in place" else None
+    assert place.rescued() == ([] if torn is None else [("a", torn)])
+    assert not list((place.directory / "stage").glob("c-*"))
+
+
+def test_50_a_full_disk_leaves_the_file_as_it_was(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(place.root, {"log": "1"})
+
+    def full(*arguments: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    result = place.one("log", "1", "1 and more")
+    assert (result.status, result.reason) == (FAILED, "no space left on device")
+    assert read(place.root) == {"log": "1"}
+
+
+# The stage
+
+
+def test_contents_that_are_not_those_announced_are_refused(place: Place) -> None:
+    for chunks in ([b"2"], [b"1", b"1"], []):
+        with pytest.raises(Damaged):
+            place.end.stage(text("1"), MTIME_NS, chunks)
+    assert place.end.missing([text("1")]) == [text("1")]
+    assert {path.name for path in (place.directory / "stage").iterdir()} == {"journal"}
+
+
+def test_one_content_for_several_paths_is_staged_once(place: Place) -> None:
+    place.end.scan()
+    place.end.stage(text("1"), MTIME_NS, [b"1"])
+    operations = [Operation(name, None, text("1")) for name in "abc"]
+    assert {result.status for result in place.end.apply(operations)} == {DONE}
+    assert read(place.root) == {"a": "1", "b": "1", "c": "1"}
+    assert len({path.stat().st_ino for path in place.root.iterdir()}) == 3
+    assert {path.name for path in (place.directory / "stage").iterdir()} == {"journal"}
+
+
+@pytest.mark.parametrize("after", ["2", "->y", None])
+def test_a_crash_at_any_point_leaves_the_old_or_the_new_and_no_rubbish(
+    place: Place, after: object
+) -> None:
+    for moment in range(20):
+        write(place.root, {"p": "1"})
+        left = moment
+
+        def action(point: str) -> None:
+            nonlocal left
+            left -= 1
+            if left < 0:
+                raise Crash
+
+        place.action = action
+        try:
+            place.do(Operation("p", text("1"), tree(after)))
+        except Crash:
+            pass
+        else:
+            break
+        place.restart()
+        assert read(place.root) in ({"p": "1"}, {} if after is None else {"p": after})
+        assert {path.name for path in (place.directory / "stage").iterdir()} == {"journal"}
+        for path in place.root.iterdir():
+            path.unlink()
+    else:
+        raise AssertionError("it never ends")
+    assert moment >= 3
+
+
+def test_what_a_crash_displaced_unseen_is_rescued(place: Place) -> None:
+    write(place.root, {"p": "1"})
+
+    def action(point: str) -> None:
+        if point == "exchange":
+            (place.root / "p").write_text("mine")
+        if point == "exchanged":
+            raise Crash
+
+    place.action = action
+    with pytest.raises(Crash):
+        place.one("p", "1", "2")
+    place.restart()
+    assert place.rescued() == [("p", "mine")]
+
+
+def test_the_stage_must_be_on_the_trees_filesystem(tmp_path: Path) -> None:
+    if not Path("/dev/shm").is_dir() or Path("/dev/shm").stat().st_dev == tmp_path.stat().st_dev:
+        pytest.skip("there is one filesystem only")
+    with pytest.raises(OSError, match="not on the filesystem"):
+        LocalEndpoint("/dev/shm", os.fspath(tmp_path / "stage"), "boot")
+
+
+def test_a_link_may_point_anywhere(place: Place) -> None:
+    for number, target in enumerate([b"/etc/passwd", b"../../x", b"\xff", b"loop-3"]):
+        assert place.do(Operation(f"l{number}", None, link(target)))[0].status == DONE
+        assert os.fsencode((place.root / f"l{number}").readlink()) == target

@@ -1,0 +1,365 @@
+"""Whole rounds between two real directories: conflicts, halts, crashes, losses of power."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from sync_pair import Crash, Pair
+from sync_trees import read, write
+
+from wherry.sync.core.reconcile import GUEST, HOST
+from wherry.sync.core.rules import parse
+from wherry.sync.core.safety import Halt
+
+pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="directory descriptors")
+
+
+@pytest.fixture
+def pair(tmp_path: Path) -> Iterator[Pair]:
+    found = Pair(tmp_path / "pair")
+    yield found
+    found.close()
+
+
+def synchronised(pair: Pair, value: dict[str, object]) -> None:
+    """Have a tree on both sides, and on both disks."""
+    write(pair.host, value)
+    pair.settle()
+    assert pair.trees() == (value, value)
+    for side in (HOST, GUEST):
+        pair.flush(side)
+
+
+def test_both_sides_become_equal_and_idle_rounds_do_nothing(pair: Pair) -> None:
+    write(pair.host, {"a": "1*", "d": {"l": "->../a", "empty": {}}})
+    write(pair.guest, {"b": "2", "d": {"x": "3"}})
+    pair.settle()
+    wanted = {"a": "1*", "b": "2", "d": {"l": "->../a", "empty": {}, "x": "3"}}
+    assert pair.trees() == (wanted, wanted)
+    pair.fuse.points.clear()
+    outcome = pair.run()
+    assert (outcome.changed, pair.fuse.points) == (False, [])
+    pair.restart()
+    pair.settle()
+    assert "transfer" not in pair.fuse.points
+
+
+def test_12_equal_trees_are_not_transferred(pair: Pair) -> None:
+    for root in (pair.host, pair.guest):
+        write(root, {"a": "1", "d": {"b": "2"}})
+    pair.settle()
+    assert "transfer" not in pair.fuse.points
+    assert "operation" not in pair.fuse.points
+
+
+def test_a_renamed_file_is_not_transferred(pair: Pair) -> None:
+    synchronised(pair, {"d": {"big": "1"}})
+    (pair.host / "d").rename(pair.host / "e")
+    reads: list[str] = []
+    original = pair.ends[HOST].read
+    pair.ends[HOST].read = lambda path: reads.append(path) or original(path)  # type: ignore
+    pair.settle()
+    assert pair.trees()[1] == {"e": {"big": "1"}}
+    assert reads == []
+
+
+def test_6_in_a_conflict_the_hosts_stays_and_the_guests_is_kept(pair: Pair) -> None:
+    synchronised(pair, {"f": "1", "g": "1"})
+    write(pair.host, {"f": "host", "g": "both"})
+    write(pair.guest, {"f": "guest", "g": "both"})
+    assert pair.settle().conflicts == ["f"]
+    assert pair.trees() == ({"f": "host", "g": "both"},) * 2
+    assert [(kept.path, b"".join(pair.conflicts.open(kept))) for kept in pair.conflicts] == [
+        ("f", b"guest")
+    ]
+
+
+def test_14_a_husk_stays_and_does_not_come_back(tmp_path: Path) -> None:
+    pair = Pair(tmp_path / "pair", ignore=parse(["node_modules"]))
+    synchronised(pair, {"app": {"index.js": "1"}})
+    write(pair.guest / "app", {"node_modules": {"dep": "1"}})
+    shutil.rmtree(pair.host / "app")
+    pair.settle()
+    assert pair.trees() == ({}, {"app": {"node_modules": {"dep": "1"}}})
+    shutil.rmtree(pair.guest / "app")
+    pair.settle()
+    pair.close()
+
+
+def test_51_what_a_container_deletes_goes_to_the_hosts_trash(pair: Pair) -> None:
+    synchronised(pair, {"a": "1", "d": {"b": "2"}})
+    shutil.rmtree(pair.guest / "d")
+    (pair.guest / "a").unlink()
+    pair.settle()
+    assert pair.trees() == ({}, {})
+    assert {kept.path: b"".join(pair.trash.open(kept)) for kept in pair.trash} == {
+        "a": b"1",
+        "d/b": b"2",
+    }
+
+
+def test_what_the_host_deletes_is_gone(pair: Pair) -> None:
+    synchronised(pair, {"a": "1", "b": "2"})
+    (pair.host / "a").unlink()
+    pair.settle()
+    assert pair.trees()[1] == {"b": "2"}
+    assert not list(pair.trash)
+
+
+def empty(root: Path) -> None:
+    for path in root.iterdir():
+        path.unlink()
+
+
+@pytest.mark.parametrize(
+    ("side", "accident", "halt"),
+    [
+        (HOST, shutil.rmtree, Halt.VANISHED),
+        (GUEST, shutil.rmtree, Halt.VANISHED),
+        (HOST, empty, Halt.EMPTIED),
+        (HOST, lambda root: (shutil.rmtree(root), root.write_text("")), Halt.KIND),
+    ],
+)
+def test_48_a_root_that_is_gone_halts_and_deletes_nothing(
+    pair: Pair, side: int, accident: Callable[[Path], object], halt: Halt
+) -> None:
+    synchronised(pair, {"a": "1", "b": "2"})
+    root, other = (pair.host, pair.guest) if side == HOST else (pair.guest, pair.host)
+    accident(root)
+    for _ in range(2):
+        assert pair.run().halt == (side, halt)
+        pair.restart()
+    assert read(other) == {"a": "1", "b": "2"}
+    # It was only away for a while.
+    if root.exists():
+        root.unlink() if root.is_file() else root.rmdir()
+    write(root, {"a": "1", "b": "2", "c": "3"})
+    pair.settle()
+    assert read(other) == {"a": "1", "b": "2", "c": "3"}
+
+
+def test_49_a_guest_whose_mark_is_gone_halts(pair: Pair) -> None:
+    synchronised(pair, {"a": "1", "b": "2"})
+    empty(pair.guest)
+    pair.marked = (True, False)
+    assert pair.run().halt == (GUEST, Halt.MARKER)
+    assert read(pair.host) == {"a": "1", "b": "2"}
+
+
+def test_another_device_halts(pair: Pair) -> None:
+    synchronised(pair, {"a": "1"})
+    pair.store.meet(("host-1", "guest-1"), (1, pair.guest.stat().st_dev), {})
+    assert pair.run().halt == (HOST, Halt.DEVICE)
+
+
+def test_a_single_file_is_a_root_too(tmp_path: Path) -> None:
+    tmp_path.joinpath("pair").mkdir()
+    pair = Pair(tmp_path / "pair", file=True)
+    pair.host.write_text("1")
+    pair.guest.write_text("1")
+    pair.settle()
+    held = pair.guest.stat().st_ino
+    # An editor's atomic save on the host.
+    (tmp_path / "new").write_text("2")
+    (tmp_path / "new").rename(pair.host)
+    pair.settle()
+    assert (pair.guest.read_text(), pair.guest.stat().st_ino) == ("2", held)
+    pair.guest.write_text("3")
+    held = pair.host.stat().st_ino
+    pair.settle()
+    assert (pair.host.read_text(), pair.host.stat().st_ino) == ("3", held)
+    pair.host.write_text("4")
+    pair.guest.write_text("5")
+    pair.settle()
+    assert (pair.host.read_text(), pair.guest.read_text()) == ("4", "4")
+    assert pair.saved() == {"5"}
+    pair.host.unlink()
+    assert pair.run().halt == (HOST, Halt.VANISHED)
+    pair.close()
+
+
+def test_what_is_rescued_ends_with_the_conflicts(pair: Pair) -> None:
+    synchronised(pair, {"f": "1"})
+    (pair.host / "f").write_text("2")
+
+    def action(point: str) -> None:
+        if point == "exchange":
+            (pair.guest / "f").write_text("first")
+        elif point == "exchanged":
+            (pair.guest / "f").write_text("second")
+
+    pair.fuse.action = action
+    pair.run()
+    pair.fuse.action = None
+    pair.settle()
+    assert pair.trees() == ({"f": "2"}, {"f": "2"})
+    assert pair.saved() == {"first", "second"}
+    assert not pair.ends[GUEST].rescued()
+
+
+def test_one_path_that_fails_holds_up_no_other(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(pair.host, {"bad": {}, "ok": "1"})
+    original = os.mkdir
+
+    def mkdir(path: str, *arguments: int, **options: int) -> None:
+        if path == "bad":
+            raise PermissionError(13, "Permission denied")
+        original(path, *arguments, **options)
+
+    monkeypatch.setattr(os, "mkdir", mkdir)
+    outcome = pair.run()
+    assert [(problem.path, problem.reason) for problem in outcome.problems] == [
+        ("bad", "permission denied")
+    ]
+    assert pair.trees()[1] == {"ok": "1"}
+    monkeypatch.undo()
+    pair.settle()
+    assert pair.trees()[1] == {"ok": "1", "bad": {}}
+
+
+# 59: a crash at every point
+
+
+EDITS_HOST: dict[str, object] = {
+    "edited": "h2", "new": "h", "both": "host", "kind": {"in": "h"}, "log": "1 and more",
+}  # fmt: skip
+EDITS_GUEST: dict[str, object] = {"back": "g2", "both": "guest", "sub": {"x": "g"}}
+BEFORE: dict[str, object] = {
+    "edited": "1", "back": "1", "both": "1", "kind": "1", "log": "1", "gone": "1",
+    "dir": {"p": "1", "q": "1"},
+}  # fmt: skip
+
+
+def work(pair: Pair) -> None:
+    """Change much on both sides."""
+    (pair.host / "kind").unlink()
+    write(pair.host, EDITS_HOST)
+    shutil.rmtree(pair.host / "dir")
+    write(pair.guest, EDITS_GUEST)
+    (pair.guest / "dir" / "p").write_text("kept")
+    (pair.guest / "gone").unlink()
+
+
+AFTER: dict[str, object] = {
+    "edited": "h2", "back": "g2", "both": "host", "kind": {"in": "h"}, "log": "1 and more",
+    "new": "h", "sub": {"x": "g"}, "dir": {"p": "kept"},
+}  # fmt: skip
+
+
+def test_59_a_crash_at_every_point_ends_in_the_same_trees(tmp_path: Path) -> None:
+    moment = 0
+    while True:
+        pair = Pair(tmp_path / str(moment))
+        synchronised(pair, BEFORE)
+        work(pair)
+        pair.fuse.left = moment
+        try:
+            pair.run()
+        except Crash:
+            crashed = True
+        else:
+            crashed = False
+        pair.restart()
+        pair.settle()
+        assert pair.trees() == (AFTER, AFTER), moment
+        assert {"guest", "1"} <= pair.saved(), moment
+        pair.close()
+        shutil.rmtree(tmp_path / str(moment))
+        if not crashed:
+            break
+        moment += 1
+    assert moment > 40
+
+
+# 60: losses of power
+
+
+@pytest.mark.parametrize("left", ["", "1", None, "1 and"])
+def test_60_what_a_guest_lost_does_not_overwrite_the_host(pair: Pair, left: str | None) -> None:
+    synchronised(pair, {"f": "1", "g": "1"})
+    pair.host.joinpath("f").write_text("1 and 2")
+    pair.settle()
+    # The guest stops before its disk is flushed, and comes back with this:
+    pair.lose_power(random.Random(0))
+    pair.guest.joinpath("f").unlink(missing_ok=True)
+    if left is not None:
+        pair.guest.joinpath("f").write_text(left)
+    pair.settle()
+    assert pair.trees() == ({"f": "1 and 2", "g": "1"},) * 2
+    assert pair.saved() == ({"1 and"} if left == "1 and" else set())
+
+
+def test_60_the_guests_own_edit_is_pending_as_well(pair: Pair) -> None:
+    synchronised(pair, {"f": "1", "g": "1"})
+    pair.guest.joinpath("f").write_text("2")
+    pair.guest.joinpath("g").unlink()
+    pair.settle()
+    assert pair.trees()[0] == {"f": "2"}
+    pair.lose_power(random.Random(0))
+    write(pair.guest, {"f": "1", "g": "1"})
+    pair.settle()
+    assert pair.trees() == ({"f": "2"}, {"f": "2"})
+
+
+def test_60_an_equal_edit_on_both_sides_is_pending_as_well(pair: Pair) -> None:
+    synchronised(pair, {"f": "1"})
+    for root in (pair.host, pair.guest):
+        (root / "f").write_text("2")
+    pair.settle()
+    pair.lose_power(random.Random(0))
+    (pair.guest / "f").write_text("1")
+    pair.settle()
+    assert pair.trees() == ({"f": "2"}, {"f": "2"})
+
+
+def test_60_contents_that_were_never_pending_are_not_believed_either(pair: Pair) -> None:
+    synchronised(pair, {"f": "1", "g": "1"})
+    pair.lose_power(random.Random(0))
+    write(pair.guest, {"f": "", "g": "other"})
+    pair.settle()
+    assert pair.trees() == ({"f": "1", "g": "1"},) * 2
+    assert pair.saved() == {"other"}
+
+
+def test_60_a_crash_of_the_service_as_well(pair: Pair) -> None:
+    """The remedy is written down before it is used: a second crash does not undo it."""
+    synchronised(pair, {"f": "1", "g": "1"})
+    (pair.host / "f").write_text("2")
+    pair.settle()
+    pair.lose_power(random.Random(0))
+    (pair.guest / "f").write_text("1")
+    for moment in range(4):
+        pair.fuse.left = moment
+        with pytest.raises(Crash):
+            pair.run()
+        pair.restart()
+    pair.settle()
+    assert pair.trees() == ({"f": "2", "g": "1"},) * 2
+
+
+def test_an_edit_after_an_orderly_end_is_an_edit(pair: Pair) -> None:
+    synchronised(pair, {"f": "1"})
+    pair.store.part(GUEST, pair.store.ticket())
+    pair.boots[GUEST] = "guest-2"
+    (pair.guest / "f").write_text("")
+    pair.restart()
+    pair.settle()
+    assert pair.trees() == ({"f": ""}, {"f": ""})
+
+
+def test_a_host_that_lost_power_gets_the_guests_bytes_back(pair: Pair) -> None:
+    synchronised(pair, {"f": "1", "g": "1"})
+    (pair.guest / "f").write_text("2")
+    pair.settle()
+    pair.boots[HOST] = "host-2"
+    (pair.host / "f").write_text("")
+    (pair.host / "g").write_text("edited since")
+    pair.restart()
+    pair.settle()
+    assert pair.trees() == ({"f": "2", "g": "edited since"},) * 2

@@ -1,0 +1,260 @@
+"""What is remembered: the ancestor, what is pending, what is kept; and whether to go on."""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sync_trees import FIFO, text, tree
+
+from wherry.core.errors import WherryError
+from wherry.sync.core.diff import diff
+from wherry.sync.core.keep import Keep
+from wherry.sync.core.reconcile import GUEST, HOST
+from wherry.sync.core.recover import Pending, recover
+from wherry.sync.core.safety import Halt, check
+from wherry.sync.core.store import Store
+from wherry_sync.entry import Entry, updated, walk
+
+names = st.sampled_from(["a", "b", "0", "a b", "é", "a.b"])
+trees = st.recursive(
+    st.sampled_from(["1", "2*", "->x"]),
+    lambda inner: st.dictionaries(names, inner, max_size=3),
+    max_leaves=8,
+).map(tree)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[Store]:
+    found = Store(tmp_path / "sync.db", 1)
+    yield found
+    found.close()
+
+
+@given(st.lists(trees, min_size=1, max_size=4))
+@settings(deadline=None, max_examples=30)
+def test_the_ancestor_comes_back(
+    tmp_path_factory: pytest.TempPathFactory, versions: list[Entry | None]
+) -> None:
+    path = tmp_path_factory.mktemp("store") / "sync.db"
+    store, other = Store(path, 1), Store(path, 2)
+    old: Entry | None = None
+    for new in versions:
+        changes = diff(old, new)
+        assert updated(old, changes) == new
+        store.commit(changes)
+        old = new
+    store.close()
+    store = Store(path, 1)
+    assert store.load() == old
+    assert other.load() is None
+    store.close()
+    other.close()
+
+
+def test_pending_keeps_the_first_before_and_the_last_after(store: Store) -> None:
+    store.begin({"f": (text("1"), text("2"))})
+    ticket = store.ticket()
+    store.begin({"f": (text("2"), None), "g": (None, text("3"))})
+    wanted = {"f": Pending(text("1"), None), "g": Pending(None, text("3"))}
+    assert store.pending(HOST) == store.pending(GUEST) == wanted
+    # What was decided after the flush had begun stays pending.
+    store.confirm(GUEST, ticket)
+    assert store.pending(GUEST) == wanted
+    store.confirm(GUEST, store.ticket())
+    assert store.pending(GUEST) == {}
+    assert store.pending(HOST) == wanted
+
+
+def test_a_side_that_ended_in_order_has_lost_nothing(store: Store) -> None:
+    store.meet(("h1", "g1"), (7, 8), {})
+    assert (store.boot(GUEST), store.device(GUEST)) == ("g1", 8)
+    store.begin({"f": (None, text("2"))})
+    store.part(GUEST, store.ticket())
+    assert (store.boot(GUEST), store.device(GUEST)) == ("", 8)
+    assert store.pending(GUEST) == {}
+    assert store.boot(HOST) == "h1"
+
+
+def test_what_was_begun_is_on_the_disk(tmp_path: Path, store: Store) -> None:
+    store.begin({"f": (None, text("2"))})
+    copy = tmp_path / "copy.db"
+    for suffix in ("", "-wal"):
+        copy.with_name(f"copy.db{suffix}").write_bytes((tmp_path / f"sync.db{suffix}").read_bytes())
+    after = Store(copy, 1)
+    assert after.pending(GUEST) == {"f": Pending(None, text("2"))}
+    after.close()
+
+
+def test_a_file_of_another_release_or_kind_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "later.db"
+    Store(path, 1).close()
+    database = sqlite3.connect(path)
+    database.execute("PRAGMA user_version = 99")
+    database.close()
+    with pytest.raises(WherryError, match="another release"):
+        Store(path, 1)
+    (tmp_path / "no.db").write_bytes(b"not a database" * 100)
+    with pytest.raises(WherryError, match="cannot be read"):
+        Store(tmp_path / "no.db", 1)
+
+
+# Safety, 48
+
+TWO = tree({"a": "1", "b": "1"})
+
+
+@pytest.mark.parametrize(
+    ("ancestor", "found", "changed", "halt"),
+    [
+        (TWO, TWO, {}, None),
+        (None, None, {}, None),
+        (TWO, None, {}, Halt.VANISHED),
+        (TWO, text("1"), {}, Halt.KIND),
+        (text("1"), tree({}), {}, Halt.KIND),
+        (TWO, tree({}), {}, Halt.EMPTIED),
+        (TWO, tree({"fifo": FIFO}), {}, Halt.EMPTIED),
+        (TWO, tree({"c": "1"}), {}, None),
+        (tree({"a": "1"}), tree({}), {}, None),
+        # 51: what a container does is real, and goes to the trash.
+        (TWO, tree({}), {"may_empty": True}, None),
+        (TWO, None, {"may_empty": True}, Halt.VANISHED),
+        (TWO, TWO, {"device": 2}, Halt.DEVICE),
+        (TWO, tree({}), {"device": 2}, Halt.DEVICE),
+        (TWO, TWO, {"known_device": None}, None),
+        (TWO, TWO, {"marked": False}, Halt.MARKER),
+    ],
+)
+def test_what_must_not_be_believed(
+    ancestor: Entry | None, found: Entry | None, changed: dict[str, object], halt: Halt | None
+) -> None:
+    facts = {"device": 1, "known_device": 1, "marked": True, "may_empty": False} | changed
+    assert check(ancestor, found, **facts) is halt  # type: ignore[arg-type]
+
+
+# Losses of power
+
+BOTH = Pending(text("1"), text("2"))
+
+
+@pytest.mark.parametrize(
+    ("host", "guest", "pending", "wanted"),
+    [
+        # The guest has what was decided on, or what the ancestor says.
+        ("2", "2", BOTH, {}),
+        # It is old, empty or gone: nobody's edit, so the host's is put there.
+        ("2", "1", BOTH, {"f": "1"}),
+        ("2", "", BOTH, {"f": ""}),
+        ("2", None, BOTH, {"f": None}),
+        # It is something else: both are kept, the host's in place.
+        ("2", "torn", BOTH, {"f": None}),
+        # A deleted file came back.
+        (None, "1", Pending(text("1"), None), {"f": "1"}),
+        # Not pending, so it was on the disk; the contents are not believed all the same.
+        ("2", "other", None, {"f": None}),
+        ("2", "", None, {"f": ""}),
+        # A deletion is believed: a file that is on the disk does not go away by itself.
+        ("2", None, None, {}),
+    ],
+)
+def test_what_a_guest_lost_is_not_an_edit(
+    host: str | None, guest: str | None, pending: Pending | None, wanted: dict[str, str | None]
+) -> None:
+    after = None if pending is not None and pending.after is None else "2"
+    changes = recover(
+        tree({"f": after}),
+        tree({"f": host}),
+        tree({"f": guest}),
+        host_lost=None,
+        guest_lost={} if pending is None else {"f": pending},
+    )
+    assert changes == {path: tree(value) for path, value in wanted.items()}
+
+
+def test_a_decision_that_was_not_carried_out_everywhere_is_not_undone() -> None:
+    # The guest's edit "2" was to go to the host; the guest has it on its disk.
+    changes = recover(
+        tree({"f": "1"}), tree({"f": "1"}), tree({"f": "2"}), host_lost=None, guest_lost={"f": BOTH}
+    )
+    assert changes == {}
+
+
+@pytest.mark.parametrize(("host", "wanted"), [("1", "1"), ("", ""), (None, None)])
+def test_a_host_that_lost_power_gets_the_guests(host: str | None, wanted: str | None) -> None:
+    trees = tree({"f": "2"}), tree({"f": host}), tree({"f": "2"})
+    changes = recover(*trees, host_lost={"f": BOTH}, guest_lost=None)
+    assert changes == {"f": tree(wanted)}
+    # The guest has it, so that it lost power as well makes no difference.
+    assert recover(*trees, host_lost={"f": BOTH}, guest_lost={"f": BOTH}) == changes
+
+
+def test_a_host_that_was_edited_after_it_lost_power_is_believed() -> None:
+    trees = tree({"f": "2"}), tree({"f": "3"}), tree({"f": "2"})
+    assert recover(*trees, host_lost={"f": BOTH}, guest_lost=None) == {}
+
+
+# What is kept
+
+
+def test_kept_files_are_bounded_and_the_oldest_go(tmp_path: Path) -> None:
+    keep = Keep(tmp_path / "trash", limit_bytes=10, limit_files=3)
+    for number in range(5):
+        assert keep.save(f"f{number}", text("1234"), [b"12", b"34"])
+    assert [kept.path for kept in keep] == ["f3", "f4"]
+    assert b"".join(keep.open(next(iter(keep)))) == b"1234"
+    for number in range(5):
+        keep.save(f"g{number}", text("1"), [b"1"])
+    assert [kept.path for kept in keep] == ["g2", "g3", "g4"]
+    keep.close()
+    again = Keep(tmp_path / "trash")
+    assert [kept.path for kept in again] == ["g2", "g3", "g4"]
+    assert len(list((tmp_path / "trash").iterdir())) == 4
+    again.close()
+
+
+def test_the_same_is_kept_once_and_the_wrong_not_at_all(tmp_path: Path) -> None:
+    keep = Keep(tmp_path / "conflicts")
+    assert keep.save("f", text("1"), [b"1"])
+    assert keep.save("f", text("1"), [b"1"])
+    assert not keep.save("f", text("2"), [b"3"])
+    assert len(list(keep)) == 1
+    keep.close()
+
+
+def test_a_file_is_taken_whatever_it_is_called(tmp_path: Path) -> None:
+    keep = Keep(tmp_path / "trash")
+    (tmp_path / "t-1").write_text("1")
+    fd = os.open(tmp_path, os.O_RDONLY)
+    try:
+        keep.take(fd, "t-1", "../../CON/\n", text("1"))
+    finally:
+        os.close(fd)
+    (kept,) = keep
+    assert kept.path == "../../CON/\n"
+    assert b"".join(keep.open(kept)) == b"1"
+    assert not (tmp_path / "t-1").exists()
+    keep.close()
+
+
+def test_a_torn_index_costs_its_last_line(tmp_path: Path) -> None:
+    keep = Keep(tmp_path / "trash")
+    keep.save("f", text("1"), [b"1"])
+    keep.close()
+    with (tmp_path / "trash" / "index").open("a") as index:
+        index.write('{"number": 2, "pa')
+    (tmp_path / "trash" / "9").write_text("rubbish")
+    again = Keep(tmp_path / "trash")
+    assert [kept.path for kept in again] == ["f"]
+    assert not (tmp_path / "trash" / "9").exists()
+    again.close()
+
+
+def test_a_diff_lists_what_is_below_too() -> None:
+    old, new = tree({"d": {"e": {"f": "1"}}, "g": "1"}), tree({"d": "2", "g": "1"})
+    assert diff(old, new) == {"d": text("2"), "d/e": None, "d/e/f": None}
+    assert {path for path, _ in walk(old)} == {"", "d", "d/e", "d/e/f", "g"}
