@@ -60,11 +60,9 @@ def build(
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".build-", dir=output.parent) as scratch:
         work = Path(scratch)
-        # Everybody may read an image, and mmdebstrap in a user namespace has to get in here.
-        work.chmod(0o755)
         progress("unpacking packages")
-        unpack(tools_lock.packages, cache, work, host.debian, work / "tools")
-        unpack(guest_lock.packages, cache, work, target.debian, work / "root")
+        unpack(tools_lock.packages, cache, host.debian, work / "tools")
+        unpack(guest_lock.packages, cache, target.debian, work / "root")
         image = work / "image"
         image.mkdir()
         tools = Tools(work / "tools", host)

@@ -7,6 +7,8 @@ would have done is in `configure`.
 
 from __future__ import annotations
 
+import shutil
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -32,39 +34,49 @@ def format_index(packages: Sequence[LockedPackage], architecture: str) -> str:
     )
 
 
-def unpack(
-    packages: Sequence[LockedPackage], cache: Path, work: Path, architecture: str, target: Path
-) -> None:
-    """Extract `packages` from `cache` into the directory `target`, using the scratch space `work`.
+def unpack(packages: Sequence[LockedPackage], cache: Path, architecture: str, target: Path) -> None:
+    """Extract `packages` from `cache` into the new directory `target`.
 
     `architecture` is Debian's name. Files belong to the caller afterwards whatever the packages
     say, so that no root is needed. Raises WherryError.
     """
-    repository = work / f"{target.name}.repository"
-    repository.mkdir()
-    for package in packages:
-        (repository / package.file_name).hardlink_to(cache / package.file_name)
-    (repository / "Packages").write_text(format_index(packages, architecture))
-    archive = work / f"{target.name}.tar"
-    run(
-        [
-            "mmdebstrap",
-            "--variant=extract",
-            "--mode=auto",
-            "--format=tar",
-            f"--architectures={architecture}",
-            f"--include={','.join(package.name for package in packages)}",
-            "--quiet",
-            "",
-            archive,
-            f"deb [trusted=yes] copy:{repository} ./",
-        ],
-        timeout_s=UNPACK_TIMEOUT_S,
-        hint="on Debian: apt-get install mmdebstrap",
-    )
-    target.mkdir()
-    run(
-        ["tar", "-x", "-p", "--no-same-owner", "--exclude=./dev/*", "-C", target, "-f", archive],
-        timeout_s=UNPACK_TIMEOUT_S,
-    )
-    archive.unlink()
+    # In the system's directory for temporary files, as mmdebstrap without root becomes a user who
+    # may not enter the caller's home.
+    with tempfile.TemporaryDirectory(prefix="wherry-packages-") as scratch:
+        repository = Path(scratch)
+        repository.chmod(0o755)
+        for package in packages:
+            shutil.copyfile(cache / package.file_name, repository / package.file_name)
+        (repository / "Packages").write_text(format_index(packages, architecture))
+        archive = repository / "tree.tar"
+        run(
+            [
+                "mmdebstrap",
+                "--variant=extract",
+                "--mode=auto",
+                "--format=tar",
+                f"--architectures={architecture}",
+                f"--include={','.join(package.name for package in packages)}",
+                "--quiet",
+                "",
+                archive,
+                f"deb [trusted=yes] copy:{repository} ./",
+            ],
+            timeout_s=UNPACK_TIMEOUT_S,
+            hint="on Debian: apt-get install mmdebstrap, and uidmap when you are not root",
+        )
+        target.mkdir()
+        run(
+            [
+                "tar",
+                "-x",
+                "-p",
+                "--no-same-owner",
+                "--exclude=./dev/*",
+                "-C",
+                target,
+                "-f",
+                archive,
+            ],
+            timeout_s=UNPACK_TIMEOUT_S,
+        )
