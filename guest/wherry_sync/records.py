@@ -15,7 +15,7 @@ from __future__ import annotations
 import os
 import struct
 
-_STATUS = struct.Struct(">IQQqq")
+STATUS = struct.Struct(">IQQqq")
 
 COARSE_NS = 20_000_000
 """Two ticks of the slowest kernel clock (100 Hz), which stamps the files."""
@@ -26,7 +26,7 @@ WHOLE_SECONDS_NS = 4_000_000_000
 
 def record(status: os.stat_result) -> bytes:
     """Return what must stay the same for a digest to hold."""
-    return _STATUS.pack(
+    return STATUS.pack(
         status.st_mode,
         status.st_ino,
         status.st_size,

@@ -195,7 +195,7 @@ class Scanner:
         same: list[str] = []
         other: list[tuple[str, os.stat_result]] = []
         directories: list[tuple[str, os.stat_result]] = []
-        pack = records.record
+        pack = records.STATUS.pack
         trusted = self._trust_ignored
         with os.scandir(fd) as listing:
             for found in listing:
@@ -210,11 +210,19 @@ class Scanner:
                     status = found.stat(follow_symlinks=False)
                 except FileNotFoundError:
                     continue
-                if stat.S_ISDIR(status.st_mode):
+                # As records.record does, but a call for each file would take a fifth longer.
+                record = pack(
+                    status.st_mode,
+                    status.st_ino,
+                    status.st_size,
+                    status.st_mtime_ns,
+                    status.st_ctime_ns,
+                )
+                if before == record and trusted and status.st_dev == device:
+                    same.append(name)
+                elif stat.S_ISDIR(status.st_mode):
                     if not name.startswith(TEMPORARY_PREFIX):
                         directories.append((name, status))
-                elif before == pack(status) and status.st_dev == device and trusted:
-                    same.append(name)
                 else:
                     other.append((name, status))
         children: dict[str, Entry] = {}
@@ -239,7 +247,7 @@ class Scanner:
             # After a change of the rules a record is as good as before.
             if (
                 not isinstance(leaf, Leaf)
-                or record != pack(status)
+                or record != records.record(status)
                 or status.st_dev != device
                 or self._ignore(below, False)
             ):

@@ -6,6 +6,7 @@ import os
 import random
 import shutil
 import stat
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,6 +21,12 @@ from wherry_sync.apply import Policy
 from wherry_sync.entry import FILE
 from wherry_sync.ignore import NOTHING, Ignore
 from wherry_sync.local import LocalEndpoint
+
+
+def scratch() -> Path:
+    """Return a new directory, in memory where that is possible: rounds wait for the disk a lot."""
+    memory = Path("/dev/shm")
+    return Path(tempfile.mkdtemp(prefix="wherry-sync-", dir=memory if memory.is_dir() else None))
 
 
 class Crash(BaseException):

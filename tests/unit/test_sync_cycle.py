@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from sync_pair import Crash, Pair
+from sync_pair import Crash, Pair, scratch
 from sync_trees import read, write
 
 from wherry.sync.core.reconcile import GUEST, HOST
@@ -21,8 +21,15 @@ pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="directory descr
 
 
 @pytest.fixture
-def pair(tmp_path: Path) -> Iterator[Pair]:
-    found = Pair(tmp_path / "pair")
+def place() -> Iterator[Path]:
+    found = scratch()
+    yield found
+    shutil.rmtree(found)
+
+
+@pytest.fixture
+def pair(place: Path) -> Iterator[Pair]:
+    found = Pair(place / "pair")
     yield found
     found.close()
 
@@ -80,8 +87,8 @@ def test_6_in_a_conflict_the_hosts_stays_and_the_guests_is_kept(pair: Pair) -> N
     ]
 
 
-def test_14_a_husk_stays_and_does_not_come_back(tmp_path: Path) -> None:
-    pair = Pair(tmp_path / "pair", ignore=parse(["node_modules"]))
+def test_14_a_husk_stays_and_does_not_come_back(place: Path) -> None:
+    pair = Pair(place / "pair", ignore=parse(["node_modules"]))
     synchronised(pair, {"app": {"index.js": "1"}})
     write(pair.guest / "app", {"node_modules": {"dep": "1"}})
     shutil.rmtree(pair.host / "app")
@@ -158,16 +165,16 @@ def test_another_device_halts(pair: Pair) -> None:
     assert pair.run().halt == (HOST, Halt.DEVICE)
 
 
-def test_a_single_file_is_a_root_too(tmp_path: Path) -> None:
-    tmp_path.joinpath("pair").mkdir()
-    pair = Pair(tmp_path / "pair", file=True)
+def test_a_single_file_is_a_root_too(place: Path) -> None:
+    (place / "pair").mkdir()
+    pair = Pair(place / "pair", file=True)
     pair.host.write_text("1")
     pair.guest.write_text("1")
     pair.settle()
     held = pair.guest.stat().st_ino
     # An editor's atomic save on the host.
-    (tmp_path / "new").write_text("2")
-    (tmp_path / "new").rename(pair.host)
+    (place / "new").write_text("2")
+    (place / "new").rename(pair.host)
     pair.settle()
     assert (pair.guest.read_text(), pair.guest.stat().st_ino) == ("2", held)
     pair.guest.write_text("3")
@@ -252,10 +259,10 @@ AFTER: dict[str, object] = {
 }  # fmt: skip
 
 
-def test_59_a_crash_at_every_point_ends_in_the_same_trees(tmp_path: Path) -> None:
+def test_59_a_crash_at_every_point_ends_in_the_same_trees(place: Path) -> None:
     moment = 0
     while True:
-        pair = Pair(tmp_path / str(moment))
+        pair = Pair(place / str(moment))
         synchronised(pair, BEFORE)
         work(pair)
         pair.fuse.left = moment
@@ -270,7 +277,7 @@ def test_59_a_crash_at_every_point_ends_in_the_same_trees(tmp_path: Path) -> Non
         assert pair.trees() == (AFTER, AFTER), moment
         assert {"guest", "1"} <= pair.saved(), moment
         pair.close()
-        shutil.rmtree(tmp_path / str(moment))
+        shutil.rmtree(place / str(moment))
         if not crashed:
             break
         moment += 1

@@ -10,14 +10,13 @@ from __future__ import annotations
 import random
 import re
 import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
-from sync_pair import Crash, Pair
+from sync_pair import Crash, Pair, scratch
 from sync_trees import read
 
 from wherry.sync.core.reconcile import GUEST, HOST
@@ -77,11 +76,7 @@ class Model(RuleBasedStateMachine):
 
     @initialize()
     def start(self) -> None:
-        # In memory where that is possible: every round waits for the disk some times.
-        memory = Path("/dev/shm")
-        self.directory = Path(
-            tempfile.mkdtemp(prefix="wherry-model-", dir=memory if memory.is_dir() else None)
-        )
+        self.directory = scratch()
         self.pair = Pair(self.directory)
         self.writes = 0
         self.precious: set[str] = set()

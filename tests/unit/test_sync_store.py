@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sync_pair import scratch
 from sync_trees import FIFO, text, tree
 
 from wherry.core.errors import WherryError
@@ -39,9 +41,10 @@ def store(tmp_path: Path) -> Iterator[Store]:
 @given(st.lists(trees, min_size=1, max_size=4))
 @settings(deadline=None, max_examples=30)
 def test_the_ancestor_comes_back(
-    tmp_path_factory: pytest.TempPathFactory, versions: list[Entry | None]
+    versions: list[Entry | None],
 ) -> None:
-    path = tmp_path_factory.mktemp("store") / "sync.db"
+    place = scratch()
+    path = place / "sync.db"
     store, other = Store(path, 1), Store(path, 2)
     old: Entry | None = None
     for new in versions:
@@ -55,6 +58,7 @@ def test_the_ancestor_comes_back(
     assert other.load() is None
     store.close()
     other.close()
+    shutil.rmtree(place)
 
 
 def test_pending_keeps_the_first_before_and_the_last_after(store: Store) -> None:
