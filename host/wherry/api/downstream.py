@@ -109,7 +109,7 @@ class Downstream:
         :raises Over: the answer will never end.
         :raises ClientGone: the client left meanwhile.
         """
-        if self._settled is Outcome.DONE:
+        if self.settled:
             return True  # as a rule; it stays so until the next request
         with self._news:
             while self._settled is Outcome.PENDING:
@@ -117,7 +117,7 @@ class Downstream:
                     raise Over
                 if not self._news.wait(LOOK_S) and gone():
                     raise ClientGone
-            return self._settled is Outcome.DONE
+            return self.settled
 
     def prepare(self) -> None:
         """Keep the client's connection, should the engine's end: a request is there."""

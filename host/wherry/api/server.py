@@ -130,8 +130,17 @@ class Endpoint:
             end.hang_up()
         if self._thread.ident is not None:
             self._thread.join()
-        if not self._workers.close(_CLOSE_TIMEOUT_S):
+        if not self._close_workers():
             _logger.warning("a connection did not end within %g s", _CLOSE_TIMEOUT_S)
+
+    def _close_workers(self) -> bool:
+        while True:
+            try:
+                return self._workers.close(_CLOSE_TIMEOUT_S)
+            except RuntimeError:
+                # A connection is just starting its last thread, which cannot be joined
+                # before that.
+                threading.Event().wait(_PAUSE_S)
 
     def _accept(self) -> None:
         """Accept until the listener is closed; the body of the endpoint's own thread."""
