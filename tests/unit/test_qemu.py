@@ -18,7 +18,7 @@ from wherry.vm.qemu.arguments import arguments, processor
 from wherry.vm.qemu.qmp import HostForward, host_forwards
 
 X86_BOARD = "q35,hpet=off,vmport=off,smbus=off,sata=off,i8042=off,usb=off"
-ARM_BOARD = "virt,gic-version=max"
+ARM_BOARD = "virt"
 TCG = "tcg,thread=multi,tb-size=512"
 
 
@@ -53,7 +53,7 @@ def spec(architecture: str, accelerator: str, directory: str = "/m") -> MachineS
         ("x86_64", "tcg", X86_BOARD, TCG, "max,erms=off,la57=off", "ttyS0"),
         ("aarch64", "kvm", ARM_BOARD, "kvm", "host", "ttyAMA0"),
         ("aarch64", "hvf", ARM_BOARD, "hvf", "host", "ttyAMA0"),
-        ("aarch64", "tcg", ARM_BOARD, TCG, "max", "ttyAMA0"),
+        ("aarch64", "tcg", ARM_BOARD, TCG, "cortex-a57", "ttyAMA0"),
     ],
 )
 def test_the_whole_command_line(

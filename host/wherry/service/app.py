@@ -222,6 +222,7 @@ class Service:
         self._endpoint = Endpoint(
             self._layout.platform.listen_local(paths.docker_socket),
             lambda: tunnel.begin_unix(engine.SOCKET),
+            try_open=lambda: tunnel.try_begin_unix(engine.SOCKET),
         )
         self._endpoint.start()
         self._engine_version = await stages.run(

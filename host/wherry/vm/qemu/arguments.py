@@ -34,7 +34,7 @@ class Board:
 
 BOARDS = {
     "x86_64": Board("q35,hpet=off,vmport=off,smbus=off,sata=off,i8042=off,usb=off", "ttyS0", "pci"),
-    "aarch64": Board("virt,gic-version=max", "ttyAMA0", "pci"),
+    "aarch64": Board("virt", "ttyAMA0", "pci"),
 }
 
 
@@ -50,7 +50,8 @@ def processor(accelerator: str, architecture: str) -> str:
         return "host"
     if accelerator == "whpx":
         return "qemu64,+ssse3,+sse4.1,+sse4.2,+popcnt,+aes" if architecture == "x86_64" else "host"
-    return "max,erms=off,la57=off" if architecture == "x86_64" else "max"
+    # On arm64 the plain model: pointer authentication costs dear in emulation.
+    return "max,erms=off,la57=off" if architecture == "x86_64" else "cortex-a57"
 
 
 def base_arguments(
