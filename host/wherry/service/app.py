@@ -309,6 +309,7 @@ class Service:
             await in_thread(guest.close, name="agent close")
         if driver is not None and driver.identity is not None and tunnel is not None and not force:
             self._stages.tell("stop", "begin")
+            log.info("poweroff: asking the guest")
             driver.expect_shutdown()
             patience_s = self._bounds.guest_stop_s
             try:
