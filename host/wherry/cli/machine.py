@@ -91,6 +91,9 @@ def start_machine(
         docker_context.create(paths.docker_context, status["docker_host"], name)
         if use:
             docker_context.use(paths.docker_context)
+        # It is done: an interrupt between here and the end of the program would be
+        # reported as one, with the machine running.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
         return status
     except KeyboardInterrupt:
         if launched:
