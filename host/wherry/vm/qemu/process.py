@@ -24,7 +24,7 @@ def find(identity: ProcessIdentity) -> psutil.Process | None:
     try:
         process = psutil.Process(identity.pid)
         # The kernel counts in ticks of 10 ms, and psutil adds the time of boot to it.
-        same = abs(process.create_time() - identity.created) < 0.5
+        same = abs(process.create_time() - identity.created) < 0.05
         return process if same and process.status() != psutil.STATUS_ZOMBIE else None
     except (psutil.Error, ValueError, OverflowError):
         return None  # the last two: what a damaged file has is no process's number
