@@ -1,0 +1,60 @@
+"""Fixtures of the tests with real clients; nothing in them is mocked.
+
+A host directory cannot be mounted into a container yet, so no test uses ``-v HOSTPATH:…``;
+where a client needs a workspace in a container, a volume takes its place.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+
+import pytest
+from docker_clients import Clients, wait_for
+from downloads import PROGRAMS, debian_root, node_modules
+from sandbox import Sandbox
+
+from wherry.vm.image import Image
+
+
+@pytest.fixture(scope="session")
+def all_clients(
+    machine: Sandbox, guest_image: Image, tmp_path_factory: pytest.TempPathFactory
+) -> Clients:
+    """The clients of the run."""
+    return Clients(machine, guest_image, tmp_path_factory.mktemp("docker-config"))
+
+
+@pytest.fixture
+def clients(all_clients: Clients) -> Iterator[Clients]:
+    """The clients, and no container left behind by the test."""
+    yield all_clients
+
+    def none_left() -> bool:
+        left = all_clients.said("ps", "-aq").split()
+        if left:
+            # One that is being removed already cannot be removed, and is gone soon.
+            all_clients.docker("rm", "-fv", *left, check=False)
+        return not left
+
+    wait_for(none_left, "the test's containers are gone")
+
+
+@pytest.fixture(scope="session")
+def debian(all_clients: Clients) -> str:
+    """An image with a small Debian: glibc, bash, ssh, a registry."""
+    if shutil.which("mmdebstrap") is None and sys.platform != "linux":
+        pytest.skip("a Debian root can only be made on Debian")
+    with debian_root().open("rb") as root:
+        all_clients.docker("import", "-", "debian:test", input=root.read(), timeout=300)
+    return "debian:test"
+
+
+@pytest.fixture(scope="session")
+def node(all_clients: Clients) -> dict[str, str]:
+    """What to add to the environment so that Node and the Node clients are found."""
+    modules = node_modules()
+    path = os.pathsep.join([str(PROGRAMS), all_clients.env["PATH"]])
+    return {"NODE": str(PROGRAMS / "node"), "NODE_PATH": str(modules), "PATH": path}
