@@ -222,6 +222,7 @@ class Applier:
     def _create(self, fd: int, name: str, path: str, after: Leaf) -> None:
         self._stage.begin(path, None, after, in_place=False)
         made = self._make(after, None, os.fstat(fd))
+        ours = os.stat(made, dir_fd=self._stage.fd, follow_symlinks=False)
         self._checkpoint("create")
         try:
             self._place(made, fd, name)
@@ -233,7 +234,7 @@ class Applier:
                 self._stage.discard(made)
             raise
         self._checkpoint("created")
-        self._note(fd, name, path, after)
+        self._note(fd, name, path, after, ours.st_mtime_ns)
 
     def _replace(
         self,
@@ -256,15 +257,16 @@ class Applier:
             if in_place or status.st_nlink > 1 or start:
                 self._stage.begin(path, before, after, in_place=True)
                 self._checkpoint("in place")
+                step = self._checkpoint
                 try:
-                    inplace.rewrite(fd, name, self._stage, after, start, self._checkpoint, status)
+                    mtime_ns = inplace.rewrite(fd, name, self._stage, after, start, step, status)
                 except Stale:
                     self._stage.end()
                     raise
                 self._stage.end()
                 if before.executable != after.executable:
                     self._set_executable(fd, name, None, after.executable)
-                self._note(fd, name, path, after)
+                self._note(fd, name, path, after, mtime_ns)
                 self._forget(after)
                 return
         self._stage.begin(path, before, after, in_place=False)
@@ -290,7 +292,7 @@ class Applier:
         if self._policy.keep is not None and before.kind != after.kind:
             self._policy.keep(self._stage.fd, made, path, before)
         self._stage.discard(made)
-        self._note(fd, name, path, after)
+        self._note(fd, name, path, after, ours.st_mtime_ns)
 
     def _make(self, after: Leaf, replaced: os.stat_result | None, parent: os.stat_result) -> str:
         """Return the name of a new file or link in the stage that is ready to be placed."""
@@ -371,11 +373,19 @@ class Applier:
             return False
         return self._stage.leaf(taken) == before
 
-    def _note(self, fd: int, name: str, path: str, after: Leaf) -> None:
+    def _note(self, fd: int, name: str, path: str, after: Leaf, mtime_ns: int) -> None:
+        """Tell the scanner what we put there, unless somebody has written to it already.
+
+        :param mtime_ns: that we gave the file; a write since would have changed it.
+        """
         if after.kind != FILE:
             return
         status = handles.status(fd, name)
-        if status is not None and stat.S_ISREG(status.st_mode) and status.st_size == after.size:
+        if (
+            status is not None
+            and stat.S_ISREG(status.st_mode)
+            and (status.st_size, status.st_mtime_ns) == (after.size, mtime_ns)
+        ):
             self._scanner.note(path, after, status)
 
     def _forget(self, after: Entry | None) -> None:

@@ -49,10 +49,11 @@ def rewrite(
     start: int,
     checkpoint: Callable[[str], None],
     expected: os.stat_result | None = None,
-) -> None:
+) -> int:
     """Write the staged contents over a file, from ``start`` on.
 
     :param expected: what the file's status must be when it is open; it is the last check.
+    :returns: the time of modification that it has then, in ns.
     :raises Stale: it is not; nothing was written.
     :raises OSError: it cannot be written.
     """
@@ -86,6 +87,7 @@ def rewrite(
         os.utime(target, ns=(mtime_ns, mtime_ns))
     finally:
         os.close(target)
+    return mtime_ns
 
 
 def _reserve(target: int, size: int, wanted: int) -> None:

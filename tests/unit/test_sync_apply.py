@@ -312,6 +312,16 @@ def test_what_we_wrote_is_not_read_again(place: Place) -> None:
     assert place.end.scan().root == tree({"f": "mine", "new": "3"})
 
 
+@pytest.mark.parametrize(("before", "point"), [("1", "exchanged"), (None, "created")])
+def test_a_write_right_after_ours_is_seen_even_of_the_same_size(
+    place: Place, before: str | None, point: str
+) -> None:
+    write(place.root, {} if before is None else {"f": before})
+    place.action = lambda now: write(place.root, {"f": "m"}) if now == point else None
+    assert place.one("f", before, "2").status == DONE
+    assert place.end.scan().root == tree({"f": "m"})
+
+
 @pytest.mark.parametrize(
     ("mode", "with_it", "without"),
     [(0o644, 0o755, 0o644), (0o600, 0o700, 0o600), (0o4755, 0o4755, 0o4644), (0o640, 0o750, 0o640)],
