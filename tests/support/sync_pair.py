@@ -190,6 +190,6 @@ class Pair:
             else:
                 path.write_bytes(contents)
                 path.chmod(stat.S_IMODE(mode))
-        self.boots[GUEST] = f"guest-{choices.random()}"
+        self.boots[GUEST] += "+"
         self.on_disk = self.image()
         self.open()

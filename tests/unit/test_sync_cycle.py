@@ -315,14 +315,18 @@ def test_60_the_guests_own_edit_is_pending_as_well(pair: Pair) -> None:
 
 
 def test_60_an_equal_edit_on_both_sides_is_pending_as_well(pair: Pair) -> None:
-    synchronised(pair, {"f": "1"})
+    before: dict[str, object] = {"f": "1", "g": "1", "d": {"h": "1"}, "k": "1"}
+    synchronised(pair, before)
     for root in (pair.host, pair.guest):
         (root / "f").write_text("2")
+        (root / "g").unlink()
+        shutil.rmtree(root / "d")
     pair.settle()
     pair.lose_power(random.Random(0))
-    (pair.guest / "f").write_text("1")
+    write(pair.guest, before)
     pair.settle()
-    assert pair.trees() == ({"f": "2"}, {"f": "2"})
+    assert pair.trees() == ({"f": "2", "k": "1"},) * 2
+    assert not pair.saved()
 
 
 def test_60_contents_that_were_never_pending_are_not_believed_either(pair: Pair) -> None:

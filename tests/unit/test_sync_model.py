@@ -21,12 +21,8 @@ from sync_trees import read
 
 from wherry.sync.core.reconcile import GUEST, HOST
 
-NAMES = ("a", "b", "c", "d")
-PATHS = [
-    *NAMES,
-    *(f"{one}/{two}" for one in NAMES[:3] for two in NAMES[:3]),
-    *(f"{one}/{two}/{three}" for one in "ab" for two in "ab" for three in "ab"),
-]
+# Few, so that both sides often mean the same one.
+PATHS = ("a", "b", "d/a", "d/b", "d/e/a", "d/e", "d")
 KINDS = (
     "write",
     "write",
@@ -44,7 +40,8 @@ IN_PLACE = {"written in place", "truncated"}
 
 sides = st.sampled_from([HOST, GUEST])
 paths = st.sampled_from(PATHS)
-moments = st.none() | st.integers(0, 60)
+edits = st.tuples(sides, st.sampled_from(KINDS), paths, paths)
+moments = st.integers(0, 40)
 
 
 def values(directory: Path) -> Iterator[str]:
@@ -80,6 +77,8 @@ class Model(RuleBasedStateMachine):
         self.pair = Pair(self.directory)
         self.writes = 0
         self.precious: set[str] = set()
+        # An empty file is what a loss of power leaves of one.
+        self.written = {""}
 
     def teardown(self) -> None:
         if not hasattr(self, "pair"):
@@ -99,6 +98,8 @@ class Model(RuleBasedStateMachine):
         current = set(values(self.pair.host))
         lost = self.precious - current - self.pair.saved()
         assert not lost, lost
+        torn = current - self.written
+        assert not torn, torn
         for end in ("host", "guest"):
             left = {path.name for path in (self.directory / f"{end}-stage").iterdir()}
             assert left == {"journal"}
@@ -107,6 +108,7 @@ class Model(RuleBasedStateMachine):
         self.writes += 1
         value = f"w{self.writes}."
         self.precious.add(value)
+        self.written.add(value)
         return value
 
     def dismiss(self, path: Path) -> None:
@@ -154,6 +156,7 @@ class Model(RuleBasedStateMachine):
                 with path.open("a") as file:
                     file.write(self.value())
                 self.precious.add(path.read_text())
+                self.written.add(path.read_text())
                 self.precious.discard(f"w{self.writes}.")
         elif kind in ("rename", "hard link"):
             source = root / other
@@ -175,15 +178,21 @@ class Model(RuleBasedStateMachine):
             new.write_text(self.value())
             new.rename(path)
 
-    @rule(side=sides, kind=st.sampled_from(KINDS), where=paths, other=paths)
-    def somebody_edits(self, side: int, kind: str, where: str, other: str) -> None:
-        self.edit(side, kind, where, other)
+    @rule(several=st.lists(edits, min_size=1, max_size=6))
+    def somebody_edits(self, several: list[tuple[int, str, str, str]]) -> None:
+        for edit in several:
+            self.edit(*edit)
+
+    @rule(where=st.sampled_from(PATHS[:4]), kinds=st.tuples(*[st.sampled_from(KINDS)] * 2))
+    def both_edit(self, where: str, kinds: tuple[str, str]) -> None:
+        for side in (HOST, GUEST):
+            self.edit(side, kinds[side], where, "b")
 
     @rule()
     def round(self) -> None:
         self.pair.run()
 
-    @rule(moment=st.integers(0, 60))
+    @rule(moment=moments)
     def crash_in_a_round(self, moment: int) -> None:
         self.pair.fuse.left = moment
         try:
@@ -192,21 +201,15 @@ class Model(RuleBasedStateMachine):
             pass
         self.pair.restart()
 
-    @rule(
-        moment=st.integers(0, 60),
-        side=sides,
-        kind=st.sampled_from(KINDS),
-        where=paths,
-        other=paths,
-    )
-    def edit_in_a_round(self, moment: int, side: int, kind: str, where: str, other: str) -> None:
+    @rule(moment=moments, edit=edits)
+    def edit_in_a_round(self, moment: int, edit: tuple[int, str, str, str]) -> None:
         left = moment
 
         def checkpoint(point: str) -> None:
             nonlocal left
             left -= point not in IN_PLACE
             if left == 0 and point not in IN_PLACE:
-                self.edit(side, kind, where, other)
+                self.edit(*edit)
 
         fuse = self.pair.fuse
         fuse.action = checkpoint
@@ -215,11 +218,41 @@ class Model(RuleBasedStateMachine):
         finally:
             fuse.action = None
 
+    @rule(
+        side=sides,
+        where=st.sampled_from(PATHS[:4]),
+        kinds=st.tuples(*[st.sampled_from(KINDS)] * 2),
+        point=st.sampled_from(["transfer", "exchange", "exchanged", "displace", "create", "chmod"]),
+    )
+    def both_edit_at_the_last_moment(
+        self, side: int, where: str, kinds: tuple[str, str], point: str
+    ) -> None:
+        """One side edits, and while that is carried out on the other, that one does as well."""
+        self.edit(side, kinds[0], where, "b")
+        due = True
+
+        def checkpoint(now: str) -> None:
+            nonlocal due
+            if due and now == point:
+                due = False
+                self.edit(1 - side, kinds[1], where, "b")
+
+        self.pair.fuse.action = checkpoint
+        try:
+            self.pair.run()
+        finally:
+            self.pair.fuse.action = None
+
+    @rule(side=sides, where=st.sampled_from(PATHS[:4]), moment=moments)
+    def crash_in_an_append(self, side: int, where: str, moment: int) -> None:
+        self.edit(side, "append", where, where)
+        self.crash_in_a_round(moment)
+
     @rule(side=sides)
     def flush(self, side: int) -> None:
         self.pair.flush(side)
 
-    @rule(moment=moments, seed=st.integers(0, 1000))
+    @rule(moment=st.none() | moments, seed=st.integers(0, 1000))
     def the_guest_loses_power(self, moment: int | None, seed: int) -> None:
         if moment is not None:
             self.pair.fuse.left = moment
@@ -244,7 +277,7 @@ class Model(RuleBasedStateMachine):
 
 TestModel = Model.TestCase
 TestModel.settings = (
-    settings(max_examples=40, stateful_step_count=30, deadline=None)
+    settings(max_examples=60, stateful_step_count=40, deadline=None)
     if settings.get_current_profile_name() == "default"
     else settings(deadline=None)
 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from wherry_sync.entry import Leaf
 from wherry_sync.operation import Operation, Result
@@ -77,3 +77,10 @@ class Endpoint(Protocol):
 
     def close(self) -> None:
         """Release what the end holds. Idempotent."""
+
+
+if TYPE_CHECKING:
+    from wherry_sync.local import LocalEndpoint
+
+    def _conforms(end: LocalEndpoint) -> Endpoint:
+        return end
