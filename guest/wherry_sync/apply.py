@@ -385,6 +385,7 @@ class Applier:
             status is not None
             and stat.S_ISREG(status.st_mode)
             and (status.st_size, status.st_mtime_ns) == (after.size, mtime_ns)
+            and bool(status.st_mode & 0o111) == after.executable
         ):
             self._scanner.note(path, after, status)
 

@@ -317,9 +317,18 @@ def test_a_write_right_after_ours_is_seen_even_of_the_same_size(
     place: Place, before: str | None, point: str
 ) -> None:
     write(place.root, {} if before is None else {"f": before})
-    place.action = lambda now: write(place.root, {"f": "m"}) if now == point else None
-    assert place.one("f", before, "2").status == DONE
-    assert place.end.scan().root == tree({"f": "m"})
+    for change, wanted in ((lambda path: path.write_text("m"), "m"), (make_executable, "2*")):
+        place.action = lambda now, change=change: (  # type: ignore[misc]
+            change(place.root / "f") if now == point else None
+        )
+        assert place.one("f", before, "2").status == DONE
+        assert place.end.scan().root == tree({"f": wanted})
+        (place.root / "f").unlink()
+        write(place.root, {} if before is None else {"f": before})
+
+
+def make_executable(path: Path) -> None:
+    path.chmod(0o755)
 
 
 @pytest.mark.parametrize(
