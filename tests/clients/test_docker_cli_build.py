@@ -87,9 +87,9 @@ def test_buildkit_takes_the_second_build_from_its_cache(clients: Clients, tmp_pa
     second = clients.docker(*build).stderr
     assert second.count(b"CACHED") >= 2
     assert b"was-42-run" not in second
-    (tmp_path / "input").write_text("two\n")
+    (tmp_path / "input").write_text(f"{unique}-2\n")
     assert b"was-42-run" in clients.docker(*build).stderr
-    assert clients.said("run", "--rm", "cached:1") == "two"
+    assert clients.said("run", "--rm", "cached:1") == f"{unique}-2"
 
 
 def test_buildkit_s_stages_heredocs_ignored_files_and_local_output(

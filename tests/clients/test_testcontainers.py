@@ -19,7 +19,13 @@ from docker_clients import Clients
 
 pytestmark = [pytest.mark.vm, pytest.mark.timeout(400)]
 
-NO_REAPER = {"TESTCONTAINERS_RYUK_DISABLED": "true"}
+SETTINGS = {
+    "TESTCONTAINERS_RYUK_DISABLED": "true",
+    # Where the tests run in a container themselves, both look for published ports on the
+    # engine's bridge, as a container beside them would; wherry's are on localhost.
+    "TESTCONTAINERS_HOST_OVERRIDE": "localhost",
+    "TESTCONTAINERS_CONNECTION_MODE": "docker_host",
+}
 
 PYTHON = """
 import urllib.request
@@ -93,7 +99,7 @@ def test_python(clients: Clients, tmp_path: Path) -> None:
     """A server is awaited by its log and by HTTP, asked on its port, and gone afterwards."""
     program = tmp_path / "program.py"
     program.write_text(PYTHON)
-    done = clients.run([sys.executable, program], timeout=200, **NO_REAPER)
+    done = clients.run([sys.executable, program], timeout=200, **SETTINGS)
     assert done.stdout.splitlines()[-1] == b"passed"
     assert clients.said("ps", "-aq") == ""
 
@@ -102,6 +108,6 @@ def test_python(clients: Clients, tmp_path: Path) -> None:
 def test_node(clients: Clients, node: dict[str, str], tmp_path: Path, text: str) -> None:
     program = tmp_path / "program.cjs"
     program.write_text(text)
-    done = clients.run([node["NODE"], program], timeout=200, **node, **NO_REAPER)
+    done = clients.run([node["NODE"], program], timeout=200, **node, **SETTINGS)
     assert done.stdout.splitlines()[-1] == b"passed"
     assert clients.said("ps", "-aq") == ""
