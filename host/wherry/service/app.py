@@ -19,6 +19,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from wherry.api.hooks import Hooks
 from wherry.api.server import Endpoint
 from wherry.config.layout import Layout, MachinePaths
 from wherry.control.server import ControlServer, Emit
@@ -83,6 +84,8 @@ class Service:
         )
         self._engine_version = ""
         self._tunnel: Tunnel | None = None
+        # Filled before the endpoint listens.
+        self._hooks = Hooks()
         self._endpoint: Endpoint | None = None
         self._guest: Guest | None = None
         self._watch: engine.ContainerWatch | None = None
@@ -223,6 +226,7 @@ class Service:
             self._layout.platform.listen_local(paths.docker_socket),
             lambda: tunnel.begin_unix(engine.SOCKET),
             try_open=lambda: tunnel.try_begin_unix(engine.SOCKET),
+            hooks=self._hooks,
         )
         self._endpoint.start()
         self._engine_version = await stages.run(
