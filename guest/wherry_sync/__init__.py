@@ -16,5 +16,6 @@ stage      contents on their way in, beside the tree; what must not get lost
 inplace    rewriting a file that must keep its inode
 apply      operation -> what happened
 local      all of it as one endpoint
+fanotify   what has changed in trees of the guest, told by its kernel
 ========== ======================================================================
 """

@@ -75,15 +75,21 @@ class LocalEndpoint:
         """Take other rules, from the next full scan on."""
         self._scanner.set_ignore(ignore)
 
-    def scan(self, dirty: Collection[str] | None = None) -> Snapshot:
-        """Return the tree as it is now."""
+    def scan(
+        self, dirty: Collection[str] | None = None, rewritten: Collection[str] = ()
+    ) -> Snapshot:
+        """Return the tree as it is now.
+
+        :param rewritten: files whose contents are to be read whatever their records say; the
+            root's own path is empty.
+        """
         try:
             with self._opened() as (fd, name):
                 # A write in place that failed half-way is nobody's edit.
                 self._applier.finish_in_place(fd, name)
                 if name:
-                    return self._scanner.scan_file(fd, name)
-                return self._scanner.scan(fd, dirty)
+                    return self._scanner.scan_file(fd, name, rewritten=bool(rewritten))
+                return self._scanner.scan(fd, dirty, rewritten)
         except FileNotFoundError:
             return Snapshot()
 

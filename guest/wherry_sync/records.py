@@ -16,6 +16,8 @@ import os
 import struct
 
 STATUS = struct.Struct(">IQQqq")
+INODE = slice(4, 12)
+"""Where in a record the inode's number is."""
 
 COARSE_NS = 20_000_000
 """Two ticks of the slowest kernel clock (100 Hz), which stamps the files."""

@@ -79,6 +79,17 @@ class _Node:
         self.nodes = nodes
 
 
+def _wanted(dirty: Collection[str]) -> dict[str, bool]:
+    """Return the directories on the way: to be listed (true), or only gone through (false)."""
+    wanted = {}
+    for path in dirty:
+        wanted[path] = True
+        while path:
+            path = split(path)[0]
+            wanted.setdefault(path, False)
+    return wanted
+
+
 def _reason(error: OSError) -> str:
     return error.strerror.lower() if error.strerror else str(error)
 
@@ -105,41 +116,48 @@ class Scanner:
         self._notes: dict[str, tuple[bytes, Leaf]] = {}
         self._trust_ignored = True
         self._found = Snapshot()
+        # Inodes that were read and have several names: the record, and the paths read.
+        self._linked: dict[bytes, tuple[bytes, set[str]]] = {}
 
     def set_ignore(self, ignore: Ignore) -> None:
         """Take other rules; they hold from the next full scan on."""
         self._ignore = ignore
         self._trust_ignored = False
 
-    def scan(self, fd: int, dirty: Collection[str] | None = None) -> Snapshot:
+    def scan(
+        self, fd: int, dirty: Collection[str] | None = None, rewritten: Collection[str] = ()
+    ) -> Snapshot:
         """Return the tree below a directory.
 
         :param dirty: the directories whose own entries may have changed; None for all.
             Directories that are new, or not the same inode as before, are always scanned.
+        :param rewritten: files that are to be read though their records may say that nothing
+            has changed. The directories that they are in count as dirty.
         :raises OSError: the root itself cannot be read.
         """
         self._found = found = Snapshot()
         found.device = os.fstat(fd).st_dev
         wanted: dict[str, bool] | None = None
+        parents = [self._distrust(path) for path in rewritten]
         if dirty is not None and self._trust_ignored:
-            # The directory itself is to be listed (true), or one below it (false).
-            wanted = {}
-            for path in dirty:
-                wanted[path] = True
-                while path:
-                    path = split(path)[0]
-                    wanted.setdefault(path, False)
+            wanted = _wanted([*dirty, *parents])
+        self._linked.clear()
         self._root = self._visit(fd, "", self._root, 0, wanted)
+        if self._linked and (wanted is not None or rewritten):
+            others = self._other_names(rewritten)
+            if others:
+                self._root = self._visit(fd, "", self._root, 0, _wanted(others))
         found.root = self._root.entry
         if wanted is None:
             self._trust_ignored = True
             self._notes.clear()
         return found
 
-    def scan_file(self, fd: int, name: str) -> Snapshot:
+    def scan_file(self, fd: int, name: str, *, rewritten: bool = False) -> Snapshot:
         """Return a tree whose root is a file, or anything but a directory.
 
         :param fd: the directory that it is in.
+        :param rewritten: read it though its record may say that nothing has changed.
         :raises OSError: it cannot be told whether it exists.
         """
         self._found = found = Snapshot()
@@ -152,7 +170,7 @@ class Scanner:
             return found
         kept, leaf = self._file
         current = records.record(status)
-        if kept != current:
+        if kept != current or rewritten:
             record, leaf = self._leaf(fd, "", name, status)
             self._file = (record, leaf)
         found.root = leaf
@@ -170,9 +188,7 @@ class Scanner:
         if stat.S_ISDIR(status.st_mode):
             return EMPTY, status
         parent = split(path)[0]
-        node: _Node | None = self._root
-        for part in parent.split("/") if parent else ():
-            node = node.nodes.get(part) if node is not None else None
+        node = self._node(parent)
         if node is not None and path:
             known = node.entry.children.get(name)
             if isinstance(known, Leaf) and node.records.get(name) == records.record(status):
@@ -183,6 +199,52 @@ class Scanner:
         """Have the next scan know what we wrote ourselves, unless it was changed since."""
         if records.settled(status, self._now_ns(), self._granularity_ns):
             self._notes[path] = (records.record(status), leaf)
+
+    def _node(self, path: str) -> _Node | None:
+        node: _Node | None = self._root
+        for name in path.split("/") if path else ():
+            node = node.nodes.get(name) if node is not None else None
+        return node
+
+    def _distrust(self, path: str) -> str:
+        """Forget a file's record; return the directory that it is in."""
+        parent, name = split(path)
+        self._notes.pop(path, None)
+        node = self._node(parent)
+        if node is not None and name not in node.nodes:
+            known = node.records.get(name)
+            if known is not _IGNORED_LEAF and known is not _IGNORED_DIRECTORY:
+                node.records.pop(name, None)
+        return parent
+
+    def _other_names(self, rewritten: Collection[str]) -> set[str]:
+        """Return the directories in which files that were read have other names, as an event
+        tells only the one that was used.
+
+        Whether all names of an inode are in this tree cannot be known, so it is searched for;
+        it takes 15 ms for 100 000 entries.
+        """
+        surely = set()
+        for path in rewritten:
+            parent, name = split(path)
+            node = self._node(parent)
+            if node is not None:
+                surely.add(node.records.get(name, _NEVER)[records.INODE])
+        linked = self._linked
+        found = set()
+        pending = [("", self._root)]
+        while pending:
+            path, node = pending.pop()
+            for name, record in list(node.records.items()):
+                number = record[records.INODE]
+                if number not in linked:
+                    continue
+                current, read = linked[number]
+                if join(path, name) not in read and (record != current or number in surely):
+                    del node.records[name]
+                    found.add(path)
+            pending.extend((join(path, name), child) for name, child in node.nodes.items())
+        return found
 
     def _visit(
         self, fd: int, path: str, old: _Node, depth: int, wanted: dict[str, bool] | None
@@ -402,7 +464,11 @@ class Scanner:
                 if records.record(before) == records.record(after) and length == before.st_size:
                     settled = records.settled(before, now_ns, self._granularity_ns)
                     leaf = file(executable, length, digest)
-                    return (records.record(before) if settled else _NEVER), leaf
+                    known = records.record(before)
+                    if before.st_nlink > 1:
+                        entry = (known, set[str]())
+                        self._linked.setdefault(known[records.INODE], entry)[1].add(path)
+                    return (known if settled else known[: records.INODE.stop]), leaf
                 # Two reads of the same bytes while the file got longer: it was appended to.
                 if earlier == (length, digest) and after.st_size >= length:
                     self._found.requeue.add(path)

@@ -39,6 +39,7 @@ from wherry_sync.scan import Scanner, Snapshot
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="directory descriptors")
 
 HOUR_NS = 3_600_000_000_000
+STATUS_PACK = records.STATUS.pack
 
 
 class Tree:
@@ -50,10 +51,10 @@ class Tree:
         path.mkdir()
         self.scanner = Scanner(ignore or Ignore(), granularity_ns=0)
 
-    def scan(self, dirty: list[str] | None = None) -> Snapshot:
+    def scan(self, dirty: list[str] | None = None, rewritten: tuple[str, ...] = ()) -> Snapshot:
         fd = os.open(self.path, os.O_RDONLY)
         try:
-            return self.scanner.scan(fd, dirty)
+            return self.scanner.scan(fd, dirty, rewritten)
         finally:
             os.close(fd)
 
@@ -331,6 +332,85 @@ def test_25_a_hard_links_other_names_are_read_as_well(place: Tree) -> None:
     place.scan()
     (place.path / "a").write_text("2")
     assert place.scan().root == tree({"a": "2", "b": "2"})
+
+
+def test_25_other_names_in_directories_that_are_not_dirty_are_read_as_well(place: Tree) -> None:
+    write(place.path, {"a": {"f": "1", "x": "0"}, "b": {"c": {}}, "d": {"h": "9"}})
+    first = place.path / "a" / "f"
+    (place.path / "b" / "c" / "g").hardlink_to(first)
+    (place.path / "b" / "e").hardlink_to(first)
+    place.scan()
+    first.write_text("2")
+    found = place.scan(["a"])
+    wanted = {"a": {"f": "2", "x": "0"}, "b": {"c": {"g": "2"}, "e": "2"}, "d": {"h": "9"}}
+    assert found.root == tree(wanted)
+    assert found.files_read == 3
+    # One that got a second name, through which it was written, was not known to be linked.
+    (place.path / "z").hardlink_to(place.path / "d" / "h")
+    (place.path / "z").write_text("8")
+    assert place.scan([""]).root == tree({**wanted, "d": {"h": "8"}, "z": "8"})
+    assert place.scan([""]).files_read == 0
+
+
+def test_25_other_names_of_a_file_that_had_no_record_are_read_as_well(tmp_path: Path) -> None:
+    """They were written within the clock's granularity, and the names are read one by one."""
+    write(tmp_path, {"a": {}, "b": {"g": "1"}})
+    (tmp_path / "a" / "f").hardlink_to(tmp_path / "b" / "g")
+    scanner = Scanner(granularity_ns=records.COARSE_NS, now_ns=lambda: 0)
+    fd = os.open(tmp_path, os.O_RDONLY)
+    try:
+        scanner.scan(fd)
+        for text in ("2", "3"):
+            (tmp_path / "a" / "f").write_text(text)
+            found = scanner.scan(fd, ["a"])
+            assert found.root == tree({"a": {"f": text}, "b": {"g": text}})
+            assert found.files_read == 2
+    finally:
+        os.close(fd)
+
+
+def scribble(path: Path, text: str) -> None:
+    """Write so that nothing tells it: as if through a page that was dirty at the last scan."""
+    status = path.stat()
+    path.write_text(text)
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
+def test_55_a_rewritten_file_is_read_whatever_its_record_says(
+    place: Tree, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(place.path, {"a": {"f": "1", "g": "1", "s": {"h": "1"}}, "b": {}})
+    (place.path / "b" / "f").hardlink_to(place.path / "a" / "f")
+    # A file's time of change cannot be set back, so here nobody looks at it.
+    without_change = type(
+        "Pack", (), {"pack": staticmethod(lambda *values: STATUS_PACK(*values[:4], 0))}
+    )
+    monkeypatch.setattr(records, "STATUS", without_change)
+    place.scan()
+    scribble(place.path / "a" / "f", "2")
+    assert place.scan().files_read == 0
+    before = {"a": {"f": "2", "g": "1", "s": {"h": "1"}}, "b": {"f": "2"}}
+    found = place.scan([], ("a/f", "a/s", "a/gone", "no/where", "a/g"))
+    assert found.root == tree(before)
+    assert found.files_read == 3
+    scribble(place.path / "b" / "f", "3")
+    found = place.scan(None, ("b/f",))
+    assert found.root == tree({**before, "a": {**before["a"], "f": "3"}, "b": {"f": "3"}})
+    assert found.files_read == 2
+    assert place.scan([""]).files_read == 0
+
+
+def test_55_a_rewritten_single_file_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "f"
+    path.write_text("1")
+    scanner = Scanner(granularity_ns=0)
+    fd = os.open(tmp_path, os.O_RDONLY)
+    try:
+        read = [scanner.scan_file(fd, "f", rewritten=told).files_read for told in (False,) * 2]
+        assert read == [1, 0]
+        assert scanner.scan_file(fd, "f", rewritten=True).files_read == 1
+    finally:
+        os.close(fd)
 
 
 # Trees as values
