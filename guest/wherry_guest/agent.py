@@ -21,9 +21,15 @@ from wherry_wire.messages import (
     Hello,
     HelloReply,
     PowerOff,
+    SyncListen,
+    SyncListening,
     Trim,
     TrimReport,
 )
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from wherry_guest.sync import Roots
 
 
 class Agent:
@@ -33,12 +39,14 @@ class Agent:
         self._session = session
         self._hello: Hello | None = None
         self._reporting = _thread.allocate_lock()
+        self._roots: Roots | None = None
         session.answer(Hello, self.hello)
         session.answer(HealthRequest, self.health, slow=True)
         session.answer(HealthWatch, self.watch)
         session.answer(ClockSet, self.set_clock)
         session.answer(Trim, self.trim, slow=True)
         session.answer(PowerOff, self.power_off, slow=True)
+        session.answer(SyncListen, self.listen)
 
     @property
     def _settings(self) -> Hello:
@@ -52,7 +60,7 @@ class Agent:
         return HelloReply(
             protocol=PROTOCOL,
             # Python puts a zipapp, and our bootstrap likewise, at the head of the path.
-            agent=os.path.basename(sys.path[0]),  # noqa: PTH119 - pathlib is slow to import
+            agent=os.path.basename(sys.path[0]),
             boot_id=system.boot_id(),
         )
 
@@ -108,6 +116,15 @@ class Agent:
     def trim(self, request: Trim) -> TrimReport:
         """Discard the data disk's free blocks."""
         return TrimReport(trimmed_bytes=system.trim(self._settings.data_path))
+
+    def listen(self, request: SyncListen) -> SyncListening:
+        """Be ready for the connections of synchronised roots."""
+        if self._roots is None:
+            # Not before there is something to synchronise: it costs memory and a second.
+            from wherry_guest.sync import Roots
+
+            self._roots = Roots(self._session.send)
+        return self._roots.listen(request)
 
     def power_off(self, request: PowerOff) -> Done:
         """Begin to shut the guest down."""

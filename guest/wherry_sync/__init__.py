@@ -17,5 +17,7 @@ inplace    rewriting a file that must keep its inode
 apply      operation -> what happened
 local      all of it as one endpoint
 fanotify   what has changed in trees of the guest, told by its kernel
+wire       what goes between the two ends, as bytes
+diff       what differs between two trees
 ========== ======================================================================
 """

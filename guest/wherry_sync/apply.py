@@ -86,6 +86,8 @@ class Applier:
         self._policy = policy
         self._checkpoint = checkpoint
         self._uses: dict[bytes, int] = {}
+        self.pinned: set[str] = set()
+        """Files whose inode stays, so they are rewritten in place."""
 
     def apply(
         self, fd: int, operations: Sequence[Operation], root_name: str = ""
@@ -158,7 +160,8 @@ class Applier:
                 raise Stale("a directory on the way became a link") from error
             raise
         with directory as parent_fd:
-            self._change(parent_fd, name or root_name, operation, in_place=bool(root_name))
+            in_place = bool(root_name) or path in self.pinned
+            self._change(parent_fd, name or root_name, operation, in_place=in_place)
 
     def _change(self, fd: int, name: str, operation: Operation, *, in_place: bool) -> None:
         before, after = operation.before, operation.after

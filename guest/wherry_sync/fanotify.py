@@ -94,7 +94,7 @@ def _check(result: int, reasons: dict[int, str]) -> int:
 
 
 def _path_of(fd: int) -> str:
-    return os.readlink(f"/proc/self/fd/{fd}")  # noqa: PTH115 - pathlib is slow to import
+    return os.readlink(f"/proc/self/fd/{fd}")
 
 
 class Changes:
@@ -455,9 +455,9 @@ class Watch:
         parent, name = os.path.split(path)
         root.name = os.fsencode(name)
         try:
-            if os.stat(parent).st_dev == self._device:  # noqa: PTH116
+            if os.stat(parent).st_dev == self._device:
                 root.parent = self._handle(parent)
-            status = os.stat(path)  # noqa: PTH116
+            status = os.stat(path)
         except (FileNotFoundError, NotADirectoryError):
             return
         if status.st_dev != self._device:

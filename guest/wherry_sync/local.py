@@ -33,6 +33,7 @@ class LocalEndpoint:
     :param stage: the directory for what is on its way; on the root's filesystem, and not in
         the tree unless its name begins with :data:`~wherry_sync.entry.TEMPORARY_PREFIX`.
     :param boot: id of this boot of this machine, as :attr:`boot` gives it back.
+    :param single: whether the root is a file; None for what is there.
     :raises OSError: the stage cannot be made, or is on another filesystem.
     """
 
@@ -45,9 +46,11 @@ class LocalEndpoint:
         ignore: Ignore = NOTHING,
         policy: Policy | None = None,
         checkpoint: Callable[[str], None] = no_fault,
+        single: bool | None = None,
     ) -> None:
         self.boot = boot
         self._path = root
+        self._single = single
         self._stage = Stage(stage)
         try:
             granularity_ns = records.granularity_ns(self._stage.fd, self._stage.name("part"))
@@ -107,10 +110,6 @@ class LocalEndpoint:
             raise Gone(f"{path} cannot be read: {error}") from error
         return os.fstat(descriptor).st_mtime_ns, _chunks(descriptor)
 
-    def stage(self, leaf: Leaf, mtime_ns: int, chunks: Iterable[bytes]) -> None:
-        """Take contents that :meth:`missing` asked for."""
-        self._stage.receive(leaf, mtime_ns, chunks)
-
     def stage_local(self, leaf: Leaf, path: str) -> bool:
         """Take contents from this tree, if they are still at the path."""
         try:
@@ -119,12 +118,38 @@ class LocalEndpoint:
             return False
         return True
 
+    def read_all(
+        self, wanted: Sequence[tuple[str, Leaf]]
+    ) -> Iterator[tuple[Leaf, int, Iterator[bytes]]]:
+        """Yield the contents of several files; those that are gone are left out."""
+        for path, leaf in wanted:
+            try:
+                mtime_ns, chunks = self.read(path)
+            except Gone:
+                continue
+            yield leaf, mtime_ns, chunks
+
+    def stage_all(self, contents: Iterable[tuple[Leaf, int, Iterable[bytes]]]) -> set[bytes]:
+        """Take several files' contents; return the digests of those that were as announced."""
+        taken = set()
+        for leaf, mtime_ns, chunks in contents:
+            try:
+                self._stage.receive(leaf, mtime_ns, chunks)
+            except Damaged:
+                continue
+            taken.add(leaf.digest)
+        return taken
+
     def apply(self, operations: Sequence[Operation]) -> Iterator[Result]:
         """Carry out operations in their order; yield what came of each."""
         with self._opened() as (fd, name):
             yield from self._applier.apply(fd, operations, name)
             self._applier.finish_in_place(fd, name)
         self._stage.discard_contents()
+
+    def pin(self, path: str) -> None:
+        """Keep a file's inode from now on, as a mount refers to it: rewrite it in place."""
+        self._applier.pinned.add(path)
 
     def flush(self) -> None:
         """Wait until all that was done so far is on the disk."""
@@ -151,22 +176,22 @@ class LocalEndpoint:
         return True
 
     def _opened(self) -> _Root:
-        return _Root(self._path)
+        return _Root(self._path, self._single)
 
 
 class _Root:
     """The root, opened: a descriptor, and a name if it is not a directory."""
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, single: bool | None) -> None:
         self._path = path
+        self._single = single
         self._fd = -1
 
     def __enter__(self) -> tuple[int, str]:
         # The path to the root is the user's, so links in it are followed.
         name = ""
-        if stat.S_ISDIR(os.stat(self._path).st_mode):  # noqa: PTH116 - pathlib is slow to import
-            parent = self._path
-        else:
+        parent = self._path
+        if self._single or not stat.S_ISDIR(os.stat(parent).st_mode):
             parent, name = os.path.split(self._path)
         self._fd = os.open(parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         return self._fd, name

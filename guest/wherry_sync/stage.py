@@ -71,7 +71,7 @@ class Stage:
     """
 
     def __init__(self, path: str) -> None:
-        os.makedirs(path, 0o700, exist_ok=True)  # noqa: PTH103 - pathlib is slow to import
+        os.makedirs(path, 0o700, exist_ok=True)
         self.fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         self._number = 0
         names = self._names()

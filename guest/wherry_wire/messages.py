@@ -234,3 +234,167 @@ class PowerOff(Message):
     """Request: shut the guest down in order; answered by :class:`Done` if there is time."""
 
     TYPE = 0x19
+
+
+class SyncListen(Message):
+    """Request: be ready for the connections of synchronised roots."""
+
+    TYPE = 0x20
+
+    directory: str  # on the data disk: where the copies and what is on its way are
+
+
+class SyncListening(Message):
+    """Reply to :class:`SyncListen`."""
+
+    TYPE = 0x21
+
+    socket: str  # its path; one connection for each root
+
+
+class SyncChanged(Message):
+    """Unasked, with id 0: something in a root was changed, not by us.
+
+    Said once; then not again before the root's next scan.
+    """
+
+    TYPE = 0x22
+
+    root: str
+
+
+class SyncOpen(Message):
+    """Request, a root connection's first one; the rest of its protocol is `wherry_sync.wire`'s."""
+
+    TYPE = 0x23
+
+    root: str  # its id
+    path: str  # absolute, in the guest, where containers mount it from
+    single: bool  # it is a file, not a directory
+    file_mode: int  # of new files, without the executable bits
+    directory_mode: int
+    rules: str  # what is ignored: a JSON list of pairs, see wherry_sync.ignore
+
+
+class SyncOpened(Message):
+    """Reply to :class:`SyncOpen`."""
+
+    TYPE = 0x24
+
+    boot_id: str
+    fresh: bool  # there was no copy before: whatever was remembered of one holds no more
+
+
+class SyncScan(Message):
+    """Request: what is in the tree now; answered by rows and :class:`SyncScanned`."""
+
+    TYPE = 0x25
+
+    full: bool  # look at everything, not only where the watch saw changes
+
+
+class SyncScanned(Message):
+    """Reply to :class:`SyncScan`."""
+
+    TYPE = 0x26
+
+    present: bool
+    device: int
+    files_read: int
+    bytes_read: int
+    changes: int  # so many of the rows are changes; the rest are paths to look at again
+
+
+class SyncMissing(Message):
+    """Request: which of these contents are not staged?"""
+
+    TYPE = 0x27
+
+
+class SyncRead(Message):
+    """Request: the contents of these files."""
+
+    TYPE = 0x28
+
+
+class SyncStage(Message):
+    """Request: take the contents that follow, up to :class:`SyncEnd`."""
+
+    TYPE = 0x29
+
+
+class SyncEnd(Message):
+    """The end of contents."""
+
+    TYPE = 0x2A
+
+
+class SyncStageLocal(Message):
+    """Request: take contents from a path of the same tree."""
+
+    TYPE = 0x2B
+
+    leaf: str  # in hexadecimal
+    path: str
+
+
+class SyncApply(Message):
+    """Request: carry out these operations."""
+
+    TYPE = 0x2C
+
+
+class SyncFlush(Message):
+    """Request: have all of it on the disk."""
+
+    TYPE = 0x2D
+
+
+class SyncRescued(Message):
+    """Request: what was saved from being overwritten?"""
+
+    TYPE = 0x2E
+
+
+class SyncReadRescued(Message):
+    """Request: the contents of one such file."""
+
+    TYPE = 0x2F
+
+    name: str
+
+
+class SyncForgetRescued(Message):
+    """Request: remove one such file."""
+
+    TYPE = 0x30
+
+    name: str
+
+
+class SyncMount(Message):
+    """Request: have the copy at the root's path, for containers to mount."""
+
+    TYPE = 0x31
+
+
+class SyncYes(Message):
+    """Reply: whether it was done."""
+
+    TYPE = 0x32
+
+    done: bool
+
+
+class SyncBusy(Message):
+    """Before a reply that takes long, now and then: the request is being worked on."""
+
+    TYPE = 0x33
+
+
+class SyncPin(Message):
+    """Request: rewrite this file in place from now on, as something has mounted it."""
+
+    TYPE = 0x34
+
+    path: str

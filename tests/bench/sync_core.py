@@ -27,9 +27,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / "host"), str(ROOT / "guest")]
 
-from wherry.sync.core.diff import diff  # noqa: E402
 from wherry.sync.core.reconcile import Agreement, reconcile  # noqa: E402
 from wherry.sync.core.store import Store  # noqa: E402
+from wherry_sync.diff import diff  # noqa: E402
 from wherry_sync.entry import (  # noqa: E402
     IGNORED,
     Directory,
@@ -123,8 +123,7 @@ def scanning(place: Path, files: int) -> dict[str, float]:
     operations = [Operation(f"new-{leaf.hex()}", None, leaf) for leaf in leaves]
 
     def apply() -> None:
-        for leaf, data in zip(leaves, contents, strict=True):
-            end.stage(leaf, 0, [data])
+        end.stage_all((leaf, 0, [data]) for leaf, data in zip(leaves, contents, strict=True))
         list(end.apply(operations))
 
     def clear() -> None:

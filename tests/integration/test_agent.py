@@ -196,10 +196,10 @@ def test_the_zipapp_also_runs_by_itself(guest: Guest) -> None:
     path = guest.directory / BUNDLE.name
     path.write_bytes(BUNDLE.data)
     pipes = guest.spawn([sys.executable, "-I", os.fspath(path)])
-    client = guest.client(pipes)
-    # What starts it does not read the zipapp from its input: that is a frame too large.
-    with pytest.raises(WherryError, match=r"broke the protocol: it says a frame announces"):
-        client.hello()
+    # What starts it does not read the zipapp from its input: that is a frame too large. It ends
+    # while we may still be sending.
+    with pytest.raises(WherryError):
+        guest.client(pipes).hello()
     assert pipes.process.wait(WAIT_S) == 1
     assert "wherry agent: a frame announces" in guest.log
 

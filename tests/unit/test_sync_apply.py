@@ -16,7 +16,6 @@ from wherry_sync.apply import Policy, with_executable
 from wherry_sync.entry import EMPTY, Leaf, link, lookup
 from wherry_sync.local import LocalEndpoint
 from wherry_sync.operation import DONE, FAILED, STALE, Operation, Result
-from wherry_sync.stage import Damaged
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="directory descriptors")
 
@@ -58,7 +57,7 @@ class Place:
             after = operation.after
             if isinstance(after, Leaf) and after[0] == b"F"[0]:
                 data = next(value for value in CONTENTS if text(value).digest == after.digest)
-                self.end.stage(after, MTIME_NS, [data.encode()])
+                self.end.stage_all([(after, MTIME_NS, [data.encode()])])
         return list(self.end.apply(operations))
 
     def one(self, path: str, before: object, after: object) -> Result:
@@ -371,8 +370,7 @@ def test_34_a_single_file_is_rewritten_in_place(tmp_path: Path) -> None:
     end = LocalEndpoint(os.fspath(tmp_path / "f"), os.fspath(tmp_path / "stage"), "boot")
     try:
         assert end.scan().root == text("1 and more")
-        end.stage(text("2*"), MTIME_NS, [b"2*"])
-        end.stage(text("2"), MTIME_NS, [b"2"])
+        end.stage_all([(text("2*"), MTIME_NS, [b"2*"]), (text("2"), MTIME_NS, [b"2"])])
         after = text("2", executable=True)
         (result,) = end.apply([Operation("", text("1 and more"), after)])
         assert result.status == DONE
@@ -425,15 +423,14 @@ def test_50_a_full_disk_leaves_the_file_as_it_was(
 
 def test_contents_that_are_not_those_announced_are_refused(place: Place) -> None:
     for chunks in ([b"2"], [b"1", b"1"], []):
-        with pytest.raises(Damaged):
-            place.end.stage(text("1"), MTIME_NS, chunks)
+        assert place.end.stage_all([(text("1"), MTIME_NS, chunks)]) == set()
     assert place.end.missing([text("1")]) == [text("1")]
     assert {path.name for path in (place.directory / "stage").iterdir()} == {"journal"}
 
 
 def test_one_content_for_several_paths_is_staged_once(place: Place) -> None:
     place.end.scan()
-    place.end.stage(text("1"), MTIME_NS, [b"1"])
+    place.end.stage_all([(text("1"), MTIME_NS, [b"1"])])
     operations = [Operation(name, None, text("1")) for name in "abc"]
     assert {result.status for result in place.end.apply(operations)} == {DONE}
     assert read(place.root) == {"a": "1", "b": "1", "c": "1"}

@@ -221,7 +221,7 @@ def test_one_path_that_fails_holds_up_no_other(pair: Pair, monkeypatch: pytest.M
 
     monkeypatch.setattr(os, "mkdir", mkdir)
     outcome = pair.run()
-    assert [(problem.path, problem.reason) for problem in outcome.problems] == [
+    assert [(problem.path, problem.reason) for problem in outcome.failed] == [
         ("bad", "permission denied")
     ]
     assert pair.trees()[1] == {"ok": "1"}

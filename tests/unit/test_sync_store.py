@@ -15,12 +15,12 @@ from sync_pair import scratch
 from sync_trees import FIFO, text, tree
 
 from wherry.core.errors import WherryError
-from wherry.sync.core.diff import diff
 from wherry.sync.core.keep import Keep
 from wherry.sync.core.reconcile import GUEST, HOST
 from wherry.sync.core.recover import Pending, recover
 from wherry.sync.core.safety import Halt, check
 from wherry.sync.core.store import Store
+from wherry_sync.diff import diff
 from wherry_sync.entry import Entry, updated, walk
 
 names = st.sampled_from(["a", "b", "0", "a b", "é", "a.b"])

@@ -6,8 +6,10 @@ table are made from it.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from wherry.config.units import format_size, parse_size
@@ -59,6 +61,7 @@ class Config:
     accelerator: str
     image: str
     default_socket: bool
+    shared: tuple[str, ...]
     engine: Mapping[str, Any] = field(default_factory=dict)
     """Keys for the engine's ``daemon.json``, as its documentation names them."""
 
@@ -112,6 +115,18 @@ def _flag(value: Any) -> bool:
     return value
 
 
+def _paths(value: Any) -> tuple[str, ...]:
+    if isinstance(value, str):
+        value = [part for part in value.split(os.pathsep) if part]
+    if not isinstance(value, (list, tuple)) or not all(isinstance(path, str) for path in value):
+        raise ValueError(f"{value!r} is not a list of directories")
+    found = [os.path.normpath(Path(path).expanduser()) for path in value]
+    for path in found:
+        if not Path(path).is_absolute():
+            raise ValueError(f"{path!r} is not an absolute path")
+    return tuple(found)
+
+
 def _table(value: Any) -> Mapping[str, Any]:
     if not isinstance(value, Mapping):
         raise ValueError(f"{value!r} is not a table")
@@ -160,6 +175,13 @@ SETTINGS: Mapping[str, Setting] = {
             "whether /var/run/docker.sock leads to this machine (not applied yet)",
         ),
         Setting(
+            "sync.shared",
+            _paths,
+            lambda platform: platform.shared_directories(),
+            f"directories that containers can mount from, with {os.pathsep!r} between them",
+            list,
+        ),
+        Setting(
             "engine",
             _table,
             lambda platform: {},
@@ -182,6 +204,7 @@ def build(values: Mapping[str, Any], platform: Platform) -> Config:
         accelerator=value("accelerator"),
         image=value("image"),
         default_socket=value("endpoint.default_socket"),
+        shared=value("sync.shared"),
         engine=value("engine"),
     )
 

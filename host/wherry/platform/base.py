@@ -96,6 +96,12 @@ class Platform(Protocol):
     def cpu_count(self) -> int:
         """Return the number of logical processors this program may use."""
 
+    def boot_id(self) -> str:
+        """Return the id of this boot of the host: another one after each."""
+
+    def shared_directories(self) -> tuple[str, ...]:
+        """Return the directories that containers can mount from unless the user says otherwise."""
+
     def make_private_directory(self, path: Path) -> None:
         """Make a directory, and its parents, that only the user can enter.
 

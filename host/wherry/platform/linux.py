@@ -45,6 +45,10 @@ class Linux(Posix):
         """The processors in this process's affinity mask."""
         return len(os.sched_getaffinity(0))
 
+    def boot_id(self) -> str:
+        """random(4)."""
+        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+
     def short_directory(self) -> Path:
         """$XDG_RUNTIME_DIR, else a directory of ours in /tmp."""
         runtime = os.environ.get("XDG_RUNTIME_DIR")

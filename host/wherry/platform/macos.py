@@ -40,6 +40,14 @@ class MacOS(Posix):
         """All logical processors: macOS has no affinity masks."""
         return os.cpu_count() or 1
 
+    def boot_id(self) -> str:
+        """``kern.bootsessionuuid``."""
+        return _sysctl("kern.bootsessionuuid")
+
+    def shared_directories(self) -> tuple[str, ...]:
+        """Where Docker Desktop lets containers mount from as well."""
+        return (*super().shared_directories(), "/Volumes", "/private", "/tmp")
+
     def short_directory(self) -> Path:
         """A directory of ours in /tmp: $TMPDIR is itself some 50 bytes deep on macOS."""
         path = Path(f"/tmp/wherry-{os.getuid()}")

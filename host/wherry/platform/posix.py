@@ -7,6 +7,7 @@ import os
 import platform
 import socket
 import stat
+import tempfile
 from pathlib import Path
 
 import platformdirs
@@ -105,6 +106,10 @@ class Posix:
     def memory_bytes(self) -> int:
         """Physical memory, by sysconf(3)."""
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+    def shared_directories(self) -> tuple[str, ...]:
+        """The user's home and the directory for temporary files."""
+        return tuple(dict.fromkeys((str(Path.home()), tempfile.gettempdir())))
 
     def make_private_directory(self, path: Path) -> None:
         """Mode 0700; an existing directory is narrowed to it, and must be ours."""

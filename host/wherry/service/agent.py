@@ -25,6 +25,9 @@ from wherry_wire.messages import (
     HelloReply,
     Message,
     PowerOff,
+    SyncChanged,
+    SyncListen,
+    SyncListening,
     Trim,
     TrimReport,
     pack,
@@ -102,6 +105,8 @@ class AgentClient:
     :param lost: called once, in a thread of ours, when the session ends without
         :meth:`close`: with the error that waiting requests get too.
     :param on_health: called in the same thread for each report of :meth:`watch_health`.
+    :param on_changed: called in the same thread with the id of a synchronised root in which
+        the guest's watch has seen something.
     :param data_path: the path in the guest whose filesystem is looked after.
     :param engine_socket: the engine's socket in the guest.
     :raises WherryError: the stream is lost already.
@@ -114,6 +119,7 @@ class AgentClient:
         *,
         lost: Callable[[WherryError], object] = lambda error: None,
         on_health: Callable[[Health], object] = lambda health: None,
+        on_changed: Callable[[str], object] = lambda root: None,
         data_path: str = "/var/lib/docker",
         engine_socket: str = "/run/docker.sock",
     ) -> None:
@@ -121,6 +127,7 @@ class AgentClient:
         self._bundle = bundle
         self._lost = lost
         self._on_health = on_health
+        self._on_changed = on_changed
         self._settings = Hello(protocol=PROTOCOL, data_path=data_path, engine_socket=engine_socket)
         self._sending = threading.Lock()
         # Guards the three below.
@@ -196,6 +203,15 @@ class AgentClient:
         """
         return self._request(Trim(), TrimReport, timeout_s).trimmed_bytes
 
+    def listen_sync(self, directory: str, *, timeout_s: float = REQUEST_TIMEOUT_S) -> str:
+        """Have the agent listen for synchronised roots; return its socket's path in the guest.
+
+        :param directory: on the data disk, for their copies.
+        :raises WherryError: the kernel cannot watch, the agent did not answer in time, or is
+            lost.
+        """
+        return self._request(SyncListen(directory=directory), SyncListening, timeout_s).socket
+
     def poweroff(self, *, timeout_s: float = REQUEST_TIMEOUT_S) -> None:
         """Have the guest shut itself down; returns when it has begun to.
 
@@ -268,6 +284,9 @@ class AgentClient:
         if id == 0:
             if isinstance(message, HealthReport):
                 self._on_health(_health(message))
+                return
+            if isinstance(message, SyncChanged):
+                self._on_changed(message.root)
                 return
             if isinstance(message, Failure):
                 raise WireError(f"it says {_printable(message.message)}")

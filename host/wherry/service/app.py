@@ -22,6 +22,7 @@ from typing import Any
 from wherry.api.hooks import Hooks
 from wherry.api.server import Endpoint
 from wherry.config.layout import Layout, MachinePaths
+from wherry.config.load import load
 from wherry.control.server import ControlServer, Emit
 from wherry.core.bridge import in_thread, post
 from wherry.core.errors import TunnelError, WherryError
@@ -30,8 +31,11 @@ from wherry.ports.forwarder import Forwarder
 from wherry.service import console, engine, state, status
 from wherry.service.boot import Boot, end_orphan
 from wherry.service.guest import Guest
+from wherry.service.mounts import Mounts
 from wherry.service.stages import DEFAULT_BOUNDS, Bounds, Stages
 from wherry.service.state import Record, State
+from wherry.sync.remote import RemoteEndpoint
+from wherry.sync.roots import Roots
 from wherry.tunnel.connection import Connection
 from wherry.tunnel.keys import MachineKeys, load_keys
 from wherry.tunnel.tunnel import Tunnel
@@ -88,6 +92,8 @@ class Service:
         self._hooks = Hooks()
         self._endpoint: Endpoint | None = None
         self._guest: Guest | None = None
+        self._roots: Roots | None = None
+        self._mounts: Mounts | None = None
         self._watch: engine.ContainerWatch | None = None
         self._forwarder: Forwarder | None = None
         self._forwarding: asyncio.Task[None] | None = None
@@ -222,6 +228,7 @@ class Service:
             timeout_s=bounds.tunnel_s + 1,
             hint="see: wherry logs --source console",
         )
+        self._roots = self._make_roots(tunnel)
         self._endpoint = Endpoint(
             self._layout.platform.listen_local(paths.docker_socket),
             lambda: tunnel.begin_unix(engine.SOCKET),
@@ -237,10 +244,32 @@ class Service:
         )
         self._record = replace(self._record, state=State.RUNNING, started=time.time())
         self._transition(State.RUNNING)
-        self._guest = Guest(tunnel)
+        assert self._guest is not None
         self._guest.start()
+        await self._share_files(tunnel)
         await self._forward_ports(driver, tunnel)
         self._started.set_result(None)
+
+    def _make_roots(self, tunnel: Tunnel) -> Roots:
+        """Make what keeps bind mounts equal, before the first request comes."""
+        guest = self._guest = Guest(tunnel, lambda root: roots.changed(root))
+        roots = Roots(
+            self._paths.directory / "sync",
+            self._paths.sync_database,
+            lambda place, progress: RemoteEndpoint(guest.open_sync(), place, progress=progress),
+            boot=self._layout.platform.boot_id(),
+        )
+        shared = load(self._paths.config, self._layout.platform).shared
+        self._mounts = Mounts(self._hooks, roots, tunnel, shared)
+        return roots
+
+    async def _share_files(self, tunnel: Tunnel) -> None:
+        """Go on with what containers mount that an earlier service has left running."""
+        assert self._mounts is not None
+        try:
+            await in_thread(self._mounts.restore, name="mounts")
+        except WherryError as error:
+            log.warning("the containers' bind mounts are not known: %s", error)
 
     async def _forward_ports(self, driver: QemuDriver, tunnel: Tunnel) -> None:
         """Make published ports appear on the host, now and at every change."""
@@ -292,6 +321,8 @@ class Service:
         self._tell({"event": "tunnel", "state": new, "reason": error.message if error else ""})
         if new == "connected" and self._guest is not None:
             self._guest.reconnected()
+            if self._roots is not None:
+                self._roots.disconnect()
 
     async def _tear_down(self, *, force: bool) -> None:
         """Close everything, the newest first; the guest is shut down unless ``force``."""
@@ -309,6 +340,8 @@ class Service:
             self._forwarding.cancel()
         if endpoint is not None:
             await in_thread(endpoint.close, name="endpoint close")
+        if self._roots is not None:
+            await in_thread(self._roots.close, name="sync close")
         if guest is not None:
             await in_thread(guest.close, name="agent close")
         if driver is not None and driver.identity is not None and tunnel is not None and not force:

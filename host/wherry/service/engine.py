@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+import urllib.parse
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -82,19 +83,33 @@ def ping(stream: Stream) -> str:
     return ""
 
 
+def fetch(stream: Stream, target: str) -> Any:
+    """Return what a GET request gives, as JSON.
+
+    :param stream: closed when it has come.
+    :raises WherryError: the engine answers something else, or nothing.
+    """
+    response, body = get(stream, target)
+    answer = b"".join(body)
+    if response.status_code != 200:
+        raise WherryError(f"the engine answered {response.status_code}: {answer[:200]!r}")
+    try:
+        return json.loads(answer)
+    except ValueError as error:
+        raise WherryError(f"the engine's answer to {target} is no JSON: {error}") from error
+
+
+def quoted(name: str) -> str:
+    """Return a name as one part of a target's path."""
+    return urllib.parse.quote(name, safe="")
+
+
 def containers(stream: Stream) -> list[dict[str, Any]]:
     """Return the running containers, as ``GET /containers/json`` has them.
 
     :raises WherryError: the engine does not tell.
     """
-    response, body = get(stream, "/containers/json")
-    answer = b"".join(body)
-    if response.status_code != 200:
-        raise WherryError(f"the engine answered {response.status_code}: {answer[:200]!r}")
-    try:
-        found: list[dict[str, Any]] = json.loads(answer)
-    except ValueError as error:
-        raise WherryError(f"the engine's list of containers is no JSON: {error}") from error
+    found: list[dict[str, Any]] = fetch(stream, "/containers/json")
     return found
 
 

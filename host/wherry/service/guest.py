@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections.abc import Callable
 
 from wherry.core.errors import WherryError
 from wherry.service.agent import AgentClient, Health
 from wherry.service.agent_bundle import build
 from wherry.tunnel.connection import Process
+from wherry.tunnel.stream import Stream
 from wherry.tunnel.tunnel import Tunnel
 
 log = logging.getLogger(__name__)
@@ -17,19 +19,27 @@ _CLOCK_THRESHOLD_S = 0.5
 _START_TIMEOUT_S = 60.0
 _JOIN_S = 5.0
 
+SYNC_DIRECTORY = "/data/sync"
+"""Where the copies of synchronised files are in the guest, on its data disk."""
+
 
 class Guest:
     """Keeps an agent running in the guest as long as there is a tunnel.
 
     The agent is no condition for using the engine, so it starts in the background,
     and a failure of it is logged and does not end the machine.
+
+    :param root_changed: called with the id of a synchronised root in which something changed.
     """
 
-    def __init__(self, tunnel: Tunnel) -> None:
+    def __init__(
+        self, tunnel: Tunnel, root_changed: Callable[[str], object] = lambda root: None
+    ) -> None:
         self._tunnel = tunnel
+        self._root_changed = root_changed
         self._bundle = build()
         self._agent: AgentClient | None = None
-        self._lock = threading.Lock()
+        self._lock = threading.Condition()
         self._closed = False
         self._thread: threading.Thread | None = None
 
@@ -55,10 +65,23 @@ class Guest:
             raise WherryError("the agent in the guest is not running yet")
         return agent.health()
 
+    def open_sync(self, timeout_s: float = _START_TIMEOUT_S) -> Stream:
+        """Open a connection for a synchronised root.
+
+        :raises WherryError: there is no agent, and none comes in time.
+        """
+        with self._lock:
+            self._lock.wait_for(lambda: self._agent is not None or self._closed, timeout_s)
+            agent = self._agent
+        if agent is None:
+            raise WherryError("the agent in the guest does not run", hint="see: wherry logs")
+        return self._tunnel.open_unix(agent.listen_sync(SYNC_DIRECTORY))
+
     def close(self) -> None:
         """End the agent; safe to call twice."""
         with self._lock:
             self._closed = True
+            self._lock.notify_all()
             agent, self._agent = self._agent, None
         if agent is not None:
             agent.close()
@@ -71,7 +94,9 @@ class Guest:
             threading.Thread(
                 target=_log_stderr, args=(process,), name="agent stderr", daemon=True
             ).start()
-            agent = AgentClient(process.stdio, self._bundle, lost=self._lost)
+            agent = AgentClient(
+                process.stdio, self._bundle, lost=self._lost, on_changed=self._root_changed
+            )
             try:
                 boot_id = agent.hello(timeout_s=_START_TIMEOUT_S)
                 drift = agent.sync_clock(_CLOCK_THRESHOLD_S)
@@ -87,6 +112,7 @@ class Guest:
                 agent.close()
             else:
                 self._agent = agent
+                self._lock.notify_all()
 
     def _lost(self, error: WherryError) -> None:
         log.warning("the agent ended: %s", error)

@@ -32,7 +32,8 @@ class Endpoint(Protocol):
 
         Idempotent. Equal parts of two results are the same objects.
 
-        :param dirty: the directories whose own entries may have changed; None for all.
+        :param dirty: the directories whose own entries may have changed, besides those of
+            which the end has learned by a watch of its own; None for all.
         """
 
     def missing(self, files: Iterable[Leaf]) -> list[Leaf]:
@@ -46,10 +47,21 @@ class Endpoint(Protocol):
         :raises Gone: there is no file that can be read.
         """
 
-    def stage(self, leaf: Leaf, mtime_ns: int, chunks: Iterable[bytes]) -> None:
+    def read_all(
+        self, wanted: Sequence[tuple[str, Leaf]]
+    ) -> Iterator[tuple[Leaf, int, Iterable[bytes]]]:
+        """Yield what :meth:`read` gives of several files, each with the leaf it was asked with.
+
+        In their order; those that cannot be read are left out. The chunks of one file are read
+        before the next file is asked for.
+        """
+
+    def stage_all(self, contents: Iterable[tuple[Leaf, int, Iterable[bytes]]]) -> set[bytes]:
         """Take contents for a later :meth:`apply`. Idempotent; nothing in the tree changes.
 
-        :raises Damaged: they are not the leaf's; none of them are kept.
+        :param contents: a file's leaf, its time of modification in ns, and its bytes. Bytes
+            that are not the leaf's are not kept.
+        :returns: the digests of those that were taken.
         """
 
     def stage_local(self, leaf: Leaf, path: str) -> bool:

@@ -16,11 +16,10 @@ A path whose contents moved away under way is left out and comes up again in the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from wherry.sync.core import safety
-from wherry.sync.core.diff import diff, shallow
 from wherry.sync.core.keep import Keep
 from wherry.sync.core.plan import SidePlan, plan
 from wherry.sync.core.reconcile import (
@@ -29,6 +28,7 @@ from wherry.sync.core.reconcile import (
     Agreement,
     Decision,
     Problem,
+    Reconciliation,
     reconcile,
 )
 from wherry.sync.core.recover import recover
@@ -36,10 +36,11 @@ from wherry.sync.core.store import Store
 from wherry.sync.core.traits import Traits
 from wherry.sync.endpoint import Endpoint
 from wherry_sync.apply import no_fault
+from wherry_sync.diff import diff, shallow
 from wherry_sync.entry import FILE, Entry, Leaf, lookup, share, updated
 from wherry_sync.operation import DONE, FAILED, Operation
 from wherry_sync.scan import Snapshot
-from wherry_sync.stage import Damaged, Gone
+from wherry_sync.stage import Gone
 
 
 @dataclass(slots=True)
@@ -49,6 +50,7 @@ class Outcome:
     :ivar changed: whether anything was done, on either side or in the ancestor.
     :ivar conflicts: paths at which the guest's version was kept aside.
     :ivar problems: paths that are not equal on both sides now, and why.
+    :ivar failed: paths at which a side refused what had to be done, and why.
     :ivar requeue: paths that changed under way: another round is due.
     :ivar halt: why nothing was done, and on which side.
     """
@@ -56,6 +58,7 @@ class Outcome:
     changed: bool = False
     conflicts: list[str] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
+    failed: list[Problem] = field(default_factory=list)
     requeue: set[str] = field(default_factory=set)
     halt: tuple[int, safety.Halt] | None = None
 
@@ -90,22 +93,32 @@ class Cycle:
         self._agreement = Agreement()
         self._ancestor = store.load()
         self._met = False
+        self.one_way = False
+        """Whether changes in the guest stay there."""
 
-    def run(self, *, marked: tuple[bool, bool] = (True, True)) -> Outcome:
+    def run(
+        self,
+        *,
+        marked: tuple[bool, bool] = (True, True),
+        dirty: tuple[Collection[str] | None, Collection[str] | None] = (None, None),
+    ) -> Outcome:
         """Do one round.
 
         :param marked: whether what identifies each side's tree is there.
+        :param dirty: for the scan of each side.
         :raises OSError: a side cannot be reached or its disk fails; run again later.
         """
         outcome = Outcome()
         self._collect_rescued()
-        host, guest = self._ends[HOST].scan(), self._ends[GUEST].scan()
+        host, guest = (end.scan(part) for end, part in zip(self._ends, dirty, strict=True))
         outcome.requeue = host.requeue | guest.requeue
         outcome.halt = self._meet(host, guest, marked)
         if outcome.halt is not None:
             return outcome
         found = reconcile(self._ancestor, host.root, guest.root, self._traits, self._agreement)
         outcome.problems = found.problems
+        if self.one_way:
+            _stay(found, outcome)
         if not found.decisions and not found.ancestor:
             return outcome
         outcome.changed = True
@@ -221,16 +234,18 @@ class Cycle:
         """Stage what one side needs; return the paths for which that was not possible."""
         end, other = self._ends[side], self._ends[1 - side]
         wants = {want.leaf.digest: want for want in todo.wants}
-        absent = set()
+        if not wants:
+            return set()
+        wanted: list[tuple[str, Leaf]] = []
         for leaf in end.missing(want.leaf for want in todo.wants):
             want = wants[leaf.digest]
             self._checkpoint("transfer")
-            if want.local is not None and end.stage_local(leaf, want.local):
-                continue
-            try:
-                end.stage(leaf, *other.read(want.path))
-            except (Damaged, Gone):
-                absent.add(leaf.digest)
+            if want.local is None or not end.stage_local(leaf, want.local):
+                wanted.append((want.path, leaf))
+        if not wanted:
+            return set()
+        taken = end.stage_all(self._watched(other.read_all(wanted)))
+        absent = {leaf.digest for _, leaf in wanted} - taken
         if not absent:
             return set()
         paths = {
@@ -241,17 +256,38 @@ class Cycle:
         outcome.requeue |= paths
         return paths
 
+    def _watched(
+        self, contents: Iterable[tuple[Leaf, int, Iterable[bytes]]]
+    ) -> Iterator[tuple[Leaf, int, Iterable[bytes]]]:
+        for leaf, mtime_ns, chunks in contents:
+            self._checkpoint("transfer")
+            yield leaf, mtime_ns, chunks
+
     def _apply(self, side: int, operations: list[Operation], outcome: Outcome) -> set[str]:
-        undone = set()
+        undone: set[str] = set()
+        if not operations:
+            return undone
         for result in self._ends[side].apply(operations):
             path = result.operation.path
             if result.status != DONE:
                 undone.add(path)
                 if result.status == FAILED:
-                    outcome.problems.append(Problem(path, result.reason))
+                    outcome.failed.append(Problem(path, result.reason))
                 else:
                     outcome.requeue.add(path)
         return undone
+
+
+def _stay(found: Reconciliation, outcome: Outcome) -> None:
+    """Drop what would change the host."""
+    kept = []
+    for decision in found.decisions:
+        if decision.host is None:
+            kept.append(decision)
+        else:
+            reason = "it was changed in the guest, where the mount is read-only"
+            outcome.problems.append(Problem(decision.path, reason))
+    found.decisions = kept
 
 
 def _needs(operation: Operation) -> bytes:

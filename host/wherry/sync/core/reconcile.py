@@ -33,8 +33,8 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass, field
 
-from wherry.sync.core.diff import shallow
 from wherry.sync.core.traits import Traits
+from wherry_sync.diff import shallow
 from wherry_sync.entry import (
     EMPTY,
     LINK,

@@ -23,7 +23,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from wherry.sync.core.diff import same, shallow
+from wherry_sync.diff import same, shallow
 from wherry_sync.entry import Directory, Entry, Leaf, is_file, join, lookup
 from wherry_sync.hashing import EMPTY_DIGEST
 

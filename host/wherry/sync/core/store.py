@@ -122,7 +122,7 @@ class Store:
         self._checkpoint("begun")
 
     def commit(self, changes: Mapping[str, Entry | None]) -> None:
-        """Change the ancestor by what :func:`~wherry.sync.core.diff.diff` says."""
+        """Change the ancestor by what :func:`~wherry_sync.diff.diff` says."""
         self._checkpoint("commit")
         with _Transaction(self._database):
             self._change(changes)
@@ -193,6 +193,12 @@ class Store:
         """Note that a side ended in order, after a flush; its next boot has lost nothing."""
         self.confirm(side, ticket)
         self._execute("UPDATE side SET boot = '' WHERE root = ? AND side = ?", self._root, side)
+
+    def forget(self) -> None:
+        """Forget the root: neither side has been seen with the other one."""
+        with _Transaction(self._database):
+            for table in ("ancestor", "pending", "side"):
+                self._execute(f"DELETE FROM {table} WHERE root = ?", self._root)
 
     def _side(self, side: int) -> tuple[str, int | None]:
         for boot, device in self._execute(

@@ -1,0 +1,462 @@
+"""The agent's end of the file synchronisation: one connection, and one thread, for each root.
+
+The copy of a root that is ``/home/ann/app`` on the host is the directory ``tree/home/ann/app``
+on the data disk, and is mounted at ``/home/ann/app`` for containers. As all copies are in one
+tree, roots that contain each other share their files.
+
+A watch (:mod:`wherry_sync.fanotify`) tells what to look at in a scan. It is drained when the
+scan begins: what a process did before it ended is in the watch's queue by then, so a scan that
+is asked for after a container's end sees all that the container wrote.
+"""
+
+from __future__ import annotations
+
+import _thread
+import json
+import os
+import select
+import socket
+import time
+
+from wherry_guest import system
+from wherry_guest.session import failure
+from wherry_sync import wire
+from wherry_sync.apply import Policy
+from wherry_sync.diff import diff
+from wherry_sync.fanotify import Changes, Watch
+from wherry_sync.ignore import Ignore
+from wherry_sync.local import LocalEndpoint
+from wherry_sync.operation import Operation
+from wherry_sync.stage import Gone
+from wherry_wire.frames import Decoder, Frame, WireError
+from wherry_wire.messages import (
+    Done,
+    Message,
+    SyncApply,
+    SyncBusy,
+    SyncChanged,
+    SyncEnd,
+    SyncFlush,
+    SyncForgetRescued,
+    SyncListen,
+    SyncListening,
+    SyncMissing,
+    SyncMount,
+    SyncOpen,
+    SyncOpened,
+    SyncPin,
+    SyncRead,
+    SyncReadRescued,
+    SyncRescued,
+    SyncScan,
+    SyncScanned,
+    SyncStage,
+    SyncStageLocal,
+    SyncYes,
+    pack,
+    unpack,
+)
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator
+
+    from wherry_sync.entry import Entry
+
+_SOCKET = "/run/wherry/sync-%d.sock"
+_READ_BYTES = 256 * 1024
+_BUSY_S = 2.0
+# Events come in bursts; the host is told of the first ones when the burst is over, nearly.
+_SETTLE_S = 0.01
+_RESULTS = {"done": b"d", "stale": b"s", "failed": b"f"}
+
+
+class _Ended(Exception):
+    """The host closed the connection."""
+
+
+class Watcher:
+    """The one watch of all roots, and what it has seen of each since its last scan.
+
+    :param changed: called with a root's id when there is something new for its next scan.
+    """
+
+    def __init__(self, directory: str, changed: Callable[[str], None]) -> None:
+        self._watch = Watch(directory)
+        self._changed = changed
+        self._lock = _thread.allocate_lock()
+        self._ids: dict[str, str] = {}
+        self._seen: dict[str, Changes] = {}
+        self._told: set[str] = set()
+        _thread.start_new_thread(self._run, ())
+
+    def add(self, tree: str, root: str) -> None:
+        """Watch a root's copy from now on; its next scan has to be a full one."""
+        with self._lock:
+            self._ids[tree] = root
+            self._watch.add(tree)
+
+    def remove(self, tree: str) -> None:
+        """Watch it no longer."""
+        with self._lock:
+            self._watch.remove(tree)
+            self._ids.pop(tree, None)
+            self._seen.pop(tree, None)
+            self._told.discard(tree)
+
+    def take(self, tree: str) -> Changes | None:
+        """Return what has changed up to now since the last call; None for nothing."""
+        with self._lock:
+            self._drain()
+            self._told.discard(tree)
+            return self._seen.pop(tree, None)
+
+    def _drain(self) -> list[str]:
+        """Empty the queue; return the roots of which the host has to be told."""
+        news = []
+        for tree, changes in self._watch.drain().items():
+            seen = self._seen.get(tree)
+            if seen is None:
+                self._seen[tree] = changes
+            else:
+                seen.directories |= changes.directories
+                seen.files |= changes.files
+                seen.lost = seen.lost or changes.lost
+            if (changes.foreign or changes.lost) and tree in self._ids and tree not in self._told:
+                self._told.add(tree)
+                news.append(self._ids[tree])
+        return news
+
+    def _run(self) -> None:
+        while True:
+            select.select([self._watch.fileno()], [], [])
+            time.sleep(_SETTLE_S)
+            with self._lock:
+                news = self._drain()
+            for root in news:
+                self._changed(root)
+
+
+class Roots:
+    """Listens for the connections of roots.
+
+    :param send: sends a message on the agent's own session.
+    """
+
+    def __init__(self, send: Callable[[Message, int], None]) -> None:
+        self._send = send
+        self._listener: socket.socket | None = None
+
+    def listen(self, request: SyncListen) -> SyncListening:
+        """Begin to listen; again and again it is the same socket."""
+        path = _SOCKET % os.getpid()
+        if self._listener is None:
+            for part in ("tree", "stage"):
+                os.makedirs(f"{request.directory}/{part}", 0o755, exist_ok=True)
+            watcher = Watcher(
+                f"{request.directory}/tree",
+                lambda root: self._send(SyncChanged(root=root), 0),
+            )
+            self._listener = listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+            os.makedirs(os.path.dirname(path), 0o700, exist_ok=True)
+            listener.bind(path)
+            listener.listen(16)
+            _thread.start_new_thread(self._accept, (listener, request.directory, watcher))
+        return SyncListening(socket=path)
+
+    def _accept(self, listener: socket.socket, directory: str, watcher: Watcher) -> None:
+        while True:
+            connection, _ = listener.accept()
+            _thread.start_new_thread(serve, (connection, directory, watcher))
+
+
+def serve(connection: socket.socket, directory: str, watcher: Watcher | None) -> None:
+    """Serve one root until the host closes the connection.
+
+    :param directory: where copies and stages are.
+    :param watcher: None to look at everything in every scan.
+    """
+    with connection:
+        root = _Root(connection, directory, watcher)
+        try:
+            root.run()
+        except (_Ended, OSError):
+            pass
+        except WireError as error:
+            root.say(failure(f"the protocol was broken: {error}"))
+        finally:
+            root.close()
+
+
+class _Root:
+    def __init__(self, connection: socket.socket, directory: str, watcher: Watcher | None) -> None:
+        self._connection = connection
+        self._directory = directory
+        self._watcher = watcher
+        self._decoder = Decoder()
+        self._frames: list[Frame] = []
+        self._writing = _thread.allocate_lock()
+        self._working_since = 0.0
+        self._ended = False
+        self._endpoint: LocalEndpoint | None = None
+        self._tree = ""
+        self._path = ""
+        self._single = False
+        self._known: Entry | None = None
+        self._scanned = False
+        self._unsettled: set[str] = set()
+
+    def close(self) -> None:
+        """Release what it holds."""
+        self._ended = True
+        if self._watcher is not None and self._tree:
+            self._watcher.remove(self._tree)
+        if self._endpoint is not None:
+            self._endpoint.close()
+
+    def run(self) -> None:
+        """Answer requests in their order."""
+        handlers: dict[type[Message], Callable[..., Message]] = {
+            SyncScan: self._scan,
+            SyncMissing: self._missing,
+            SyncRead: self._read,
+            SyncStage: self._stage,
+            SyncStageLocal: self._stage_local,
+            SyncApply: self._apply,
+            SyncFlush: self._flush,
+            SyncRescued: self._rescued,
+            SyncReadRescued: self._read_rescued,
+            SyncForgetRescued: self._forget_rescued,
+            SyncMount: self._mount,
+            SyncPin: self._pin,
+        }
+        self._rows: list[bytes] = []
+        _thread.start_new_thread(self._busy, ())
+        while True:
+            frame = self._next()
+            if frame.type == wire.ROWS:
+                self._rows.append(frame.payload)
+                continue
+            request = unpack(frame)
+            self._working_since = time.monotonic()
+            try:
+                if isinstance(request, SyncOpen):
+                    reply: Message = self._open(request)
+                else:
+                    handler = handlers.get(type(request))
+                    if handler is None or self._endpoint is None:
+                        raise WireError(f"{type(request).__name__} is not expected")
+                    reply = handler(request)
+            except Gone as error:
+                reply = failure(str(error))
+            except OSError as error:
+                if self._is_cut(error):
+                    raise
+                reply = failure(f"{error.strerror or error}: {error.filename or self._path}")
+            self._working_since = 0.0
+            self._rows.clear()
+            self.say(reply)
+
+    def say(self, message: Message) -> None:
+        """Send a control frame."""
+        self._send((pack(message, 0),))
+
+    def _is_cut(self, error: OSError) -> bool:
+        return isinstance(error, (BrokenPipeError, ConnectionError))
+
+    def _send(self, frames: Iterable[bytes]) -> None:
+        for frame in frames:
+            with self._writing:
+                self._connection.sendall(frame)
+
+    def _busy(self) -> None:
+        """Let the host see that a long request is being worked on."""
+        while not self._ended:
+            time.sleep(_BUSY_S)
+            since = self._working_since
+            if since and time.monotonic() - since > _BUSY_S and not self._ended:
+                try:
+                    self.say(SyncBusy())
+                except OSError:
+                    return
+
+    def _next(self) -> Frame:
+        while not self._frames:
+            data = self._connection.recv(_READ_BYTES)
+            if not data:
+                raise _Ended
+            self._frames = self._decoder.feed(data)
+            self._frames.reverse()
+        return self._frames.pop()
+
+    def _asked(self, width: int) -> Iterator[tuple[bytes, ...]]:
+        for payload in self._rows:
+            yield from wire.parse_rows(payload, width)
+
+    @property
+    def _end(self) -> LocalEndpoint:
+        assert self._endpoint is not None
+        return self._endpoint
+
+    def _open(self, request: SyncOpen) -> SyncOpened:
+        if self._endpoint is not None:
+            raise WireError("the root is open")
+        if not request.root.isalnum() or os.path.normpath(request.path) != request.path:
+            raise WireError(f"{request.path!r} is no path of a root")
+        self._path, self._single = request.path, request.single
+        tree = f"{self._directory}/tree{request.path}"
+        stage = f"{self._directory}/stage/{request.root}"
+        fresh = not os.path.lexists(tree)
+        os.makedirs(os.path.dirname(tree), 0o755, exist_ok=True)
+        if not request.single:
+            os.makedirs(tree, request.directory_mode, exist_ok=True)
+            if fresh:
+                os.chmod(tree, request.directory_mode)
+        if self._watcher is not None:
+            # Before the first scan, so that nothing falls in between.
+            self._watcher.add(tree, request.root)
+            self._tree = tree
+        rules = json.loads(request.rules)
+        self._endpoint = LocalEndpoint(
+            tree,
+            stage,
+            system.boot_id(),
+            ignore=Ignore([(str(text), bool(ignores)) for text, ignores in rules]),
+            policy=Policy(request.file_mode, request.directory_mode),
+            single=request.single,
+        )
+        return SyncOpened(boot_id=system.boot_id(), fresh=fresh)
+
+    def _scan(self, request: SyncScan) -> SyncScanned:
+        changes = self._watcher.take(self._tree) if self._watcher is not None else None
+        if request.full or not self._scanned or self._watcher is None:
+            snapshot = self._end.scan(rewritten=changes.files if changes is not None else ())
+        elif changes is None:
+            snapshot = self._end.scan((), self._unsettled)
+        else:
+            directories = None if changes.lost else changes.directories
+            snapshot = self._end.scan(directories, changes.files | self._unsettled)
+        self._scanned = True
+        self._unsettled = snapshot.requeue
+        found = diff(self._known, snapshot.root)
+        self._send(
+            wire.rows((path.encode(), wire.pack_entry(entry)) for path, entry in found.items())
+        )
+        self._send(wire.rows((path.encode(), b"") for path in snapshot.requeue))
+        # What the host was told of; it has the same tree when it has read all of it.
+        self._known = snapshot.root
+        return SyncScanned(
+            present=snapshot.root is not None,
+            device=snapshot.device,
+            files_read=snapshot.files_read,
+            bytes_read=snapshot.bytes_read,
+            changes=len(found),
+        )
+
+    def _missing(self, request: SyncMissing) -> Done:
+        leaves = [wire.parse_leaf(leaf) for (leaf,) in self._asked(1)]
+        missing = {leaf.digest for leaf in self._end.missing(leaves)}
+        self._send(
+            wire.rows(
+                (wire.pack_number(number),)
+                for number, leaf in enumerate(leaves)
+                if leaf.digest in missing
+            )
+        )
+        return Done()
+
+    def _read(self, request: SyncRead) -> Done:
+        paths = [wire.parse_path(path) for (path,) in self._asked(1)]
+        self._send(wire.contents(self._readable(paths)))
+        return Done()
+
+    def _readable(self, paths: list[str]) -> Iterator[tuple[bytes, int, Iterator[bytes]]]:
+        for number, path in enumerate(paths):
+            try:
+                mtime_ns, chunks = self._end.read(path)
+            except Gone:
+                continue
+            yield wire.pack_number(number), mtime_ns, chunks
+
+    def _stage(self, request: SyncStage) -> Done:
+        ended = False
+        refused: list[bytes] = []
+
+        def next_frame() -> bytes | None:
+            nonlocal ended
+            if not ended:
+                frame = self._next()
+                if frame.type == wire.CONTENTS:
+                    return frame.payload
+                if not isinstance(unpack(frame), SyncEnd):
+                    raise WireError("contents are cut off")
+                ended = True
+            return None
+
+        try:
+            for key, mtime_ns, chunks in wire.Contents(next_frame):
+                leaf = wire.parse_leaf(key)
+                if not self._end.stage_all([(leaf, mtime_ns, chunks)]):
+                    refused.append(leaf.digest)
+        except OSError as error:
+            if self._is_cut(error):
+                raise
+            # The disk is full, say. What is on its way has to be read before that can be said.
+            while next_frame() is not None:
+                pass
+            raise
+        self._send(wire.rows((digest,) for digest in refused))
+        return Done()
+
+    def _stage_local(self, request: SyncStageLocal) -> SyncYes:
+        leaf = wire.parse_leaf(bytes.fromhex(request.leaf))
+        path = wire.parse_path(request.path.encode())
+        return SyncYes(done=self._end.stage_local(leaf, path))
+
+    def _apply(self, request: SyncApply) -> Done:
+        operations = [
+            Operation(wire.parse_path(path), wire.parse_entry(before), wire.parse_entry(after))
+            for path, before, after in self._asked(3)
+        ]
+        self._send(
+            wire.rows(
+                (_RESULTS[result.status], result.reason.encode(errors="replace"))
+                for result in self._end.apply(operations)
+            )
+        )
+        return Done()
+
+    def _flush(self, request: SyncFlush) -> Done:
+        self._end.flush()
+        return Done()
+
+    def _rescued(self, request: SyncRescued) -> Done:
+        self._send(
+            wire.rows(
+                (found.name.encode(), found.path.encode(errors="replace"), found.leaf)
+                for found in self._end.rescued()
+            )
+        )
+        return Done()
+
+    def _rescued_name(self, name: str) -> str:
+        if not name.startswith("rescued-") or not name.removeprefix("rescued-").isdigit():
+            raise WireError(f"{name[:100]!r} is not a rescued file")
+        return name
+
+    def _read_rescued(self, request: SyncReadRescued) -> Done:
+        chunks = self._end.read_rescued(self._rescued_name(request.name))
+        self._send(wire.contents([(b"", 0, chunks)]))
+        return Done()
+
+    def _forget_rescued(self, request: SyncForgetRescued) -> Done:
+        self._end.forget_rescued(self._rescued_name(request.name))
+        return Done()
+
+    def _mount(self, request: SyncMount) -> Done:
+        system.bind(self._tree or f"{self._directory}/tree{self._path}", self._path)
+        return Done()
+
+    def _pin(self, request: SyncPin) -> Done:
+        self._end.pin(wire.parse_path(request.path.encode()))
+        return Done()

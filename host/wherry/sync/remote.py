@@ -1,0 +1,458 @@
+"""The guest's end of a root, reached over the tunnel; :mod:`wherry_sync.wire` is the protocol.
+
+The guest is not trusted: names, entries, numbers and sizes are checked before they are used,
+and what breaks the protocol ends the connection.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol, TypeVar
+
+from wherry.core.errors import WherryError
+from wherry_sync import wire
+from wherry_sync.entry import Entry, Leaf, is_problem, is_untracked, updated
+from wherry_sync.ignore import NOTHING, Ignore
+from wherry_sync.operation import DONE, FAILED, STALE, Operation, Result
+from wherry_sync.scan import Snapshot
+from wherry_sync.stage import Gone, Rescued
+from wherry_wire.frames import Decoder, Frame, WireError
+from wherry_wire.messages import (
+    Done,
+    Failure,
+    Message,
+    SyncApply,
+    SyncBusy,
+    SyncEnd,
+    SyncFlush,
+    SyncForgetRescued,
+    SyncMissing,
+    SyncMount,
+    SyncOpen,
+    SyncOpened,
+    SyncPin,
+    SyncRead,
+    SyncReadRescued,
+    SyncRescued,
+    SyncScan,
+    SyncScanned,
+    SyncStage,
+    SyncStageLocal,
+    SyncYes,
+    pack,
+    unpack,
+)
+
+_RECEIVE_BYTES = 256 * 1024
+_SEND_BYTES = 256 * 1024
+_STATUSES = {b"d": DONE, b"s": STALE, b"f": FAILED}
+
+SILENCE_S = 30.0
+"""How long the guest may say nothing; at work on something long it speaks every 2 s."""
+
+M = TypeVar("M", bound=Message)
+
+
+class Stream(Protocol):
+    """What of :class:`wherry.tunnel.stream.Stream` is needed here."""
+
+    def recv(self, size: int, /) -> bytes:
+        """Wait for bytes and return up to ``size`` of them; ``b""`` at the end."""
+
+    def sendall(self, data: bytes, /) -> None:
+        """Send all of ``data``."""
+
+    def close(self) -> None:
+        """End it, and wake whoever waits in :meth:`recv` or :meth:`sendall`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a root's copy is in the guest, and what new files get there.
+
+    :ivar root: an id of letters and digits.
+    :ivar path: absolute, in the guest, where containers mount it from.
+    :ivar single: whether it is a file.
+    :ivar file_mode: permission bits; see :class:`wherry_sync.apply.Policy`.
+    """
+
+    root: str
+    path: str
+    single: bool = False
+    ignore: Ignore = NOTHING
+    file_mode: int = 0o666
+    directory_mode: int = 0o777
+
+
+class RemoteEndpoint:
+    """A root's copy in the guest.
+
+    :param stream: a connection to the agent's socket for roots; owned from now on.
+    :param progress: called with the bytes of contents that were sent or received.
+    :raises OSError: the agent refused, or cannot be reached.
+    """
+
+    def __init__(
+        self,
+        stream: Stream,
+        place: Place,
+        *,
+        progress: Callable[[int], object] = lambda size: None,
+        silence_s: float = SILENCE_S,
+    ) -> None:
+        self._stream = stream
+        self._progress = progress
+        self._decoder = Decoder()
+        self._frames: list[Frame] = []
+        self._known: Entry | None = None
+        self._scanned = False
+        self._guard = _Guard(stream, silence_s)
+        try:
+            opened = self._call(
+                SyncOpen(
+                    root=place.root,
+                    path=place.path,
+                    single=place.single,
+                    file_mode=place.file_mode,
+                    directory_mode=place.directory_mode,
+                    rules=json.dumps([list(rule) for rule in place.ignore.rules]),
+                ),
+                SyncOpened,
+            )
+        except BaseException:
+            self.close()
+            raise
+        self.boot = opened.boot_id
+        self.fresh = opened.fresh
+
+    def close(self) -> None:
+        """End the connection; safe to call twice and from any thread."""
+        self._guard.close()
+        self._stream.close()
+
+    def mount(self) -> None:
+        """Have the copy appear at its path, for containers. Idempotent.
+
+        :raises OSError: something else is there.
+        """
+        self._call(SyncMount(), Done)
+
+    def pin(self, path: str) -> None:
+        """Have a file rewritten in place from now on, as a container has mounted it."""
+        self._call(SyncPin(path=path), Done)
+
+    def scan(self, dirty: Collection[str] | None = None) -> Snapshot:
+        """Return the copy as it is now; see :class:`wherry.sync.endpoint.Endpoint`."""
+        changes: dict[str, Entry | None] = {}
+        requeue: set[str] = set()
+        rows: list[tuple[bytes, ...]] = []
+        reply = self._call(SyncScan(full=dirty is None), SyncScanned, self._collect(rows, 2))
+        if not 0 <= reply.changes <= len(rows):
+            raise self._broken(WireError("changes are missing"))
+        try:
+            for path, data in rows[: reply.changes]:
+                entry = wire.parse_entry(data)
+                shown = is_problem(entry) or is_untracked(entry)
+                # What is gone may have been a problem that had no better name.
+                changes[wire.parse_path(path, shown=shown or entry is None)] = entry
+            requeue = {wire.parse_path(path, shown=True) for path, _ in rows[reply.changes :]}
+        except WireError as error:
+            raise self._broken(error) from error
+        if changes:
+            self._known = updated(self._known, changes)
+        if reply.present != (self._known is not None):
+            raise self._broken(WireError("the tree is not complete"))
+        found = Snapshot()
+        found.root = self._known
+        found.device = reply.device
+        found.requeue = requeue
+        found.files_read = reply.files_read
+        found.bytes_read = reply.bytes_read
+        return found
+
+    def missing(self, files: Iterable[Leaf]) -> list[Leaf]:
+        """Return those files whose contents have to be sent."""
+        leaves = list(files)
+        if not leaves:
+            return []
+        self._send(wire.rows((leaf,) for leaf in leaves))
+        return [leaves[number] for number in self._numbers(SyncMissing(), len(leaves))]
+
+    def read(self, path: str) -> tuple[int, Iterator[bytes]]:
+        """Return a file's time of modification in ns and its contents."""
+        files = self._read([path])
+        for _, mtime_ns, chunks in files:
+            return mtime_ns, _last(chunks, files)
+        raise Gone(f"{path} cannot be read")
+
+    def read_all(
+        self, wanted: Sequence[tuple[str, Leaf]]
+    ) -> Iterator[tuple[Leaf, int, Iterator[bytes]]]:
+        """Yield the contents of several files; those that are gone are left out."""
+        for key, mtime_ns, chunks in self._read([path for path, _ in wanted]):
+            try:
+                number = wire.parse_number(key, len(wanted))
+            except WireError as error:
+                raise self._broken(error) from error
+            yield wanted[number][1], mtime_ns, chunks
+
+    def stage_all(self, contents: Iterable[tuple[Leaf, int, Iterable[bytes]]]) -> set[bytes]:
+        """Send several files' contents; return the digests of those that were taken."""
+        sent: list[bytes] = []
+
+        def announced() -> Iterator[tuple[bytes, int, Iterable[bytes]]]:
+            for leaf, mtime_ns, chunks in contents:
+                sent.append(leaf.digest)
+                yield leaf, mtime_ns, chunks
+
+        try:
+            self._send((pack(SyncStage(), 0),))
+            self._send(wire.contents(announced()), progress=self._progress)
+            self._send((pack(SyncEnd(), 0),))
+        except BaseException:
+            # The other end of a root failed, in the midst of a file perhaps.
+            self.close()
+            raise
+        rows: list[tuple[bytes, ...]] = []
+        self._answer(Done, self._collect(rows, 1))
+        return set(sent) - {digest for (digest,) in rows}
+
+    def stage_local(self, leaf: Leaf, path: str) -> bool:
+        """Have contents taken from another path of the copy."""
+        return self._call(SyncStageLocal(leaf=leaf.hex(), path=path), SyncYes).done
+
+    def apply(self, operations: Sequence[Operation]) -> Iterator[Result]:
+        """Carry out operations in the guest; yield what came of each."""
+        self._send(
+            wire.rows(
+                (
+                    operation.path.encode(),
+                    wire.pack_entry(operation.before),
+                    wire.pack_entry(operation.after),
+                )
+                for operation in operations
+            )
+        )
+        rows: list[tuple[bytes, ...]] = []
+        self._call(SyncApply(), Done, self._collect(rows, 2))
+        if len(rows) != len(operations):
+            raise self._broken(WireError("not every operation has a result"))
+        for operation, (status, reason) in zip(operations, rows, strict=True):
+            if status not in _STATUSES:
+                raise self._broken(WireError("a result is malformed"))
+            yield Result(operation, _STATUSES[status], reason.decode(errors="replace")[:500])
+
+    def flush(self) -> None:
+        """Wait until all that is in the copy is on the guest's disk."""
+        self._call(SyncFlush(), Done)
+
+    def rescued(self) -> list[Rescued]:
+        """Return what was saved in the guest from being overwritten."""
+        rows: list[tuple[bytes, ...]] = []
+        self._call(SyncRescued(), Done, self._collect(rows, 3))
+        try:
+            return [
+                Rescued(name.decode("ascii"), path.decode(errors="replace"), wire.parse_leaf(leaf))
+                for name, path, leaf in rows
+            ]
+        except (WireError, UnicodeDecodeError) as error:
+            raise self._broken(WireError(str(error))) from error
+
+    def read_rescued(self, name: str) -> Iterator[bytes]:
+        """Return the contents of one of them."""
+        for _, _, chunks in self._contents(SyncReadRescued(name=name)):
+            yield from chunks
+
+    def forget_rescued(self, name: str) -> None:
+        """Remove one of them."""
+        self._call(SyncForgetRescued(name=name), Done)
+
+    # The protocol
+
+    def _read(self, paths: list[str]) -> Iterator[tuple[bytes, int, Iterator[bytes]]]:
+        self._send(wire.rows((path.encode(),) for path in paths))
+        return self._contents(SyncRead())
+
+    def _contents(self, request: Message) -> Iterator[tuple[bytes, int, Iterator[bytes]]]:
+        """Send a request that is answered by contents, and yield these."""
+        self._send((pack(request, 0),))
+        ended = False
+
+        def next_frame() -> bytes | None:
+            nonlocal ended
+            if ended:
+                return None
+            frame = self._next()
+            if frame.type == wire.CONTENTS:
+                self._progress(len(frame.payload))
+                return frame.payload
+            self._expect(frame, Done)
+            ended = True
+            return None
+
+        with self._guard:
+            try:
+                yield from wire.Contents(next_frame)
+            except WireError as error:
+                raise self._broken(error) from error
+            finally:
+                # Whoever stops half-way leaves the rest to be read.
+                while not ended and not self._guard.closed:
+                    next_frame()
+
+    def _numbers(self, request: Message, limit: int) -> list[int]:
+        rows: list[tuple[bytes, ...]] = []
+        self._call(request, Done, self._collect(rows, 1))
+        try:
+            return [wire.parse_number(number, limit) for (number,) in rows]
+        except WireError as error:
+            raise self._broken(error) from error
+
+    def _collect(self, rows: list[tuple[bytes, ...]], width: int) -> Callable[[bytes], None]:
+        def collect(payload: bytes) -> None:
+            rows.extend(wire.parse_rows(payload, width))
+            if len(rows) > wire.MAX_ROWS:
+                raise WireError("the list is too long")
+
+        return collect
+
+    def _call(
+        self, request: Message, kind: type[M], take: Callable[[bytes], None] | None = None
+    ) -> M:
+        """Send a request and return its answer; rows before it go to ``take``."""
+        self._send((pack(request, 0),))
+        return self._answer(kind, take)
+
+    def _answer(self, kind: type[M], take: Callable[[bytes], None] | None = None) -> M:
+        with self._guard:
+            while True:
+                frame = self._next()
+                if frame.type != wire.ROWS:
+                    return self._expect(frame, kind)
+                try:
+                    if take is None:
+                        raise WireError("rows that nobody asked for")
+                    take(frame.payload)
+                except WireError as error:
+                    raise self._broken(error) from error
+
+    def _expect(self, frame: Frame, kind: type[M]) -> M:
+        try:
+            reply = unpack(frame)
+            if isinstance(reply, Failure):
+                raise OSError(f"in the guest: {reply.message[:500]}")
+            if not isinstance(reply, kind):
+                raise WireError(f"{type(reply).__name__} instead of {kind.__name__}")
+        except WireError as error:
+            raise self._broken(error) from error
+        return reply
+
+    def _next(self) -> Frame:
+        while True:
+            while not self._frames:
+                try:
+                    data = self._stream.recv(_RECEIVE_BYTES)
+                except (OSError, WherryError) as error:
+                    raise self._lost(error) from error
+                if not data:
+                    raise self._lost(None)
+                self._guard.heard()
+                try:
+                    self._frames = self._decoder.feed(data)
+                except WireError as error:
+                    raise self._broken(error) from error
+                self._frames.reverse()
+            frame = self._frames.pop()
+            if frame.type != SyncBusy.TYPE:
+                return frame
+
+    def _send(
+        self, frames: Iterable[bytes], progress: Callable[[int], object] = lambda size: None
+    ) -> None:
+        """Send frames, several at once where they are small."""
+        buffer = bytearray()
+        with self._guard:
+            for frame in frames:
+                buffer += frame
+                progress(len(frame))
+                if len(buffer) >= _SEND_BYTES:
+                    self._send_now(buffer)
+                    buffer = bytearray()
+            if buffer:
+                self._send_now(buffer)
+
+    def _send_now(self, data: bytearray) -> None:
+        try:
+            self._stream.sendall(bytes(data))
+        except (OSError, WherryError) as error:
+            raise self._lost(error) from error
+        self._guard.heard()
+
+    def _lost(self, error: Exception | None) -> OSError:
+        reason = self._guard.reason or (str(error) if error is not None else "it was closed")
+        self.close()
+        return OSError(f"the connection to the guest was lost: {reason}")
+
+    def _broken(self, error: WireError) -> OSError:
+        self.close()
+        return OSError(f"the agent in the guest broke the protocol: {error}")
+
+
+def _last(chunks: Iterator[bytes], files: Iterator[object]) -> Iterator[bytes]:
+    """Yield a file's chunks, and have the answer that it came in read to its end."""
+    yield from chunks
+    for _ in files:
+        pass
+
+
+class _Guard:
+    """Closes the stream when the guest says nothing for too long while it is waited for."""
+
+    def __init__(self, stream: Stream, silence_s: float) -> None:
+        self._stream = stream
+        self._silence_s = silence_s
+        self._changed = threading.Condition()
+        self._depth = 0
+        self._deadline = 0.0
+        self.closed = False
+        self.reason = ""
+        threading.Thread(target=self._run, name="sync guard", daemon=True).start()
+
+    def __enter__(self) -> None:
+        with self._changed:
+            self._depth += 1
+            self._deadline = time.monotonic() + self._silence_s
+            if self._depth == 1:
+                self._changed.notify()
+
+    def __exit__(self, *_: object) -> None:
+        with self._changed:
+            self._depth -= 1
+
+    def heard(self) -> None:
+        """Begin to count anew."""
+        self._deadline = time.monotonic() + self._silence_s
+
+    def close(self) -> None:
+        """End the thread; safe to call twice."""
+        with self._changed:
+            self.closed = True
+            self._changed.notify()
+
+    def _run(self) -> None:
+        with self._changed:
+            while not self.closed:
+                if not self._depth:
+                    self._changed.wait()
+                    continue
+                left = self._deadline - time.monotonic()
+                if left > 0:
+                    self._changed.wait(left)
+                    continue
+                self.reason = f"the guest said nothing for {self._silence_s:g} s"
+                self._stream.close()
+                return

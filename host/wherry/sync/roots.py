@@ -1,0 +1,182 @@
+"""The roots of one machine: which there are, and which of them holds a path.
+
+Roots never lie in each other. A path in a root belongs to that root; a new root that contains
+others takes their place, which costs nothing in the guest, where all copies are one tree.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+from wherry.core.errors import WherryError
+from wherry.core.files import write_atomic
+from wherry.sync.core import rules
+from wherry.sync.core.traits import Traits
+from wherry.sync.remote import Place, RemoteEndpoint
+from wherry.sync.session import Paths, Root, Session
+
+log = logging.getLogger(__name__)
+
+_LAST_BARRIER_S = 20.0
+
+Connect = Callable[[Place, Callable[[int], None]], RemoteEndpoint]
+
+
+class Roots:
+    """All roots of a machine. Any thread.
+
+    :param directory: for what sessions keep.
+    :param connect: see :class:`~wherry.sync.session.Session`.
+    :param boot: id of this boot of the host.
+    """
+
+    def __init__(self, directory: Path, database: Path, connect: Connect, *, boot: str) -> None:
+        self._directory = directory
+        self._database = database
+        self._connect = connect
+        self._boot = boot
+        self._lock = threading.Lock()
+        self._closed = False
+        self._sessions: dict[str, Session] = {}
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._numbers = self._read_numbers()
+
+    def require(self, path: str, *, read_only: bool = False) -> Session:
+        """Return the session that keeps a path, which exists, equal; begin one if there is none.
+
+        :param read_only: nothing has to come from the guest for this one's sake.
+
+        :raises WherryError: it cannot be synchronised.
+        """
+        single = not Path(path).is_dir()
+        with self._lock:
+            if self._closed:
+                raise WherryError("the machine is stopping")
+            session = self._holding(path)
+            if session is None:
+                for inner in [key for key in self._sessions if _contains(path, key)]:
+                    self._end(inner)
+                session = self._begin(path, single)
+            elif single and not session.root.place.single:
+                # A container mounts the file itself, so that must not be replaced by another.
+                session.pin(os.path.relpath(path, session.root.path).replace(os.sep, "/"))
+            if not read_only:
+                session.allow_writes()
+            return session
+
+    def holding(self, path: str) -> Session | None:
+        """Return the session that keeps a path equal, if there is one."""
+        with self._lock:
+            return self._holding(path)
+
+    def all(self) -> list[Session]:
+        """Return all sessions."""
+        with self._lock:
+            return list(self._sessions.values())
+
+    def changed(self, root: str) -> None:
+        """Learn that the guest's watch has seen something in a root, by its id."""
+        for session in self.all():
+            if session.root.place.root == root:
+                session.guest_changed()
+
+    def disconnect(self) -> None:
+        """Learn that the connection to the guest is another one now."""
+        for session in self.all():
+            session.disconnect()
+
+    def remove(self, path: str) -> None:
+        """End a root; both sides keep what they have.
+
+        :raises WherryError: it is none.
+        """
+        with self._lock:
+            if path not in self._sessions:
+                raise WherryError(f"{path} is not synchronised", hint="see: wherry sync list")
+            self._end(path)
+
+    def close(self) -> None:
+        """End all of them; safe to call twice."""
+        with self._lock:
+            self._closed = True
+            sessions, self._sessions = list(self._sessions.values()), {}
+        threads = [threading.Thread(target=session.close) for session in sessions]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+
+    def _holding(self, path: str) -> Session | None:
+        for key, session in self._sessions.items():
+            if key == path or (not session.root.place.single and _contains(key, path)):
+                return session
+        return None
+
+    def _begin(self, path: str, single: bool) -> Session:
+        number = self._numbers.get(path)
+        if number is None:
+            number = max(self._numbers.values(), default=0) + 1
+            self._numbers[path] = number
+            self._write_numbers()
+        ignore = (
+            rules.parse(_lines(Path(path) / rules.FILE_NAME)) if not single else rules.parse(())
+        )
+        root = Root(number, Path(path), Place(f"r{number}", path, single, ignore))
+        log.info("synchronising %s", path)
+        session = Session(
+            root,
+            Paths(self._directory / str(number), self._database),
+            self._connect,
+            boot=self._boot,
+            traits=traits_of(Path(path)),
+        )
+        self._sessions[path] = session
+        return session
+
+    def _end(self, path: str) -> None:
+        session = self._sessions.pop(path)
+        # What it has not carried over yet would look like a difference of unknown origin.
+        session.ask(fresh=True).done.wait(_LAST_BARRIER_S)
+        session.close()
+
+    def _read_numbers(self) -> dict[str, int]:
+        try:
+            found = json.loads((self._directory / "roots.json").read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return {}
+        except (OSError, ValueError) as error:
+            raise WherryError(
+                f"{self._directory / 'roots.json'} cannot be read: {error}"
+            ) from error
+        return {str(path): int(number) for path, number in found.items()}
+
+    def _write_numbers(self) -> None:
+        write_atomic(self._directory / "roots.json", json.dumps(self._numbers).encode())
+
+
+def traits_of(path: Path) -> Traits:
+    """Return what the host's filesystem at a path, or above it, can tell apart."""
+    while not path.exists() and path != path.parent:
+        path = path.parent
+    swapped = path.with_name(path.name.swapcase())
+    try:
+        insensitive = swapped.name != path.name and swapped.samefile(path)
+    except OSError:
+        insensitive = False
+    return Traits(case_sensitive=not insensitive)
+
+
+def _contains(outer: str, inner: str) -> bool:
+    return inner.startswith("/" if outer == "/" else outer + "/")
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return path.read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        return []

@@ -1,0 +1,466 @@
+"""One root, kept equal by a thread of its own.
+
+The thread does rounds of :class:`~wherry.sync.core.cycle.Cycle`: when a watch saw something, when
+somebody needs a *barrier*, and now and then all the same.
+
+Why a barrier holds. :meth:`Session.ask` takes a number; the thread looks at the last number
+before the scans of a round begin, and a round answers all numbers up to that one. So both scans
+begin after the barrier was asked for, and
+
+* the host's scan looks at every file's status (``fresh``), whatever a watch has seen or lost:
+  what a finished system call had done to a file before the question is in what it reads;
+* the guest's scan looks where the guest's watch saw changes. The kernel puts an event into the
+  watch's queue within the system call that it is about, and the agent empties the queue when the
+  scan begins; a queue that ran over makes it a full scan.
+
+Then the differences are applied, and the barrier's answer comes after the last operation's
+result. Where something moved away under a round, up to :data:`_TRIES` more rounds follow. A
+halted root, a lost connection and a path that could not be written fail the barrier by name.
+
+The disk: rounds do not wait for it. What was applied is pending in the store until both disks
+were flushed, which the thread does when things have calmed down.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from wherry.core.errors import WherryError
+from wherry.sync.core.cycle import Cycle, Outcome
+from wherry.sync.core.keep import Keep
+from wherry.sync.core.reconcile import GUEST, HOST, Problem
+from wherry.sync.core.store import Store
+from wherry.sync.core.traits import Traits
+from wherry.sync.remote import Place, RemoteEndpoint
+from wherry.sync.watch import HostWatch
+from wherry_sync.apply import Policy
+from wherry_sync.local import LocalEndpoint
+
+log = logging.getLogger(__name__)
+
+_TRIES = 3
+_SETTLE_S = 0.01
+_FLUSH_S = 5.0
+_CHECK_S = 900.0
+_POLL_S = 5.0
+"""How often everything is looked at where the host's changes cannot be watched."""
+
+_RETRY_S = (0.2, 1.0, 5.0)
+_JOIN_S = 30.0
+_TRASH_BYTES = 1 << 30
+_TRASH_FILES = 10_000
+
+
+@dataclass(frozen=True)
+class Root:
+    """What is kept equal.
+
+    :ivar number: in the store.
+    :ivar path: on the host: a directory, or a file if :attr:`place` is ``single``.
+    """
+
+    number: int
+    path: Path
+    place: Place
+
+
+@dataclass(frozen=True)
+class Paths:
+    """Where a session keeps what it knows.
+
+    :ivar state: a directory of its own.
+    :ivar database: which all roots of a machine share.
+    """
+
+    state: Path
+    database: Path
+
+
+@dataclass
+class Status:
+    """How a root is; a copy that does not change.
+
+    :ivar state: connecting, scanning, sending, watching, halted, disconnected.
+    :ivar bytes_moved: contents that were sent or received since the session began.
+    :ivar problems: paths that are not equal on both sides, and why.
+    """
+
+    root: Root
+    state: str
+    reason: str = ""
+    rounds: int = 0
+    bytes_moved: int = 0
+    problems: list[Problem] = field(default_factory=list)
+    conflicts: int = 0
+    watch_problem: str = ""
+
+
+class Ticket:
+    """One barrier: :attr:`done` is set when it holds, or when it failed."""
+
+    def __init__(self, number: int, fresh: bool) -> None:
+        self.number = number
+        self.fresh = fresh
+        self.done = threading.Event()
+        self._error: WherryError | None = None
+
+    def finish(self, error: WherryError | None) -> None:
+        """Let whoever waits go on."""
+        self._error = error
+        self.done.set()
+
+    def check(self) -> None:
+        """Return when the barrier held.
+
+        :raises WherryError: it did not; the message names the path.
+        """
+        if self._error is not None:
+            raise WherryError(self._error.message, hint=self._error.hint) from self._error
+
+
+class Session:
+    """Keeps one root equal until it is closed.
+
+    :param connect: opens a connection to the guest's end, calling back with bytes moved.
+    :param boot: id of this boot of the host.
+    :param calm: whether the connection may be made again by itself when it was lost.
+    """
+
+    def __init__(
+        self,
+        root: Root,
+        paths: Paths,
+        connect: Callable[[Place, Callable[[int], None]], RemoteEndpoint],
+        *,
+        boot: str,
+        traits: Traits | None = None,
+    ) -> None:
+        self.root = root
+        self._paths = paths
+        self._connect = connect
+        self._boot = boot
+        self._traits = traits
+        self._lock = threading.Condition()
+        self._closing = False
+        self._tickets: list[Ticket] = []
+        self._number = 0
+        self._host_changed = False
+        self._guest_changed = False
+        self._moved_at = time.monotonic()
+        self._status = Status(root, "connecting")
+        self._remote: RemoteEndpoint | None = None
+        self._watch: HostWatch | None = None
+        self._unflushed_since = 0.0
+        self._failures = 0
+        self._mounted = False
+        self._writes = False
+        # Whether the guest's end knows it.
+        self._pins: dict[str, bool] = {}
+        self._thread = threading.Thread(target=self._run, name=f"sync {root.path}", daemon=True)
+        self._thread.start()
+
+    def ask(self, *, fresh: bool) -> Ticket:
+        """Ask for a barrier; wait for the ticket's event.
+
+        :param fresh: whether changes on the host up to now have to be in the guest.
+            Changes in the guest up to now are always on the host afterwards.
+        """
+        with self._lock:
+            self._number += 1
+            ticket = Ticket(self._number, fresh)
+            if self._closing:
+                ticket.finish(WherryError(f"{self.root.path} is not synchronised any more"))
+            else:
+                self._tickets.append(ticket)
+                self._lock.notify()
+        return ticket
+
+    def pin(self, path: str) -> None:
+        """Have a file of the root rewritten in place in the guest, from the next round on."""
+        with self._lock:
+            self._pins.setdefault(path, False)
+
+    def allow_writes(self) -> None:
+        """Bring changes in the guest to the host from now on: not all mounts are read-only."""
+        with self._lock:
+            if not self._writes:
+                self._writes = True
+                self._guest_changed = True
+                self._lock.notify()
+
+    def guest_changed(self) -> None:
+        """Learn that the guest's watch has seen something."""
+        with self._lock:
+            self._guest_changed = True
+            self._lock.notify()
+
+    def disconnect(self) -> None:
+        """Learn that the tunnel was lost or is new; another connection is made."""
+        remote = self._remote
+        if remote is not None:
+            remote.close()
+
+    def status(self) -> Status:
+        """Return how the root is."""
+        with self._lock:
+            found = self._status
+            return Status(**{name: getattr(found, name) for name in found.__dataclass_fields__})
+
+    @property
+    def idle_s(self) -> float:
+        """Seconds since it last made progress; see whoever waits for a ticket."""
+        return time.monotonic() - self._moved_at
+
+    def close(self) -> None:
+        """Stop: what is not on both disks yet is flushed, with a bound; safe to call twice."""
+        with self._lock:
+            self._closing = True
+            self._lock.notify()
+        self._thread.join(_JOIN_S)
+        if self._thread.is_alive():
+            # The guest does not answer: cut it off.
+            self.disconnect()
+            self._thread.join(_JOIN_S)
+
+    # The thread
+
+    def _run(self) -> None:
+        try:
+            self._paths.state.mkdir(mode=0o700, parents=True, exist_ok=True)
+            with (
+                closing(Store(self._paths.database, self.root.number)) as store,
+                closing(Keep(self._paths.state / "conflicts")) as conflicts,
+                closing(
+                    Keep(
+                        self._paths.state / "trash",
+                        limit_bytes=_TRASH_BYTES,
+                        limit_files=_TRASH_FILES,
+                    )
+                ) as trash,
+            ):
+                self._serve(store, conflicts, trash)
+        except Exception as error:
+            log.exception("%s is not synchronised any more", self.root.path)
+            self._fail(WherryError(f"{self.root.path} cannot be synchronised: {error}"))
+        finally:
+            with self._lock:
+                self._closing = True
+            self._fail(WherryError(f"{self.root.path} is not synchronised any more"))
+            if self._watch is not None:
+                self._watch.close()
+            if self._remote is not None:
+                self._remote.close()
+
+    def _serve(self, store: Store, conflicts: Keep, trash: Keep) -> None:
+        host = self._open_host(trash)
+        with closing(host):
+            cycle: Cycle | None = None
+            while self._await_work(connected=cycle is not None):
+                try:
+                    if cycle is None:
+                        cycle = self._open_guest(host, store, conflicts)
+                    self._work(cycle, conflicts)
+                except (OSError, WherryError) as error:
+                    cycle = None
+                    self._drop(error)
+            if cycle is not None:
+                self._part(cycle, store)
+
+    def _open_host(self, trash: Keep) -> LocalEndpoint:
+        root = self.root
+        stage = self._paths.state / "stage"
+        place = root.path.parent if root.place.single else root.path
+        if not root.place.single and place.is_dir():
+            stage.mkdir(mode=0o700, parents=True, exist_ok=True)
+            if stage.stat().st_dev != place.stat().st_dev:
+                # A rename does not lead from one filesystem to another.
+                stage = place / ".wherry-stage"
+        return LocalEndpoint(
+            str(root.path),
+            str(stage),
+            self._boot,
+            ignore=root.place.ignore,
+            policy=Policy(keep=trash.take),
+            checkpoint=self._progress,
+            single=root.place.single or None,
+        )
+
+    def _open_guest(self, host: LocalEndpoint, store: Store, conflicts: Keep) -> Cycle:
+        self._tell("connecting")
+        if self._watch is None:
+            self._watch = HostWatch(self.root.path, self._on_host_change)
+        self._remote = remote = self._connect(self.root.place, self._on_bytes)
+        try:
+            if remote.fresh:
+                store.forget()
+            return Cycle(host, remote, store, conflicts, self._traits, self._progress)
+        except BaseException:
+            remote.close()
+            raise
+
+    def _await_work(self, *, connected: bool) -> bool:
+        """Wait until there is something to do; False when there is not, ever more."""
+        with self._lock:
+            deadline = time.monotonic() + self._patience(connected)
+            while not self._closing:
+                if self._tickets or self._host_changed or (self._guest_changed and connected):
+                    break
+                left = deadline - time.monotonic()
+                if left <= 0:
+                    return True
+                self._lock.wait(left)
+            if self._closing:
+                return False
+            hurried = bool(self._tickets)
+        if not hurried:
+            time.sleep(_SETTLE_S)
+        return True
+
+    def _patience(self, connected: bool) -> float:
+        if not connected:
+            return 0.0 if not self._failures else _RETRY_S[min(self._failures, len(_RETRY_S)) - 1]
+        if self._unflushed_since:
+            return max(0.0, self._unflushed_since + _FLUSH_S - time.monotonic())
+        if self._watch is not None and self._watch.problem:
+            return _POLL_S
+        return _CHECK_S
+
+    def _work(self, cycle: Cycle, conflicts: Keep) -> None:
+        """Do what is due: rounds, or the flush after them."""
+        with self._lock:
+            tickets, self._tickets = self._tickets, []
+            host_changed, self._host_changed = self._host_changed, False
+            guest_changed, self._guest_changed = self._guest_changed, False
+        due = self._unflushed_since and time.monotonic() - self._unflushed_since >= _FLUSH_S
+        first = self._status.rounds == 0
+        if not (tickets or host_changed or guest_changed or first) and due:
+            self._flush(cycle)
+            return
+        full = first or any(ticket.fresh for ticket in tickets)
+        full = full or not (tickets or host_changed or guest_changed)
+        try:
+            outcome = self._rounds(cycle, full)
+        except BaseException as error:
+            self._finish(tickets, WherryError(f"{self.root.path} is not synchronised: {error}"))
+            raise
+        self._report(outcome, len(list(conflicts)))
+        self._finish(tickets, self._failure(outcome))
+
+    def _rounds(self, cycle: Cycle, full: bool) -> Outcome:
+        assert self._remote is not None
+        assert self._watch is not None
+        first = self._status.rounds == 0
+        requeued = 0
+        for path in [path for path, known in list(self._pins.items()) if not known]:
+            self._remote.pin(path)
+            self._pins[path] = True
+        while True:
+            # Taken before the scan: what changes from here on is news again.
+            seen = self._watch.take()
+            dirty = None if full or requeued else seen
+            cycle.one_way = not self._writes
+            outcome = cycle.run(dirty=(dirty, None if first else ()))
+            self._status.rounds += 1
+            if outcome.changed and not self._unflushed_since:
+                self._unflushed_since = time.monotonic()
+            if outcome.halt is None and (first or not self._mounted):
+                self._remote.mount()
+                self._mounted = True
+            if outcome.halt is not None or not outcome.requeue or requeued == _TRIES:
+                return outcome
+            first = False
+            requeued += 1
+            time.sleep(_SETTLE_S)
+
+    def _flush(self, cycle: Cycle) -> None:
+        for side in (GUEST, HOST):
+            cycle.flush(side)
+        self._unflushed_since = 0.0
+
+    def _part(self, cycle: Cycle, store: Store) -> None:
+        """End in order, so that neither side's next boot is taken for a loss."""
+        try:
+            ticket = store.ticket()
+            cycle.flush(GUEST)
+            cycle.flush(HOST)
+            for side in (GUEST, HOST):
+                store.part(side, ticket)
+        except (OSError, WherryError) as error:
+            log.warning("%s: %s", self.root.path, error)
+
+    def _failure(self, outcome: Outcome) -> WherryError | None:
+        if outcome.halt is not None:
+            side, halt = outcome.halt
+            where = self.root.path if side == HOST else f"the copy of {self.root.path} in the guest"
+            return WherryError(
+                f"the synchronisation of {self.root.path} is halted: {where}: {halt.value}",
+                hint=f"bring it back, or: wherry sync remove {self.root.path}",
+            )
+        if outcome.failed:
+            problem = outcome.failed[0]
+            return WherryError(
+                f"{self.root.path / problem.path} is not equal on both sides: {problem.reason}",
+                hint="see: wherry sync status",
+            )
+        return None
+
+    def _report(self, outcome: Outcome, conflicts: int) -> None:
+        failure = self._failure(outcome)
+        with self._lock:
+            status = self._status
+            status.state = "halted" if outcome.halt is not None else "watching"
+            status.reason = failure.message if failure is not None else ""
+            status.problems = [*outcome.problems, *outcome.failed]
+            status.conflicts = conflicts
+            status.watch_problem = (self._watch.problem or "") if self._watch is not None else ""
+        for path in outcome.conflicts:
+            log.warning("%s: both sides changed %s; the guest's is kept", self.root.path, path)
+        if not self._failures and failure is None:
+            return
+        self._failures = 0 if failure is None else self._failures
+
+    def _drop(self, error: Exception) -> None:
+        """Give the connection up; the next try is later each time."""
+        if self._remote is not None:
+            self._remote.close()
+            self._remote = None
+        self._mounted = False
+        self._pins = dict.fromkeys(self._pins, False)
+        self._failures += 1
+        message = str(error)
+        log.warning("%s: %s", self.root.path, message)
+        self._tell("disconnected", message)
+        self._fail(WherryError(f"{self.root.path} is not synchronised: {message}"))
+
+    def _fail(self, error: WherryError) -> None:
+        with self._lock:
+            tickets, self._tickets = self._tickets, []
+        self._finish(tickets, error)
+
+    def _finish(self, tickets: list[Ticket], error: WherryError | None) -> None:
+        for ticket in tickets:
+            ticket.finish(error)
+
+    def _tell(self, state: str, reason: str = "") -> None:
+        with self._lock:
+            self._status.state = state
+            self._status.reason = reason
+        self._progress(state)
+
+    def _progress(self, point: str) -> None:
+        self._moved_at = time.monotonic()
+
+    def _on_bytes(self, size: int) -> None:
+        self._status.bytes_moved += size
+        self._progress("bytes")
+
+    def _on_host_change(self) -> None:
+        with self._lock:
+            self._host_changed = True
+            self._lock.notify()
