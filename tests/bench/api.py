@@ -110,9 +110,11 @@ def _profile_threads(path: str) -> None:
 
 def ping(connection: socket.socket) -> None:
     connection.sendall(PING)
-    answer = connection.recv(4096)
+    answer = b""
     while len(answer) < len(PONG):
-        answer += connection.recv(4096)
+        more = connection.recv(4096)
+        assert more, f"the connection ended after {answer!r}"
+        answer += more
     assert answer == PONG
 
 

@@ -151,12 +151,16 @@ def compare(bench: Bench, directory: Path, options: argparse.Namespace) -> dict[
         ssh += ["-p", str(sshd.port), f"{sshd.user}@127.0.0.1"]
         programs.append(subprocess.Popen(ssh))
         paths = {side: directory / f"{side}.sock" for side in bench.sides}
-        for path in paths.values():
-            deadline = time.monotonic() + 10
-            while not path.exists():
-                assert time.monotonic() < deadline, f"no {path}"
-                time.sleep(0.02)
-            bench.ready(path)
+        for path in (directory / "server.sock", *paths.values()):
+            deadline = time.monotonic() + 20
+            while True:
+                try:
+                    bench.ready(path)
+                    break
+                except OSError:
+                    # Not bound yet, or not listening yet.
+                    assert time.monotonic() < deadline, f"nothing answers at {path}"
+                    time.sleep(0.02)
         results: dict[str, Any] = {"runs": options.runs, "size_mb": options.size, "measures": {}}
         if options.only in "memory":
             results["memory"] = bench.memory(paths["ours"], psutil.Process(ours.pid))

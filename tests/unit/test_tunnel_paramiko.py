@@ -34,11 +34,12 @@ OURS = {
         "_acknowledge", "_raise_failure", "_take_window", "_tell_end", "_wait_active",
         "_flush", "_post", "confirmed", "deliver_to", "drain", "feed", "more_window", "recv_into",
         "refused",
-        "_park", "send_until", "wait_open",
+        "_await_window", "_park", "wait_open",
     },
     TunnelTransport: {
         "_ask", "_begin", "_channel_data", "_channel_window", "_fail_opening", "_keep_watch",
-        "_ready_for_data", "authenticated_as_client", "begin_session", "begin_unix", "send_data",
+        "_ready_for_data", "_send_data", "authenticated_as_client", "begin_session", "begin_unix",
+        "send_data",
         "send_now",
     },
 }  # fmt: skip

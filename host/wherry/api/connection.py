@@ -40,7 +40,7 @@ _logger = logging.getLogger(__name__)
 class Connection:
     """Serves one client.
 
-    :param local: the client; a socket is made non-blocking.
+    :param local: the client.
     :param open_stream: makes the engine's side; called once, at the start, so that it
         opens while the client's first request is on its way.
     :param hooks: the endpoint's.
@@ -174,11 +174,11 @@ class Connection:
         self.requests += 1
         self._method = head.method
         self._last_active = time.monotonic()
-        self._down.prepare()
         raw, watches = head.raw, list[Watch]()
         match = self._hooks.match(head)
         try:
             if match is not None:
+                self._down.prepare()
                 raw = self._ask(head, match, watches)
             self._down.begin(Exchange(head, watches))
         except BaseException as error:
@@ -187,7 +187,7 @@ class Connection:
                 raise
             self._local.send_all([render(error, close=False, body=head.method != "HEAD")])
             return
-        if not self._reader.between and len(raw) < _JOINED_BYTES:
+        if head.length != 0 and not self._reader.between and len(raw) < _JOINED_BYTES:
             piece = self._next()
             if isinstance(piece, Piece):
                 if len(piece.data) <= _JOINED_BYTES:
@@ -242,9 +242,9 @@ class Connection:
 
     def _send(self, data: memoryview | bytes) -> None:
         assert self._remote is not None
+        self._last_active = time.monotonic()
         self._remote.sendall(data)
         self.bytes_up += len(data)
-        self._last_active = time.monotonic()
 
     def _copy_up(self, first: memoryview) -> None:
         """Send what the client sends until it ends."""

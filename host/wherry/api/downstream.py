@@ -51,8 +51,9 @@ class Downstream:
         self._spawn = spawn
         self._abort = abort
         self._remote: Stream | None = None
-        # Guards what follows; notified at each change of it.
-        self._news = threading.Condition()
+        # Guards what follows; the condition is notified at each change of it.
+        self._lock = threading.Lock()
+        self._news = threading.Condition(self._lock)
         self._exchange: Exchange | None = None
         self._settled = Outcome.DONE
         self._preparing = True
@@ -129,7 +130,7 @@ class Downstream:
 
         :raises Refusal: there is no engine to send it to.
         """
-        with self._news:
+        with self._lock:
             if self._over:
                 raise self._no_engine()
             self._exchange = exchange
@@ -174,6 +175,8 @@ class Downstream:
         raw = settled is Outcome.RAW
         if exchange.watched and not raw:
             return 0  # a worker shows it to the watches first
+        if raw:
+            self.last_active = time.monotonic()
         try:
             count = self._local.send_some(parts)
         except OSError:
@@ -183,8 +186,6 @@ class Downstream:
         self.bytes += count
         if not raw:
             self._track(exchange, parts, count)
-        elif count:
-            self.last_active = time.monotonic()
         return count
 
     def stalled(self) -> None:
@@ -334,11 +335,11 @@ class Downstream:
             if exchange.watched and self._settled is not Outcome.RAW:
                 self._release(exchange, part)
                 continue
-            self._local.send_all([part])
-            self.bytes += len(part)
             if self._settled is Outcome.RAW:
                 self.last_active = time.monotonic()
-            else:
+            self._local.send_all([part])
+            self.bytes += len(part)
+            if self._settled is not Outcome.RAW:
                 self._track(exchange, [part], len(part))
 
     def _release(self, exchange: Exchange, part: memoryview) -> None:

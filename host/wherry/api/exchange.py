@@ -5,6 +5,7 @@ from __future__ import annotations
 import enum
 import logging
 from collections.abc import Callable, Iterator
+from functools import cached_property
 
 from wherry.api.answers import Refusal
 from wherry.api.hooks import LINE_LIMIT_BYTES, ClientGone, Watch
@@ -44,10 +45,14 @@ class Exchange:
         self._lines = [watch.line for watch in watches if watch.line]
         self._ends = [watch.end for watch in watches if watch.end]
         self.watched = bool(watches)
-        self._reader = AnswerReader(request, want_content=bool(self._lines))
         self._held = bytearray()
         self._line = bytearray()
         self._too_long = False
+
+    @cached_property
+    def _reader(self) -> AnswerReader:
+        # Made with the first bytes of the answer: the request does not wait for it.
+        return AnswerReader(self.request, want_content=bool(self._lines))
 
     @property
     def outcome(self) -> Outcome:

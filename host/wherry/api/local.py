@@ -13,12 +13,14 @@ from wherry.tunnel.inbox import rest_of
 _LOOK_AGAIN_MS = 1000
 _LINGER_S = 1.0
 _LINGER_BYTES = 64 * 1024
+_NOW = getattr(socket, "MSG_DONTWAIT", 0)
+"""Makes one call not wait. The socket itself blocks: its reader then wakes with its bytes."""
 
 
 class LocalEnd:
     """Reads and writes one client; one thread may read while another writes.
 
-    :param stream: owned from now on; a socket is made non-blocking.
+    :param stream: owned from now on; a socket is a blocking one.
     """
 
     def __init__(self, stream: LocalStream) -> None:
@@ -26,7 +28,6 @@ class LocalEnd:
         self.socket: socket.socket | None = None
         """The stream, if it can be polled (a named pipe cannot)."""
         if isinstance(stream, socket.socket) and hasattr(select, "poll"):
-            stream.setblocking(False)
             self.socket = stream
 
     def receive_into(self, buffer: memoryview) -> int:
@@ -34,11 +35,7 @@ class LocalEnd:
 
         :raises OSError: the client is gone.
         """
-        while True:
-            try:
-                return self._stream.recv_into(buffer)
-            except BlockingIOError:
-                _poll(self._stream, select.POLLIN, None)
+        return self._stream.recv_into(buffer)
 
     def send_some(self, parts: list[memoryview]) -> int:
         """Write what there is room for and return how many bytes; never waits for a socket.
@@ -49,7 +46,7 @@ class LocalEnd:
             self.send_all(list(parts))
             return sum(map(len, parts))
         try:
-            return self.socket.sendmsg(parts)
+            return self.socket.sendmsg(parts, (), _NOW)
         except BlockingIOError:
             return 0
 
@@ -65,7 +62,7 @@ class LocalEnd:
         left = [memoryview(part) for part in parts if part]
         while left:
             try:
-                left = rest_of(left, self.socket.sendmsg(left))
+                left = rest_of(left, self.socket.sendmsg(left, (), _NOW))
             except BlockingIOError:
                 _poll(self.socket, select.POLLOUT, None)
 
@@ -99,11 +96,8 @@ class LocalEnd:
         deadline = time.monotonic() + _LINGER_S
         buffer = bytearray(_LINGER_BYTES)
         while (left := deadline - time.monotonic()) > 0:
-            try:
-                if not self.socket.recv_into(buffer):
-                    return
-            except BlockingIOError:
-                _poll(self.socket, select.POLLIN, left * 1000)
+            if _poll(self.socket, select.POLLIN, left * 1000) and not self.socket.recv_into(buffer):
+                return
 
     def close(self) -> None:
         """Release the stream."""

@@ -63,6 +63,12 @@ class _Reader:
         :raises ValueError: it is longer than the limit.
         """
         begun = self._begun
+        if not begun:
+            # As a rule all of it is there.
+            head = bytes(self._data[: self._limit])
+            if (end := head.find(b"\r\n\r\n") + 4) >= 4:
+                self._data = self._data[end:]
+                return head[:end]
         searched = max(0, len(begun) - 3)
         fed = len(begun)
         # Never more than a head's worth is copied from a large buffer.

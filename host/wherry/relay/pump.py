@@ -29,6 +29,8 @@ Spawn = Callable[[Callable[[], None]], None]
 _FIRST_BUFFER_BYTES = 16 * 1024
 _FULL_BUFFER_BYTES = 128 * 1024
 _LOOK_AGAIN_MS = 1000
+_NOW = getattr(socket, "MSG_DONTWAIT", 0)
+"""Makes one call not wait. The socket itself blocks: its reader then wakes with its bytes."""
 
 _SEND_BUFFER_BYTES = 256 * 1024
 """One read's worth of packets: with less (macOS: 8 KiB) a worker is woken for each read."""
@@ -37,7 +39,7 @@ _SEND_BUFFER_BYTES = 256 * 1024
 class Pump:
     """One relayed connection.
 
-    :param local: the host's side; a socket is made non-blocking.
+    :param local: the host's side; a socket is a blocking one.
     :param remote: the guest's side; need not be confirmed yet.
     :param spawn: runs helpers in other threads.
     :param head: bytes already read from ``local``, sent before all others.
@@ -64,7 +66,6 @@ class Pump:
         """Relay until both directions have ended or one side is gone; close both sides."""
         try:
             if self._socket is not None:
-                self._socket.setblocking(False)
                 self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER_BYTES)
                 self._remote.deliver_to(self)
             else:
@@ -100,18 +101,8 @@ class Pump:
     def _copy_up(self) -> None:
         """Send what the local side sends until it ends."""
         local, remote = self._local, self._remote
-        poller = None
         buffer = memoryview(bytearray(_FIRST_BUFFER_BYTES))
-        while True:
-            try:
-                count = local.recv_into(buffer)
-            except BlockingIOError:
-                if poller is None:
-                    poller = _poller(local, select.POLLIN)
-                poller.poll()
-                continue
-            if not count:
-                return
+        while count := local.recv_into(buffer):
             remote.sendall(buffer[:count])
             self.bytes_up += count
             if count == len(buffer) < _FULL_BUFFER_BYTES:
@@ -137,7 +128,7 @@ class Pump:
         """Write as much as the local socket has room for; never waits."""
         assert self._socket is not None
         try:
-            count = self._socket.sendmsg(parts)
+            count = self._socket.sendmsg(parts, (), _NOW)
         except BlockingIOError:
             return 0
         except OSError:
@@ -185,7 +176,7 @@ class Pump:
         poller = None
         while parts:
             try:
-                count = self._socket.sendmsg(parts)
+                count = self._socket.sendmsg(parts, (), _NOW)
             except BlockingIOError:
                 if poller is None:
                     poller = _poller(self._socket, select.POLLOUT)

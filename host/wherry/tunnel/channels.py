@@ -64,6 +64,7 @@ class StreamChannel(Channel):  # type: ignore[misc]  # paramiko ships no types
         super().__init__(chanid)
         self.in_buffer = Inbox()
         self.in_stderr_buffer = Inbox()
+        self.in_window_sofar = 0
         self.target = target
         self.closed_while_opening = False
         self._open_deadline = open_deadline
@@ -98,12 +99,11 @@ class StreamChannel(Channel):  # type: ignore[misc]  # paramiko ships no types
             self._raise_failure()
         return count
 
-    def sendall(self, data: memoryview | bytes) -> None:
-        """See :meth:`Stream.sendall`."""
-        self.send_until(data, None)
+    def sendall(self, data: memoryview | bytes, deadline: float | None = None) -> None:
+        """See :meth:`Stream.sendall`.
 
-    def send_until(self, data: memoryview | bytes, deadline: float | None) -> None:
-        """Like :meth:`sendall`, giving up at a time of the monotonic clock."""
+        :param deadline: until when, on the monotonic clock, it may take.
+        """
         view = memoryview(data)
         if not self.active and len(view) <= _PARKED_BYTES and self._park(view):
             return
@@ -118,7 +118,8 @@ class StreamChannel(Channel):  # type: ignore[misc]  # paramiko ships no types
             except (EOFError, OSError, SSHException) as error:
                 raise TunnelError(LOST) from error
             finally:
-                self._flush()
+                if self._due:
+                    self._flush()
             view = view[count:]
 
     def shutdown_write(self) -> None:
@@ -278,13 +279,17 @@ class StreamChannel(Channel):  # type: ignore[misc]  # paramiko ships no types
 
     def _acknowledge(self, count: int) -> None:
         """Give window back to the guest, in large portions (RFC 4254 §5.2)."""
-        more = self._check_add_window(count)
-        if more > 0:
-            message = Message()
-            message.add_byte(cMSG_CHANNEL_WINDOW_ADJUST)
-            message.add_int(self.remote_chanid)
-            message.add_int(more)
-            self._post(message)
+        with self.lock:
+            more = self.in_window_sofar + count
+            self.in_window_sofar = more
+            if more <= self.in_window_threshold or self.closed or self.eof_received:
+                return
+            self.in_window_sofar = 0
+        message = Message()
+        message.add_byte(cMSG_CHANNEL_WINDOW_ADJUST)
+        message.add_int(self.remote_chanid)
+        message.add_int(more)
+        self._post(message)
 
     def _post(self, message: Any, *, last: bool = False) -> None:
         """Send a message of the channel, or leave it to the thread that is sending now."""
@@ -338,19 +343,24 @@ class StreamChannel(Channel):  # type: ignore[misc]  # paramiko ships no types
     def _take_window(self, wanted: int, deadline: float | None) -> int:
         """Wait for room in the guest's window and take up to ``wanted`` bytes of it."""
         with self.lock:
-            self._wait_active()
-            while not self.out_window_size:
-                left = None if deadline is None else deadline - time.monotonic()
-                if left is not None and left <= 0:
-                    raise TunnelError(f"{self.target} did not take the data in time")
-                self.out_buffer_cv.wait(left)
-                if self.closed:
-                    break
-            if self.closed or self.eof_sent:
-                raise self._failure or TunnelError(f"{self.target} takes no more data")
+            if not self.out_window_size or not self.active or self.closed or self.eof_sent:
+                self._await_window(deadline)
             count: int = min(wanted, self.out_window_size)
             self.out_window_size -= count
             return count
+
+    def _await_window(self, deadline: float | None) -> None:
+        """Wait, holding the lock, for any room in the guest's window."""
+        self._wait_active()
+        while not self.out_window_size:
+            left = None if deadline is None else deadline - time.monotonic()
+            if left is not None and left <= 0:
+                raise TunnelError(f"{self.target} did not take the data in time")
+            self.out_buffer_cv.wait(left)
+            if self.closed:
+                break
+        if self.closed or self.eof_sent:
+            raise self._failure or TunnelError(f"{self.target} takes no more data")
 
 
 class CommandChannel(StreamChannel):

@@ -256,7 +256,7 @@ class Connection:
             channel.collect(stdout, stderr)
             channel.start(command, deadline)
             try:
-                channel.send_until(input, deadline)
+                channel.sendall(input, deadline)
             except TunnelError:
                 # A command need not read its input; one that ended tells its status.
                 if not channel.closed or self.closed:

@@ -22,7 +22,9 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import chain
 from typing import Any
 
 from paramiko.message import Message
@@ -37,7 +39,9 @@ MAX_PACKET_BYTES = 256 * 1024
 """OpenSSH neither sends nor takes a longer packet (``PACKET_MAX_SIZE`` in packet.c)."""
 
 _BUFFER_BYTES = 2 * MAX_PACKET_BYTES
-_SMALL_BYTES = 8 * 1024
+SMALL_BYTES = 8 * 1024
+"""Up to this a write hurries; more is a part of a transfer."""
+
 _READ_BYTES = 256 * 1024
 """More in one go would push everything else out of the processor's cache."""
 
@@ -50,6 +54,9 @@ _PARTS_AT_ONCE = 8
 _UINT32 = struct.Struct(">I")
 _TWO_UINT32 = struct.Struct(">II")
 _DATA_HEAD = struct.Struct(">BII")
+_NONCE = struct.Struct(">4sQ")
+_DATA_AT = 1 + _DATA_HEAD.size
+"""Where a packet of channel data has its data: after the padding's length and the head."""
 
 DataHandler = Callable[[int, list[memoryview]], None]
 
@@ -58,17 +65,15 @@ class _Cipher:
     """One direction's AES-GCM: the key, and the nonce that every packet advances."""
 
     def __init__(self, engine: Any, nonce: bytes) -> None:
-        self.engine = engine
+        self.encrypt: Callable[[bytes, bytes, bytes], bytes] = engine.encrypt
+        self.decrypt: Callable[..., bytes] = engine.decrypt
         # Newer releases of cryptography have it; it saves a fresh object for each packet.
         self.decrypt_into: Callable[..., int] | None = getattr(engine, "decrypt_into", None)
-        self._fixed = nonce[:4]
-        self._counter = int.from_bytes(nonce[4:], "big")
-
-    def next_nonce(self) -> bytes:
-        """Return this packet's nonce; the invocation counter is RFC 5647 §7.1's."""
-        counter = self._counter
-        self._counter = (counter + 1) & 0xFFFF_FFFF_FFFF_FFFF
-        return self._fixed + counter.to_bytes(8, "big")
+        fixed, first = _NONCE.unpack(nonce)
+        self.nonces: Iterator[bytes] = map(
+            partial(_NONCE.pack, fixed), chain(range(first, 1 << 64), range(first))
+        )
+        """Each packet's nonce; the invocation counter is RFC 5647 §7.1's. No Python runs here."""
 
 
 class FastPacketizer(Packetizer):  # type: ignore[misc]  # paramiko ships no types
@@ -98,7 +103,6 @@ class FastPacketizer(Packetizer):  # type: ignore[misc]  # paramiko ships no typ
         # Windows' sockets have no sendmsg.
         self._sendmsg: Callable[[list[bytes]], int] | None = getattr(sock, "sendmsg", None)
         self._write_lock = threading.Lock()
-        self._bulk_lock = threading.Lock()
         self._cipher_in: _Cipher | None = None
         self._cipher_out: _Cipher | None = None
         self._bytes_in = self._packets_in = 0
@@ -167,7 +171,7 @@ class FastPacketizer(Packetizer):  # type: ignore[misc]  # paramiko ships no typ
             packet = self._next_packet(cipher)
             end = len(packet) - packet[0]
             kind = packet[1]
-            if kind == CHANNEL_DATA and end >= 10:
+            if kind == CHANNEL_DATA and end >= _DATA_AT:
                 taken = self._take_data(cipher, packet, end)
             elif kind == WINDOW_ADJUST and end >= 10:
                 taken = self.on_window(*_TWO_UINT32.unpack_from(packet, 2))
@@ -192,19 +196,19 @@ class FastPacketizer(Packetizer):  # type: ignore[misc]  # paramiko ships no typ
         if not self.ready_for_data():
             return False
         (channel,) = _UINT32.unpack_from(packet, 2)
-        parts = [packet[10:end]]
-        while len(parts) < _PARTS_AT_ONCE and self._has_packet():
+        parts = [packet[_DATA_AT:end]]
+        while self._end > self._start and len(parts) < _PARTS_AT_ONCE and self._has_packet():
             # The channel's number is encrypted: only a packet that is read tells it.
             packet = self._next_packet(cipher)
             end = len(packet) - packet[0]
             if (
                 packet[1] != CHANNEL_DATA
-                or end < 10
+                or end < _DATA_AT
                 or _UINT32.unpack_from(packet, 2)[0] != channel
             ):
                 self._pushed_back = packet
                 break
-            parts.append(packet[10:end])
+            parts.append(packet[_DATA_AT:end])
         self.on_data(channel, parts)
         return True
 
@@ -240,12 +244,12 @@ class FastPacketizer(Packetizer):  # type: ignore[misc]  # paramiko ships no typ
         view = self._view
         body = at + 4
         if cipher.decrypt_into is None:
-            plain = cipher.engine.decrypt(cipher.next_nonce(), view[body:stop], view[at:body])
+            plain = cipher.decrypt(next(cipher.nonces), view[body:stop], view[at:body])
             packet = memoryview(plain)
         else:
             # At the same place as the sealed one, so it lasts as long: until _fill().
             packet = self._plain[body : body + size]
-            cipher.decrypt_into(cipher.next_nonce(), view[body:stop], view[at:body], packet)
+            cipher.decrypt_into(next(cipher.nonces), view[body:stop], view[at:body], packet)
         if packet[0] > size - 2:
             raise SSHException("the packet is all padding")
         self._packets_in += 1
@@ -318,15 +322,13 @@ class FastPacketizer(Packetizer):  # type: ignore[misc]  # paramiko ships no typ
                 message.add_bytes(part)
                 super().send_message(message)
             return
-        if len(data) <= _SMALL_BYTES:
+        if len(data) <= most:
             head = _DATA_HEAD.pack(CHANNEL_DATA, channel, len(data))
             with self._write_lock:
                 self._send_sealed(self._sealed(head, data), 1)
             return
-        # At most one thread with much to send waits for the write lock, so a thread
-        # with little to send waits for one of them and not for all.
-        with self._bulk_lock, self._write_lock:
-            buffers = []
+        with self._write_lock:
+            buffers: list[bytes] = []
             for at in range(0, len(data), most):
                 part = data[at : at + most]
                 head = _DATA_HEAD.pack(CHANNEL_DATA, channel, len(part))
@@ -351,7 +353,7 @@ class FastPacketizer(Packetizer):  # type: ignore[misc]  # paramiko ships no typ
         # The padding need not be random: the cipher hides and authenticates it.
         plain = b"".join((_PADDING[padding], head, body, _ZEROS[padding]))
         size = _UINT32.pack(length + padding)
-        return [size, cipher.engine.encrypt(cipher.next_nonce(), plain, size)]
+        return [size, cipher.encrypt(next(cipher.nonces), plain, size)]
 
     def _send_sealed(self, buffers: list[bytes], packets: int) -> None:
         total = sum(map(len, buffers))

@@ -40,7 +40,7 @@ from wherry.tunnel.channels import (
     CommandChannel,
     StreamChannel,
 )
-from wherry.tunnel.packetizer import FastPacketizer
+from wherry.tunnel.packetizer import SMALL_BYTES, FastPacketizer
 
 C = TypeVar("C", bound=StreamChannel)
 
@@ -149,6 +149,7 @@ class TunnelTransport(Transport):  # type: ignore[misc]  # paramiko ships no typ
         self._ended = ended
         self._opening: dict[int, StreamChannel] = {}
         self._deferred: list[Any] = []
+        self._bulk = threading.Lock()
 
     def run(self) -> None:
         """Serve the connection until it ends, then say so."""
@@ -258,6 +259,19 @@ class TunnelTransport(Transport):  # type: ignore[misc]  # paramiko ships no typ
 
     def send_data(self, channel: int, data: memoryview, most: int) -> None:
         """Send channel data in packets of up to ``most`` bytes; waits during a key exchange."""
+        if len(data) <= SMALL_BYTES:
+            self._send_data(channel, data, most)
+            return
+        # At most one thread with much to send is under way, so a thread with little to
+        # send waits for one of them and not for all.
+        with self._bulk:
+            self._send_data(channel, data, most)
+
+    def _send_data(self, channel: int, data: memoryview, most: int) -> None:
+        with self.clear_to_send_lock:
+            if self.active and self.clear_to_send.is_set():
+                self.packetizer.send_data(channel, data, most)
+                return
         self._send_user_message(_ChannelData(channel, data, most))
 
     def send_now(self, payload: bytes) -> bool:
