@@ -5,9 +5,22 @@ from __future__ import annotations
 import functools
 import sys
 
-from wherry.platform.base import LocalListener, LocalStream, Platform
+from wherry.platform.base import (
+    ChangeSink,
+    LocalListener,
+    LocalStream,
+    Platform,
+    TreeWatcher,
+)
 
-__all__ = ["LocalListener", "LocalStream", "Platform", "current"]
+__all__ = [
+    "ChangeSink",
+    "LocalListener",
+    "LocalStream",
+    "Platform",
+    "TreeWatcher",
+    "current",
+]
 
 
 @functools.cache

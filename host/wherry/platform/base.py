@@ -6,6 +6,7 @@ module asks which system this is.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
@@ -56,6 +57,42 @@ class LocalListener(Protocol):
 
     def close(self) -> None:
         """Stop listening, wake the waiting accept, remove the address; safe to call twice."""
+
+
+class ChangeSink(Protocol):
+    """Who wants to know of changes in a tree; all paths are from the root, whose own is empty.
+
+    The methods are quick, raise nothing, and may be called in any thread, one at a time.
+    """
+
+    def dirty(self, directory: str, /) -> None:
+        """A directory's own entries may have changed; for a single file the path is empty."""
+
+    def lost(self) -> None:
+        """Anything may have changed."""
+
+    def failed(self, reason: str, /) -> None:
+        """Nothing will be told any more."""
+
+    def notify(self) -> None:
+        """Called in the watcher's thread after any of the others were called in it."""
+
+
+class TreeWatcher(Protocol):
+    """Tells of the changes in a tree, from its construction to :meth:`close`."""
+
+    @property
+    def exact(self) -> bool:
+        """Whether :meth:`catch_up` proves anything; else the system tells when it likes to."""
+
+    def catch_up(self) -> None:
+        """Tell, in this thread, what is known.
+
+        If :attr:`exact`, that is all that system calls changed which returned before this call.
+        """
+
+    def close(self) -> None:
+        """Stop the thread and release all; safe to call twice."""
 
 
 class Platform(Protocol):
@@ -124,4 +161,14 @@ class Platform(Protocol):
         """Connect to what :meth:`listen_local` made; the timeout is for connecting alone.
 
         :raises OSError: nothing listens there.
+        """
+
+    def watch_tree(
+        self, root: Path, sink: ChangeSink, skipped: Callable[[str, bool], bool]
+    ) -> TreeWatcher:
+        """Watch a directory with all that is below it, or a single file.
+
+        :param skipped: whether changes in a path need not be told; the second argument says
+            whether it is a directory.
+        :raises OSError: it cannot be watched; the message is for the user.
         """

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
+from wherry.platform.base import ChangeSink, TreeWatcher
 from wherry.platform.posix import Posix
 
 
@@ -55,3 +57,11 @@ class Linux(Posix):
         path = Path(runtime) / "wherry" if runtime else Path(f"/tmp/wherry-{os.getuid()}")
         self.make_private_directory(path)
         return path
+
+    def watch_tree(
+        self, root: Path, sink: ChangeSink, skipped: Callable[[str, bool], bool]
+    ) -> TreeWatcher:
+        """inotify."""
+        from wherry.platform.inotify import InotifyWatcher
+
+        return InotifyWatcher(root, sink, skipped)
