@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 from wherry.core.errors import WherryError
 from wherry.core.processes import run
+from wherry.platform.base import ChangeSink, TreeWatcher
 from wherry.platform.posix import Posix
 
 _SYSCTL_TIMEOUT_S = 5.0
@@ -53,6 +55,14 @@ class MacOS(Posix):
         path = Path(f"/tmp/wherry-{os.getuid()}")
         self.make_private_directory(path)
         return path
+
+    def watch_tree(
+        self, root: Path, sink: ChangeSink, skipped: Callable[[str, bool], bool]
+    ) -> TreeWatcher:
+        """FSEvents."""
+        from wherry.platform.fsevents import FSEventsWatcher
+
+        return FSEventsWatcher(root, sink, skipped)
 
 
 def _sysctl(name: str) -> str:
