@@ -294,7 +294,9 @@ class Session:
     def _open_guest(self, host: LocalEndpoint, store: Store, conflicts: Keep) -> Cycle:
         self._tell("connecting")
         if self._watch is None:
-            self._watch = HostWatch(self.root.path, self._on_host_change)
+            self._watch = HostWatch(
+                self.root.path, self._on_host_change, ignore=self.root.place.ignore
+            )
         self._remote = remote = self._connect(self.root.place, self._on_bytes)
         try:
             if remote.fresh:
