@@ -53,6 +53,7 @@ class FakeHost:
         self.home = home or self.directory / "home"
         self.bin = self.directory / "bin"
         self.bin.mkdir()
+        self.default_socket = self.directory / "default.sock"
         (self.directory / "run").mkdir(mode=0o700)
         for variable in ("DOCKER_HOST", "DOCKER_CONTEXT"):
             os.environ.pop(variable, None)
@@ -61,6 +62,7 @@ class FakeHost:
             "WHERRY_HOME": str(self.home),
             "DOCKER_CONFIG": str(self.directory / "docker"),
             "XDG_RUNTIME_DIR": str(self.directory / "run"),
+            "WHERRY_DEFAULT_SOCKET": str(self.default_socket),
             "PATH": f"{self.bin}:{os.environ['PATH']}",
         }
         self.layout = Layout(self.home, current())

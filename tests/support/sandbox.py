@@ -33,6 +33,7 @@ class Sandbox:
             **os.environ,
             "WHERRY_HOME": str(self.home),
             "DOCKER_CONFIG": str(self.docker_config),
+            "WHERRY_DEFAULT_SOCKET": str(directory / "default.sock"),
         }
         self.env.pop("DOCKER_HOST", None)
         self.env.pop("DOCKER_CONTEXT", None)

@@ -54,6 +54,7 @@ def own_directories(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing of the user's is read or written."""
     monkeypatch.setenv("WHERRY_HOME", str(tmp_path / "home"))
     monkeypatch.setenv("DOCKER_CONFIG", str(tmp_path / "docker"))
+    monkeypatch.setenv("WHERRY_DEFAULT_SOCKET", str(tmp_path / "default.sock"))
 
 
 @pytest.fixture

@@ -99,9 +99,30 @@ def _change(name: str, key: str, value: str | None) -> None:
         if key == "disk":
             # Refused here, not at the next start: a disk cannot shrink.
             _refuse_shrinking(where, paths, value, disk, programs)
-        machine.reconfigure(where, paths, {key: value})
-    if status_of(where, paths)["state"] == "running":
+        wanted = machine.reconfigure(where, paths, {key: value})
+        running = status_of(where, paths)["state"] == "running"
+        if key == "endpoint.default_socket":
+            # Within the lock: no stop may come between.
+            _apply_default_socket(where, paths, wanted.default_socket, running=running)
+            return
+    if running:
         click.echo(f"It takes effect at the next start: wherry restart {name}", err=True)
+
+
+def _apply_default_socket(where: Any, paths: Any, wanted: bool, *, running: bool) -> None:
+    """Do at once what the setting says now, or tell why not: the setting itself is kept."""
+    from wherry.service.default_socket import DefaultSocket
+
+    place = DefaultSocket.of(where, paths)
+    try:
+        if not wanted:
+            place.release()
+        elif running:
+            place.claim()
+        elif (problem := place.problem()) is not None:
+            raise problem
+    except WherryError as error:
+        click.echo(f"wherry: warning: {error}", err=True)
 
 
 def _refuse_shrinking(where: Any, paths: Any, value: str | None, disk: Any, programs: Any) -> None:

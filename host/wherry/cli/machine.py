@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import sys
 from typing import Any
@@ -49,6 +50,9 @@ def start(
     status = start_machine(layout(), name, _settings(cpus, memory, disk, accel, image), use=use)
     if status.get("warning"):
         click.echo(f"wherry: warning: {status['warning']}", err=True)
+    default = status.get("default_socket")
+    if default and default["problem"]:
+        click.echo(f"wherry: warning: {default['problem']}; {default['hint']}", err=True)
     click.echo(
         f"Machine {name} is running Docker {status['engine_version']}. "
         f"Try: docker --context {status['docker_context']} ps"
@@ -142,6 +146,16 @@ def stop_machine(where: Layout, name: str, *, force: bool) -> bool:
 
 
 def _stop(where: Layout, paths: MachinePaths, *, force: bool) -> bool:
+    from wherry.service.default_socket import DefaultSocket
+
+    stopped = _end(where, paths, force=force)
+    # The service does this, unless it died. A link that somebody else made for us stays.
+    with contextlib.suppress(WherryError):
+        DefaultSocket.of(where, paths).release()
+    return stopped
+
+
+def _end(where: Layout, paths: MachinePaths, *, force: bool) -> bool:
     from wherry.cli.progress import stages
     from wherry.control.client import call
     from wherry.service import launch, state
@@ -186,6 +200,7 @@ def restart(name: str) -> None:
 def delete(name: str, yes: bool) -> None:
     """Remove machine NAME: its images, containers, volumes and settings."""
     from wherry.service import docker_context, machine
+    from wherry.service.default_socket import DefaultSocket
 
     where = layout()
     paths = machine.require(where, name)
@@ -209,4 +224,8 @@ def delete(name: str, yes: bool) -> None:
             ) from error
         machine.delete(paths)
         docker_context.remove(paths.docker_context)
+        try:
+            DefaultSocket.of(where, paths).release()
+        except WherryError as error:
+            click.echo(f"wherry: warning: {error}", err=True)
     click.echo(f"Machine {name} is removed.")

@@ -42,10 +42,12 @@ def status(name: str, as_json: bool) -> None:
         print_json(fields)
         return
     memory = fields["memory_bytes"]
+    default = fields["default_socket"] or {}
     lines = {
         "State": fields["state"] + (f" ({fields['reason']})" if fields["reason"] else ""),
         "Docker host": fields["docker_host"],
         "Context": fields["docker_context"],
+        "Default": default.get("problem") or (default["path"] if default.get("claimed") else None),
         "Engine": fields["engine_version"],
         "Accelerator": fields["accelerator"],
         "Size": f"{fields['cpus']} CPUs, {format_size(memory)} memory" if memory else None,

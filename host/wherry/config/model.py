@@ -172,7 +172,7 @@ SETTINGS: Mapping[str, Setting] = {
             "endpoint.default_socket",
             _flag,
             lambda platform: False,
-            "whether /var/run/docker.sock leads to this machine (not applied yet)",
+            "whether /var/run/docker.sock leads to this machine while it runs",
         ),
         Setting(
             "sync.shared",

@@ -145,6 +145,12 @@ class Platform(Protocol):
         :raises OSError: it cannot be made, or is another user's.
         """
 
+    def default_docker_socket(self) -> Path | None:
+        """Return where Docker clients look by default, None where no link can stand in for it.
+
+        ``$WHERRY_DEFAULT_SOCKET`` names another place, for tests and unusual systems.
+        """
+
     def short_directory(self) -> Path:
         """Return the user's private directory for sockets whose own would be too deep."""
 

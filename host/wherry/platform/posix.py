@@ -120,6 +120,10 @@ class Posix:
         if stat.S_IMODE(found.st_mode) & 0o077:
             path.chmod(0o700)
 
+    def default_docker_socket(self) -> Path | None:
+        """``/var/run/docker.sock`` (docker/cli, ``client.DefaultDockerHost``)."""
+        return Path(os.environ.get("WHERRY_DEFAULT_SOCKET") or "/var/run/docker.sock")
+
     def listen_local(self, path: Path) -> UnixListener:
         """A Unix socket."""
         return UnixListener(path)

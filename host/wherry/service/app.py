@@ -30,6 +30,7 @@ from wherry.ports.desired import Forward
 from wherry.ports.forwarder import Forwarder
 from wherry.service import console, engine, state, status
 from wherry.service.boot import Boot, end_orphan
+from wherry.service.default_socket import DefaultSocket
 from wherry.service.guest import Guest
 from wherry.service.mounts import Mounts
 from wherry.service.stages import DEFAULT_BOUNDS, Bounds, Stages
@@ -242,6 +243,7 @@ class Service:
             timeout_s=bounds.engine_s + 1,
             hint="see: wherry logs --source console",
         )
+        self._claim_default_socket()
         self._record = replace(self._record, state=State.RUNNING, started=time.time())
         self._transition(State.RUNNING)
         assert self._guest is not None
@@ -249,6 +251,17 @@ class Service:
         await self._share_files(tunnel)
         await self._forward_ports(driver, tunnel)
         self._started.set_result(None)
+
+    def _claim_default_socket(self) -> None:
+        """Claim it where the settings say so; a machine without it runs all the same."""
+        place = DefaultSocket.of(self._layout, self._paths)
+        try:
+            if load(self._paths.config, self._layout.platform).default_socket:
+                place.claim()
+            else:
+                place.release()
+        except WherryError as error:
+            log.warning("%s", error)
 
     def _make_roots(self, tunnel: Tunnel) -> Roots:
         """Make what keeps bind mounts equal, before the first request comes."""
@@ -339,6 +352,11 @@ class Service:
         if self._forwarding is not None:
             self._forwarding.cancel()
         if endpoint is not None:
+            try:
+                DefaultSocket.of(self._layout, self._paths).release()
+            except WherryError as error:
+                # Made by somebody else for us, it stays for the next start.
+                log.info("%s", error)
             await in_thread(endpoint.close, name="endpoint close")
         if self._roots is not None:
             await in_thread(self._roots.close, name="sync close")

@@ -7,7 +7,7 @@ from typing import Any
 from wherry.config.layout import Layout, MachinePaths
 from wherry.config.load import load
 from wherry.core.errors import WherryError
-from wherry.service import state
+from wherry.service import default_socket, state
 from wherry.service.state import Record
 from wherry.vm import image
 
@@ -38,6 +38,7 @@ def describe(
         "qemu_pid": record.qemu.pid if record.qemu else None,
         "uptime_s": round(state.uptime(record), 1),
         "idle_s": None,
+        "default_socket": None,
         "directory": str(paths.directory),
     }
     try:
@@ -46,6 +47,7 @@ def describe(
             "cpus": config.cpus,
             "memory_bytes": config.memory_bytes,
             "disk_bytes": config.disk_bytes,
+            "default_socket": default_socket.describe(layout, paths, config),
         }
         chosen = image.choose(layout, config.image, layout.platform.architecture())
         fields |= {
