@@ -6,7 +6,7 @@ set -euo pipefail
 . "$(dirname "$0")/prepare.sh"
 
 prepare_system
-[ "$(uname -s)" = Linux ] && need_packages openssh-server qemu-system-x86 qemu-system-arm
+[ "$(uname -s)" = Linux ] && need_packages openssh-server qemu-system-x86 qemu-system-arm zsh fish
 prepare_python "[test]"
 
 # Machines of the tests live apart from the user's; images are shared, being expensive.
