@@ -11,6 +11,7 @@ import stat
 
 from wherry_sync import handles, kernel, records
 from wherry_sync.apply import Applier, Policy, no_fault
+from wherry_sync.cache import load, save
 from wherry_sync.entry import Leaf, split
 from wherry_sync.ignore import NOTHING, Ignore
 from wherry_sync.scan import Scanner, Snapshot
@@ -34,6 +35,8 @@ class LocalEndpoint:
         the tree unless its name begins with :data:`~wherry_sync.entry.TEMPORARY_PREFIX`.
     :param boot: id of this boot of this machine, as :attr:`boot` gives it back.
     :param single: whether the root is a file; None for what is there.
+    :param cache: file with what an earlier endpoint knew of the tree; see :meth:`save_cache`.
+    :param trust: the token that it must have been saved with; see :mod:`wherry_sync.cache`.
     :raises OSError: the stage cannot be made, or is on another filesystem.
     """
 
@@ -47,14 +50,21 @@ class LocalEndpoint:
         policy: Policy | None = None,
         checkpoint: Callable[[str], None] = no_fault,
         single: bool | None = None,
+        cache: str | None = None,
+        trust: str = "",
     ) -> None:
         self.boot = boot
+        self._cache = cache
+        self._trust = trust
         self._path = root
         self._single = single
         self._stage = Stage(stage)
         try:
             granularity_ns = records.granularity_ns(self._stage.fd, self._stage.name("part"))
             self._scanner = Scanner(ignore, granularity_ns=granularity_ns)
+            known = load(cache, trust) if cache is not None else None
+            if known is not None:
+                self._scanner.know(*known)
             self._policy = policy or Policy()
             self._applier = Applier(self._stage, self._scanner, self._policy, checkpoint)
             self._stage.recover(self._expected)
@@ -154,6 +164,15 @@ class LocalEndpoint:
     def flush(self) -> None:
         """Wait until all that was done so far is on the disk."""
         kernel.flush(self._stage.fd)
+
+    def save_cache(self, trust: str | None = None) -> None:
+        """Write down what is known, so that another endpoint's first scan need not read it all.
+
+        :param trust: the token for it, if it is another one than at the start.
+        :raises OSError: it cannot be written.
+        """
+        if self._cache is not None:
+            save(self._cache, self._scanner.known(), self._trust if trust is None else trust)
 
     def rescued(self) -> list[Rescued]:
         """Return what was saved from being overwritten at the last moment."""

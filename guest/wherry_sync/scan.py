@@ -68,12 +68,12 @@ class Snapshot:
         self.bytes_read = 0
 
 
-class _Node:
+class Node:
     """A directory as the last scan left it: its entry, and the records of what is in it."""
 
     __slots__ = ("entry", "nodes", "records")
 
-    def __init__(self, entry: Directory, records: dict[str, bytes], nodes: dict[str, _Node]):
+    def __init__(self, entry: Directory, records: dict[str, bytes], nodes: dict[str, Node]):
         self.entry = entry
         self.records = records
         self.nodes = nodes
@@ -111,7 +111,7 @@ class Scanner:
         self._ignore = ignore
         self._granularity_ns = granularity_ns
         self._now_ns = now_ns
-        self._root = _Node(EMPTY, {}, {})
+        self._root = Node(EMPTY, {}, {})
         self._file: tuple[bytes, Leaf] = (_NEVER, problem(""))
         self._notes: dict[str, tuple[bytes, Leaf]] = {}
         self._trust_ignored = True
@@ -152,6 +152,15 @@ class Scanner:
             self._trust_ignored = True
             self._notes.clear()
         return found
+
+    def known(self) -> tuple[Node, tuple[bytes, Leaf]]:
+        """Return what the next scan could use: of a directory, and of a single file."""
+        return self._root, self._file
+
+    def know(self, root: Node, single: tuple[bytes, Leaf]) -> None:
+        """Take what another scanner knew, whatever its rules were. The next scan is a full one."""
+        self._root, self._file = root, single
+        self._trust_ignored = False
 
     def scan_file(self, fd: int, name: str, *, rewritten: bool = False) -> Snapshot:
         """Return a tree whose root is a file, or anything but a directory.
@@ -200,8 +209,8 @@ class Scanner:
         if records.settled(status, self._now_ns(), self._granularity_ns):
             self._notes[path] = (records.record(status), leaf)
 
-    def _node(self, path: str) -> _Node | None:
-        node: _Node | None = self._root
+    def _node(self, path: str) -> Node | None:
+        node: Node | None = self._root
         for name in path.split("/") if path else ():
             node = node.nodes.get(name) if node is not None else None
         return node
@@ -247,8 +256,8 @@ class Scanner:
         return found
 
     def _visit(
-        self, fd: int, path: str, old: _Node, depth: int, wanted: dict[str, bool] | None
-    ) -> _Node:
+        self, fd: int, path: str, old: Node, depth: int, wanted: dict[str, bool] | None
+    ) -> Node:
         """Return the node of an open directory; ``old`` itself if nothing changed."""
         if wanted is not None and not wanted.get(path, True):
             return self._descend(fd, path, old, depth, wanted)
@@ -288,13 +297,13 @@ class Scanner:
                 else:
                     other.append((name, status))
         children: dict[str, Entry] = {}
-        nodes: dict[str, _Node] = {}
+        nodes: dict[str, Node] = {}
         kept = old.entry.children
         for name, status in directories:
             shown = self._shown(name)
             below = join(path, shown)
             node = self._subdirectory(fd, name, below, status, old, depth, wanted)
-            if isinstance(node, _Node):
+            if isinstance(node, Node):
                 nodes[name] = node
                 children[name] = node.entry
             else:
@@ -333,14 +342,14 @@ class Scanner:
         for name, status in directories:
             self._record_directory(name, status, children, nodes, fresh)
         entry = Directory(children)
-        return _Node(entry, fresh, nodes)
+        return Node(entry, fresh, nodes)
 
     def _record_directory(
         self,
         name: str,
         status: os.stat_result,
         children: dict[str, Entry],
-        nodes: dict[str, _Node],
+        nodes: dict[str, Node],
         into: dict[str, bytes],
     ) -> None:
         if name in nodes:
@@ -348,9 +357,7 @@ class Scanner:
         elif children.get(name) is IGNORED:
             into[name] = _IGNORED_DIRECTORY
 
-    def _descend(
-        self, fd: int, path: str, old: _Node, depth: int, wanted: dict[str, bool]
-    ) -> _Node:
+    def _descend(self, fd: int, path: str, old: Node, depth: int, wanted: dict[str, bool]) -> Node:
         """Return a node of which only some directories further down are to be listed."""
         children: dict[str, Entry] | None = None
         for name, node in list(old.nodes.items()):
@@ -365,7 +372,7 @@ class Scanner:
                 continue
             if children is None:
                 children = dict(old.entry.children)
-            if isinstance(new, _Node):
+            if isinstance(new, Node):
                 old.nodes[name] = new
                 children[name] = new.entry
             else:
@@ -373,7 +380,7 @@ class Scanner:
                 children[name] = new
         if children is None:
             return old
-        return _Node(Directory(children), old.records, old.nodes)
+        return Node(Directory(children), old.records, old.nodes)
 
     def _subdirectory(
         self,
@@ -381,10 +388,10 @@ class Scanner:
         name: str,
         path: str,
         status: os.stat_result,
-        parent: _Node,
+        parent: Node,
         depth: int,
         wanted: dict[str, bool] | None,
-    ) -> _Node | Leaf:
+    ) -> Node | Leaf:
         """Return the node of a directory, or the leaf that stands for it."""
         reason = name_problem(name)
         if reason is not None:
@@ -408,7 +415,7 @@ class Scanner:
             return problem(_reason(error))
         try:
             if old is None:
-                old = _Node(EMPTY, {}, {})
+                old = Node(EMPTY, {}, {})
             # One that is not the same inode is compared with the old one all the same, for
             # the records would not match; but all of it has to be listed.
             return self._visit(child, path, old, depth + 1, wanted if known else None)
