@@ -17,7 +17,7 @@ from wherry_sync import cache, hashing, records
 from wherry_sync.entry import Directory, Entry, Leaf, file, problem
 from wherry_sync.ignore import NOTHING, Ignore
 from wherry_sync.local import LocalEndpoint
-from wherry_sync.scan import Node, Scanner
+from wherry_sync.scan import Node
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="directory descriptors")
 
