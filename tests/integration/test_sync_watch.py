@@ -284,6 +284,18 @@ def test_48_a_root_that_goes_ends_the_watch(tmp_path: Path) -> None:
             assert place.watch.problem == f"{root}: it was moved, removed or unmounted"
         finally:
             place.watch.close()
+    # Another tree is in its place, as a directory above it was moved.
+    root = tmp_path / "above" / "root"
+    root.mkdir(parents=True)
+    place = Place(root)
+    try:
+        assert [place.watch.take(), place.watch.take()] == [None, set()]
+        root.parent.rename(tmp_path / "aside")
+        root.mkdir(parents=True)
+        assert place.watch.take() is None
+        assert place.watch.problem == f"{root}: it was moved, removed or unmounted"
+    finally:
+        place.watch.close()
     place = Place(tmp_path / "missing" / "one")
     assert place.watch.take() is None
     assert place.watch.problem is not None

@@ -50,6 +50,7 @@ _READ_BYTES = 256 * 1024
 # Events in a storm are read in turns, so that they cost a few wake-ups and not thousands.
 _PAUSE_S = 0.005
 _JOIN_S = 10.0
+_GONE = "it was moved, removed or unmounted"
 
 _library = ctypes.CDLL(None, use_errno=True)
 
@@ -67,6 +68,14 @@ def _error(what: str) -> OSError:
                 f"the limit of {limit} for fs.inotify.{setting} is reached; raise it with sysctl"
             )
     return OSError(code, reason, what)
+
+
+def _identity(path: str) -> tuple[int, int] | None:
+    try:
+        status = Path(path).stat()
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
 
 
 class _Node:
@@ -109,6 +118,7 @@ class InotifyWatcher:
         self._lock = threading.Lock()
         self._nodes: dict[int, _Node] = {}
         self._root: _Node | None = None
+        self._inode: tuple[int, int] | None = None
         self._fd = -1
         self._ended = False
         self._wake_read, self._wake_write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
@@ -200,6 +210,7 @@ class InotifyWatcher:
             self._fd = fd
         self._nodes.clear()
         self._root = None
+        self._inode = _identity(self._path)
         self._add(None, "")
         if self._root is None:
             raise OSError(errno.ENOENT, "it is no directory that can be read", self._path)
@@ -280,6 +291,10 @@ class InotifyWatcher:
         """Read the queue as it is now, and tell what it says."""
         if self._fd < 0:
             return
+        if _identity(self._path) != self._inode:
+            # A directory above it may have been moved, of which no event tells.
+            self._fail(f"{self._path}: {_GONE}")
+            return
         try:
             number = bytearray(4)
             fcntl.ioctl(self._fd, termios.FIONREAD, number)
@@ -297,7 +312,7 @@ class InotifyWatcher:
                     self._rebuild()
                     return
                 if self._root is None:
-                    self._fail(f"{self._path}: it was moved, removed or unmounted")
+                    self._fail(f"{self._path}: {_GONE}")
                     return
         except OSError as error:
             self._fail(f"{error.filename or self._path}: {error.strerror or error}")
