@@ -7,7 +7,7 @@ import os
 import sys
 import time
 
-from wherry_guest import engine, system
+from wherry_guest import engine, sockets, system
 from wherry_guest.session import Session
 from wherry_wire import PROTOCOL
 from wherry_wire.frames import WireError
@@ -20,6 +20,8 @@ from wherry_wire.messages import (
     HealthWatch,
     Hello,
     HelloReply,
+    ListenersReport,
+    ListenersRequest,
     PowerOff,
     SyncListen,
     SyncListening,
@@ -45,6 +47,7 @@ class Agent:
         session.answer(HealthWatch, self.watch)
         session.answer(ClockSet, self.set_clock)
         session.answer(Trim, self.trim, slow=True)
+        session.answer(ListenersRequest, self.listeners, slow=True)
         session.answer(PowerOff, self.power_off, slow=True)
         session.answer(SyncListen, self.listen)
 
@@ -116,6 +119,12 @@ class Agent:
     def trim(self, request: Trim) -> TrimReport:
         """Discard the data disk's free blocks."""
         return TrimReport(trimmed_bytes=system.trim(self._settings.data_path))
+
+    def listeners(self, request: ListenersRequest) -> ListenersReport:
+        """Say what host-network containers listen on."""
+        found = sockets.listeners(request.containers.split())
+        lines = [f"{id} {protocol} {address} {port}" for id, protocol, address, port in found]
+        return ListenersReport(listeners="\n".join(lines))
 
     def listen(self, request: SyncListen) -> SyncListening:
         """Be ready for the connections of synchronised roots."""

@@ -236,6 +236,22 @@ class PowerOff(Message):
     TYPE = 0x19
 
 
+class ListenersRequest(Message):
+    """Request: on which ports do these containers listen in the guest's own network?"""
+
+    TYPE = 0x1A
+
+    containers: str  # ids, separated by blanks
+
+
+class ListenersReport(Message):
+    """Reply to :class:`ListenersRequest`."""
+
+    TYPE = 0x1B
+
+    listeners: str  # lines of container, protocol, address and port, separated by blanks
+
+
 class SyncListen(Message):
     """Request: be ready for the connections of synchronised roots."""
 

@@ -290,9 +290,9 @@ Hub -1 (net0):\r
 
 def test_forwards_are_read_from_the_monitor() -> None:
     assert host_forwards(USERNET) == [
-        HostForward("tcp", "127.0.0.1", 18080, 80),
-        HostForward("tcp", "127.0.0.1", 33501, 22),
-        HostForward("udp", "0.0.0.0", 5353, 53),
+        HostForward("tcp", "127.0.0.1", 18080, 80, "10.0.2.15"),
+        HostForward("tcp", "127.0.0.1", 33501, 22, "10.0.2.15"),
+        HostForward("udp", "0.0.0.0", 5353, 53, "10.0.2.15"),
     ]
     assert host_forwards("") == []
     assert host_forwards("unknown command: 'info usernet'\r\n") == []

@@ -118,6 +118,9 @@ class Platform(Protocol):
     def qemu_hint(self) -> str:
         """How to install QEMU here."""
 
+    def low_port_hint(self, address: str, port: int) -> str:
+        """Return what the user can do to publish a port below 1024."""
+
     def accelerator_problem(self, accelerator: str) -> str | None:
         """Return why an accelerator cannot be used here at all, or None if it is worth a try."""
 

@@ -17,6 +17,13 @@ class Linux(Posix):
     accelerators = ("kvm", "tcg")
     qemu_hint = "install it with your package manager, on Debian: apt install qemu-system"
 
+    def low_port_hint(self, address: str, port: int) -> str:
+        """The kernel's limit is a setting (ip-sysctl(7), ``ip_unprivileged_port_start``)."""
+        return (
+            f"publish one above, such as {port + 8000}, or allow it: "
+            f"sudo sysctl net.ipv4.ip_unprivileged_port_start={port}"
+        )
+
     def accelerator_problem(self, accelerator: str) -> str | None:
         """Open /dev/kvm: its permissions, not its existence, decide."""
         if accelerator == "tcg":

@@ -21,6 +21,10 @@ class MacOS(Posix):
     accelerators = ("hvf", "tcg")
     qemu_hint = "install it with: brew install qemu"
 
+    def low_port_hint(self, address: str, port: int) -> str:
+        """Since macOS 10.14 any user may bind a low port, but only on all addresses."""
+        return f"publish it on all addresses (-p {port}:…), or one above, such as {port + 8000}"
+
     def accelerator_problem(self, accelerator: str) -> str | None:
         """``kern.hv_support`` tells whether the Hypervisor framework works here."""
         if accelerator == "tcg":

@@ -1,5 +1,10 @@
 """Published ports: what containers ask for, made reachable on the host.
 
-``desired`` reads what should be from the engine's list of containers, ``reconcile``
-compares it with what is, ``forwarder`` makes the difference happen.
+desired      which forwards containers ask for (pure)
+reconcile    which way each takes, and what to add and remove (pure)
+keeper       makes what is equal to what should be; reservations, problems, repair
+├── qemu         QEMU's own ``hostfwd``, which carries the bytes in C
+├── streams      TCP on IPv6, relayed by us
+├── datagrams    UDP on IPv6, relayed by us
+└── conflicts    why a port cannot be bound
 """

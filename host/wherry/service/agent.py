@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import concurrent.futures
+import ipaddress
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
@@ -23,6 +24,8 @@ from wherry_wire.messages import (
     HealthWatch,
     Hello,
     HelloReply,
+    ListenersReport,
+    ListenersRequest,
     Message,
     PowerOff,
     SyncChanged,
@@ -211,6 +214,26 @@ class AgentClient:
             lost.
         """
         return self._request(SyncListen(directory=directory), SyncListening, timeout_s).socket
+
+    def listeners(
+        self, containers: Iterable[str], *, timeout_s: float = REQUEST_TIMEOUT_S
+    ) -> list[tuple[str, str, str, int]]:
+        """Return what these host-network containers listen on.
+
+        :returns: container, protocol, address and port.
+        :raises WherryError: the agent could not, did not answer in time, or is lost.
+        """
+        request = ListenersRequest(containers=" ".join(containers))
+        report = self._request(request, ListenersReport, timeout_s)
+        try:
+            found = [line.split(" ") for line in report.listeners.splitlines()]
+            return [
+                (id, protocol, str(ipaddress.ip_address(address)), int(port))
+                for id, protocol, address, port in found
+                if protocol in ("tcp", "udp") and 0 < int(port) < 65536
+            ]
+        except ValueError as error:
+            raise WherryError("the agent in the guest told listeners that are none") from error
 
     def poweroff(self, *, timeout_s: float = REQUEST_TIMEOUT_S) -> None:
         """Have the guest shut itself down; returns when it has begun to.

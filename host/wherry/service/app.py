@@ -26,13 +26,12 @@ from wherry.config.load import load
 from wherry.control.server import ControlServer, Emit
 from wherry.core.bridge import in_thread, post
 from wherry.core.errors import TunnelError, WherryError
-from wherry.ports.desired import Forward
-from wherry.ports.forwarder import Forwarder
 from wherry.service import console, engine, state, status
 from wherry.service.boot import Boot, end_orphan
 from wherry.service.default_socket import DefaultSocket
 from wherry.service.guest import Guest
 from wherry.service.mounts import Mounts
+from wherry.service.networking import Networking
 from wherry.service.stages import DEFAULT_BOUNDS, Bounds, Stages
 from wherry.service.state import Record, State
 from wherry.sync.remote import RemoteEndpoint
@@ -41,7 +40,6 @@ from wherry.tunnel.connection import Connection
 from wherry.tunnel.keys import MachineKeys, load_keys
 from wherry.tunnel.tunnel import Tunnel
 from wherry.vm.driver import Exit
-from wherry.vm.qemu.arguments import NETWORK_DEVICE
 from wherry.vm.qemu.driver import QemuDriver
 
 log = logging.getLogger(__name__)
@@ -95,9 +93,7 @@ class Service:
         self._guest: Guest | None = None
         self._roots: Roots | None = None
         self._mounts: Mounts | None = None
-        self._watch: engine.ContainerWatch | None = None
-        self._forwarder: Forwarder | None = None
-        self._forwarding: asyncio.Task[None] | None = None
+        self._networking = Networking(self._hooks, layout.platform)
         self._force = False
         self._ssh: tuple[str, int] | None = None
         self._event_listeners: list[Emit] = []
@@ -125,6 +121,7 @@ class Service:
                 "wait_running": self._on_wait_running,
                 "stop": self._on_stop,
                 "events": self._on_events,
+                "ports": self._on_ports,
             },
             loop,
         )
@@ -249,7 +246,7 @@ class Service:
         assert self._guest is not None
         self._guest.start()
         await self._share_files(tunnel)
-        await self._forward_ports(driver, tunnel)
+        await self._networking.start(driver, tunnel, self._guest, self._ssh)
         self._started.set_result(None)
 
     def _claim_default_socket(self) -> None:
@@ -283,27 +280,6 @@ class Service:
             await in_thread(self._mounts.restore, name="mounts")
         except WherryError as error:
             log.warning("the containers' bind mounts are not known: %s", error)
-
-    async def _forward_ports(self, driver: QemuDriver, tunnel: Tunnel) -> None:
-        """Make published ports appear on the host, now and at every change."""
-        loop = asyncio.get_running_loop()
-        present = [
-            Forward(each.protocol, each.address, each.port)
-            for each in await driver.host_forwards()
-            if (each.address, each.port) != self._ssh
-        ]
-        forwarder = self._forwarder = Forwarder(driver.monitor.human, NETWORK_DEVICE, present)
-        queue: asyncio.Queue[list[dict[str, Any]]] = asyncio.Queue()
-
-        async def apply() -> None:
-            while True:
-                await forwarder.update(await queue.get())
-
-        self._forwarding = asyncio.create_task(apply(), name="ports")
-        self._watch = engine.ContainerWatch(
-            lambda: tunnel.open_unix(engine.SOCKET),
-            lambda containers: post(loop, queue.put_nowait, containers),
-        )
 
     async def _await_engine(self, tunnel: Tunnel, timeout_s: float) -> str:
         """Ask until the engine answers: its socket is there before it listens."""
@@ -347,10 +323,6 @@ class Service:
             self._tunnel,
             self._boot.driver,
         )
-        if self._watch is not None:
-            await in_thread(self._watch.close, name="container watch close")
-        if self._forwarding is not None:
-            self._forwarding.cancel()
         if endpoint is not None:
             try:
                 DefaultSocket.of(self._layout, self._paths).release()
@@ -358,6 +330,7 @@ class Service:
                 # Made by somebody else for us, it stays for the next start.
                 log.info("%s", error)
             await in_thread(endpoint.close, name="endpoint close")
+        await self._networking.close()
         if self._roots is not None:
             await in_thread(self._roots.close, name="sync close")
         if guest is not None:
@@ -411,6 +384,9 @@ class Service:
 
     async def _on_status(self, params: Mapping[str, Any], emit: Emit) -> dict[str, Any]:
         return self._status()
+
+    async def _on_ports(self, params: Mapping[str, Any], emit: Emit) -> list[dict[str, Any]]:
+        return self._networking.describe()
 
     async def _on_wait_running(self, params: Mapping[str, Any], emit: Emit) -> dict[str, Any]:
         silence = self._stages.listen(emit)

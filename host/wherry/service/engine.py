@@ -21,21 +21,27 @@ _RETRY_S = 1.0
 _JOIN_S = 5.0
 
 _EVENTS = "/events?filters=" + json.dumps(
-    {"type": ["container"], "event": ["start", "die", "restart", "unpause"]},
+    {
+        "type": ["container", "network"],
+        "event": ["start", "die", "restart", "rename", "connect", "disconnect"],
+    },
     separators=(",", ":"),
 ).replace('"', "%22")
 
 
-def get(stream: Stream, target: str) -> tuple[h11.Response, Iterator[bytes]]:
-    """Send one GET request over a new connection; return the answer's head and body.
+def request(
+    stream: Stream, target: str, *, method: str = "GET"
+) -> tuple[h11.Response, Iterator[bytes]]:
+    """Send one request over a new connection; return the answer's head and body.
 
     :param stream: closed when the body ends, and by the caller on its failing paths.
     :raises WherryError: the engine went away, or does not speak HTTP.
     """
     connection = h11.Connection(h11.CLIENT)
-    request = h11.Request(
-        method="GET", target=target, headers=[("Host", "docker"), ("Connection", "close")]
-    )
+    headers = [("Host", "docker"), ("Connection", "close")]
+    if method == "POST":
+        headers.append(("Content-Length", "0"))
+    question = h11.Request(method=method, target=target, headers=headers)
 
     def next_event() -> Any:
         while True:
@@ -54,7 +60,7 @@ def get(stream: Stream, target: str) -> tuple[h11.Response, Iterator[bytes]]:
             stream.close()
 
     try:
-        head, end = connection.send(request), connection.send(h11.EndOfMessage())
+        head, end = connection.send(question), connection.send(h11.EndOfMessage())
         stream.sendall((head or b"") + (end or b""))
         response = next_event()
         if not isinstance(response, h11.Response):
@@ -73,7 +79,7 @@ def ping(stream: Stream) -> str:
 
     :raises WherryError: it answered something else, or nothing.
     """
-    response, body = get(stream, "/_ping")
+    response, body = request(stream, "/_ping")
     said = b"".join(body)
     if response.status_code != 200:
         raise WherryError(f"the engine answered {response.status_code}: {said[:200]!r}")
@@ -89,7 +95,7 @@ def fetch(stream: Stream, target: str) -> Any:
     :param stream: closed when it has come.
     :raises WherryError: the engine answers something else, or nothing.
     """
-    response, body = get(stream, target)
+    response, body = request(stream, target)
     answer = b"".join(body)
     if response.status_code != 200:
         raise WherryError(f"the engine answered {response.status_code}: {answer[:200]!r}")
@@ -113,11 +119,33 @@ def containers(stream: Stream) -> list[dict[str, Any]]:
     return found
 
 
-class ContainerWatch:
-    """Calls back with the running containers at first and after each change.
+def inspect(stream: Stream, container: str) -> dict[str, Any]:
+    """Return what ``GET /containers/{id}/json`` has of a container.
 
-    When the connection to the engine breaks it asks anew, so no change is missed for
-    longer than an outage.
+    :param container: its id, a prefix of it, or its name.
+    :raises WherryError: there is none, or the engine does not tell.
+    """
+    found: dict[str, Any] = fetch(stream, f"/containers/{quoted(container)}/json")
+    return found
+
+
+def stop(stream: Stream, container: str) -> None:
+    """End a container at once.
+
+    :raises WherryError: the engine does not.
+    """
+    target = f"/containers/{quoted(container)}/stop?t=0"
+    response, body = request(stream, target, method="POST")
+    answer = b"".join(body)
+    if response.status_code not in (204, 304):
+        raise WherryError(f"the engine answered {response.status_code}: {answer[:200]!r}")
+
+
+class ContainerWatch:
+    """Calls back at first and after each change of the running containers.
+
+    When the connection to the engine breaks it calls back anew, so no change is missed
+    for longer than an outage.
 
     :param open_stream: makes a new connection to the engine; waits during an outage.
     :param changed: called in the watch's thread.
@@ -126,7 +154,7 @@ class ContainerWatch:
     def __init__(
         self,
         open_stream: Callable[[], Stream],
-        changed: Callable[[list[dict[str, Any]]], None],
+        changed: Callable[[], None],
     ) -> None:
         self._open_stream = open_stream
         self._changed = changed
@@ -147,14 +175,14 @@ class ContainerWatch:
         while not self._closed.is_set():
             try:
                 self._stream = stream = self._open_stream()
-                answer, events = get(stream, _EVENTS)
+                answer, events = request(stream, _EVENTS)
                 if answer.status_code != 200:
                     stream.close()
                     raise WherryError(f"the engine answered {answer.status_code}")
-                # Listed after the events began, so that nothing falls in between.
-                self._changed(containers(self._open_stream()))
+                # After the events began, so that nothing falls in between.
+                self._changed()
                 for _ in events:
-                    self._changed(containers(self._open_stream()))
+                    self._changed()
             except WherryError:
                 pass  # the tunnel or the engine went away: begin anew
             self._closed.wait(_RETRY_S)

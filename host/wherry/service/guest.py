@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from wherry.core.errors import WherryError
 from wherry.service.agent import AgentClient, Health
@@ -60,10 +60,20 @@ class Guest:
 
         :raises WherryError: there is no agent, or it does not answer.
         """
+        return self._running().health()
+
+    def listeners(self, containers: Iterable[str]) -> list[tuple[str, str, str, int]]:
+        """See :meth:`AgentClient.listeners`.
+
+        :raises WherryError: there is no agent, or it does not answer.
+        """
+        return self._running().listeners(containers)
+
+    def _running(self) -> AgentClient:
         agent = self._agent
         if agent is None:
             raise WherryError("the agent in the guest is not running yet")
-        return agent.health()
+        return agent
 
     def open_sync(self, timeout_s: float = _START_TIMEOUT_S) -> Stream:
         """Open a connection for a synchronised root.

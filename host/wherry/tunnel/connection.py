@@ -214,6 +214,14 @@ class Connection:
         """
         return self._transport.begin_unix(path, time.monotonic() + timeout_s, now=True)
 
+    def begin_tcp(self, address: str, port: int, *, timeout_s: float = OPEN_TIMEOUT_S) -> Stream:
+        """Connect to a port in the guest, without waiting: the stream's methods tell a failure.
+
+        :param address: as the guest sees it, such as ``127.0.0.1``.
+        :param timeout_s: for the guest's answer.
+        """
+        return self._transport.begin_tcp(address, port, time.monotonic() + timeout_s)
+
     def _begin_unix(self, path: str, timeout_s: float) -> StreamChannel:
         channel = self._transport.begin_unix(path, time.monotonic() + timeout_s)
         assert channel is not None

@@ -182,6 +182,20 @@ class TunnelTransport(Transport):  # type: ignore[misc]  # paramiko ships no typ
             StreamChannel, "direct-streamlocal@openssh.com", tail.asbytes(), deadline, path, now
         )
 
+    def begin_tcp(self, address: str, port: int, deadline: float) -> StreamChannel:
+        """Ask for a stream to a port in the guest (RFC 4254 §7.2), without waiting."""
+        tail = Message()
+        tail.add_string(address)
+        tail.add_int(port)
+        tail.add_string("127.0.0.1")  # where the connection comes from; for the guest's log
+        tail.add_int(0)
+        target = f"{address}, port {port}"
+        channel = self._begin(
+            StreamChannel, "direct-tcpip", tail.asbytes(), deadline, target, False
+        )
+        assert channel is not None
+        return channel
+
     def begin_session(self, deadline: float) -> CommandChannel:
         """Ask for a session channel (RFC 4254 §6.1), without waiting for the answer."""
         channel = self._begin(CommandChannel, "session", b"", deadline, "a command", False)

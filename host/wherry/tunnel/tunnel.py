@@ -120,6 +120,11 @@ class Tunnel:
             return None
         return None if stream is None else self._count(stream)
 
+    def begin_tcp(self, address: str, port: int, *, timeout_s: float = OPEN_TIMEOUT_S) -> Stream:
+        """See :meth:`Connection.begin_tcp`; waits for a connection during an outage."""
+        connection = self.wait(self._outage_timeout_s)
+        return self._count(connection.begin_tcp(address, port, timeout_s=timeout_s))
+
     def open_unix(self, path: str, *, timeout_s: float = OPEN_TIMEOUT_S) -> Stream:
         """See :meth:`Connection.open_unix`; waits for a connection during an outage."""
         return self._count(self.wait(self._outage_timeout_s).open_unix(path, timeout_s=timeout_s))

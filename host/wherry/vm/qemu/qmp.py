@@ -97,7 +97,7 @@ class Monitor:
 
 _FORWARD = re.compile(
     r"^\s*(?P<protocol>TCP|UDP)\[HOST_FORWARD\]\s+\d+\s+"
-    r"(?P<address>\S+)\s+(?P<port>\d+)\s+\S+\s+(?P<guest>\d+)\s",
+    r"(?P<address>\S+)\s+(?P<port>\d+)\s+(?P<guest>\S+)\s+(?P<guest_port>\d+)\s",
     re.MULTILINE,
 )
 
@@ -109,6 +109,7 @@ class HostForward(NamedTuple):
     address: str
     port: int
     guest_port: int
+    guest_address: str
 
 
 def host_forwards(usernet: str) -> list[HostForward]:
@@ -119,7 +120,8 @@ def host_forwards(usernet: str) -> list[HostForward]:
             # An address that is not set prints as the name of all addresses.
             "0.0.0.0" if match["address"] == "*" else match["address"],
             int(match["port"]),
-            int(match["guest"]),
+            int(match["guest_port"]),
+            match["guest"],
         )
         for match in _FORWARD.finditer(usernet)
     ]

@@ -1,0 +1,97 @@
+"""Why a port of this computer cannot be bound, in words for the user."""
+
+from __future__ import annotations
+
+import errno
+import ipaddress
+import socket
+
+import psutil
+
+from wherry.platform.base import Platform
+from wherry.ports.desired import Forward
+
+_KINDS = {"tcp": socket.SOCK_STREAM, "udp": socket.SOCK_DGRAM}
+
+
+def open_socket(forward: Forward) -> socket.socket:
+    """Return a socket that is bound to the forward's address, and listens if it is TCP's.
+
+    :raises OSError: the system refuses.
+    """
+    family = socket.AF_INET6 if forward.ipv6 else socket.AF_INET
+    made = socket.socket(family, _KINDS[forward.protocol])
+    try:
+        if forward.ipv6:
+            # The IPv4 part is another listener's.
+            made.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        if forward.protocol == "tcp":
+            made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        made.bind((forward.address, forward.port))
+        if forward.protocol == "tcp":
+            made.listen(_BACKLOG)
+    except BaseException:
+        made.close()
+        raise
+    return made
+
+
+_BACKLOG = 512
+
+
+def try_bind(forward: Forward) -> OSError | None:
+    """Return what the system says against binding a port; None when it can be bound."""
+    try:
+        open_socket(forward).close()
+    except OSError as error:
+        return error
+    return None
+
+
+def explain(forward: Forward, error: OSError, platform: Platform) -> str:
+    """Return the engine's words for the error, with who or what is in the way."""
+    what = f"failed to bind host port {forward}"
+    if error.errno == errno.EADDRINUSE:
+        holder = find_holder(forward)
+        by = f" by {holder}" if holder else ""
+        return f"{what}: address already in use{by}"
+    if error.errno in (errno.EACCES, errno.EPERM) and forward.port < 1024:
+        hint = platform.low_port_hint(forward.address, forward.port)
+        return f"{what}: permission denied: ports below 1024 are the system's; {hint}"
+    if error.errno == errno.EADDRNOTAVAIL:
+        return (
+            f"{what}: cannot assign requested address: "
+            f"this computer has no address {forward.address}"
+        )
+    return f"{what}: {error.strerror or error}"
+
+
+def find_holder(forward: Forward) -> str:
+    """Return the process that holds a port, such as ``python3 (process 42)``.
+
+    Empty when the system does not tell: it may be another user's.
+    """
+    try:
+        connections = psutil.net_connections(kind=forward.protocol)
+    except (psutil.Error, OSError):
+        return ""
+    for each in connections:
+        if not each.laddr or each.laddr.port != forward.port or each.pid is None:
+            continue
+        if each.status not in (psutil.CONN_LISTEN, psutil.CONN_NONE):
+            continue
+        if not _overlap(each.laddr.ip, forward.address):
+            continue
+        try:
+            return f"{psutil.Process(each.pid).name()} (process {each.pid})"
+        except psutil.Error:
+            return f"process {each.pid}"
+    return ""
+
+
+def _overlap(one: str, other: str) -> bool:
+    # "::" holds IPv4 as well, unless it was bound for IPv6 alone.
+    held, wanted = (ipaddress.ip_address(each.partition("%")[0]) for each in (one, other))
+    if held.version == wanted.version:
+        return held == wanted or held.is_unspecified or wanted.is_unspecified
+    return held.is_unspecified

@@ -1,0 +1,241 @@
+"""TCP on IPv6, relayed by us: to QEMU's listener for IPv4, or through the tunnel.
+
+One thread accepts for all ports, so that a port that nobody uses costs a descriptor.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import selectors
+import socket
+import threading
+from collections.abc import Callable
+from functools import partial
+
+from wherry.core.errors import TunnelError
+from wherry.ports.conflicts import open_socket
+from wherry.ports.desired import Forward
+from wherry.relay.pump import Pump
+from wherry.relay.workers import Workers
+from wherry.tunnel.stream import DrainWrite, Sink, Stream
+
+CONNECTION_LIMIT = 256
+"""Connections at once, of all ports; more are closed. Each takes two threads."""
+
+_CONNECT_TIMEOUT_S = 10.0
+_CLOSE_TIMEOUT_S = 5.0
+_PAUSE_S = 0.05
+
+_logger = logging.getLogger(__name__)
+
+OpenStream = Callable[[], Stream]
+
+
+class StreamRelays:
+    """Listens on ports and relays each connection; every method is thread-safe."""
+
+    def __init__(self) -> None:
+        self._workers = Workers("port")
+        self._selector = selectors.DefaultSelector()
+        self._wake, self._alarm = socket.socketpair()
+        self._selector.register(self._wake, selectors.EVENT_READ)
+        self._jobs: queue.SimpleQueue[Callable[[], object]] = queue.SimpleQueue()
+        self._lock = threading.Lock()
+        self._listeners: dict[Forward, socket.socket] = {}
+        self._pumps: set[Pump] = set()
+        self._active = 0
+        self._closing = False
+        self._thread = threading.Thread(target=self._run, name="ports-accept", daemon=True)
+        self._thread.start()
+
+    def add(self, forward: Forward, open_stream: OpenStream, *, pushes: bool) -> None:
+        """Listen, and relay each connection to a stream of its own.
+
+        :param open_stream: makes it, in a thread of the connection.
+        :param pushes: whether the stream is one of the tunnel's.
+        :raises OSError: the port cannot be bound.
+        """
+        listener = open_socket(forward)
+        listener.setblocking(False)
+        with self._lock:
+            self._listeners[forward] = listener
+        self._do(
+            partial(self._selector.register, listener, selectors.EVENT_READ, (open_stream, pushes))
+        )
+
+    def remove(self, forward: Forward) -> None:
+        """Listen no more; connections go on until one side ends them."""
+        with self._lock:
+            listener = self._listeners.pop(forward, None)
+        if listener is None:
+            return
+        closed = threading.Event()
+
+        def close() -> None:
+            self._selector.unregister(listener)
+            listener.close()
+            closed.set()
+
+        self._do(close)
+        closed.wait(_CLOSE_TIMEOUT_S)
+
+    def close(self) -> None:
+        """End everything; safe to call twice."""
+        if self._closing:
+            return
+        self._closing = True
+        self._do(lambda: None)
+        self._thread.join(_CLOSE_TIMEOUT_S)
+        with self._lock:
+            pumps = list(self._pumps)
+        for pump in pumps:
+            pump.abort()
+        if not self._workers.close(_CLOSE_TIMEOUT_S):
+            _logger.warning("a connection did not end within %g s", _CLOSE_TIMEOUT_S)
+
+    def _do(self, job: Callable[[], object]) -> None:
+        """Have the accepting thread do something, since it alone uses the selector."""
+        self._jobs.put(job)
+        try:
+            self._alarm.send(b"x")
+        except OSError:
+            pass  # the thread has ended
+
+    def _run(self) -> None:
+        try:
+            while not self._closing:
+                for key, _ in self._selector.select():
+                    if key.fileobj is self._wake:
+                        self._wake.recv(4096)
+                    else:
+                        assert isinstance(key.fileobj, socket.socket)
+                        self._accept(key.fileobj, *key.data)
+                while not self._jobs.empty():
+                    self._jobs.get()()
+        except Exception:
+            _logger.exception("the relay of ports failed")
+        finally:
+            with self._lock:
+                listeners = list(self._listeners.values())
+                self._listeners.clear()
+            self._selector.close()
+            for each in (*listeners, self._wake, self._alarm):
+                each.close()
+
+    def _accept(self, listener: socket.socket, open_stream: OpenStream, pushes: bool) -> None:
+        try:
+            connection, _ = listener.accept()
+        except BlockingIOError:
+            return
+        except OSError as error:
+            _logger.warning("a connection could not be accepted: %s", error)
+            # Out of descriptors, as a rule: one of the connections will end.
+            threading.Event().wait(_PAUSE_S)
+            return
+        with self._lock:
+            full = self._active >= CONNECTION_LIMIT
+            self._active += not full
+        if full:
+            connection.close()
+            return
+        try:
+            connection.setblocking(True)
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            self._workers.spawn(partial(self._serve, connection, open_stream, pushes))
+        except (OSError, RuntimeError) as error:
+            _logger.warning("a connection could not be relayed: %s", error)
+            connection.close()
+            with self._lock:
+                self._active -= 1
+
+    def _serve(self, connection: socket.socket, open_stream: OpenStream, pushes: bool) -> None:
+        """Relay one connection; the body of a worker's job."""
+        pump: Pump | None = None
+        try:
+            try:
+                remote = open_stream()
+            except TunnelError as error:
+                _logger.info("a connection was not relayed: %s", error)
+                connection.close()
+                return
+            local = connection if pushes else _Blocking(connection)
+            pump = Pump(local, remote, self._workers.spawn)
+            with self._lock:
+                self._pumps.add(pump)
+            if self._closing:
+                pump.abort()
+            pump.run()
+        finally:
+            with self._lock:
+                self._active -= 1
+                if pump is not None:
+                    self._pumps.discard(pump)
+
+
+def to_local(port: int) -> OpenStream:
+    """Return what connects to a port of this computer's IPv4 loopback."""
+    return lambda: _Connected(("127.0.0.1", port))
+
+
+class _Blocking:
+    """A socket that the relay reads and writes in two threads, being no plain one."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock = sock
+        self.recv = sock.recv
+        self.recv_into = sock.recv_into
+        self.send = sock.send
+        self.sendall = sock.sendall
+        self.shutdown = sock.shutdown
+        self.fileno = sock.fileno
+        self.close = sock.close
+
+
+class _Connected:
+    """A connection on this computer, as far as a relay in two threads needs a ``Stream``."""
+
+    def __init__(self, address: tuple[str, int]) -> None:
+        try:
+            self._sock = socket.create_connection(address, timeout=_CONNECT_TIMEOUT_S)
+        except OSError as error:
+            raise TunnelError(f"{address[0]}:{address[1]} does not answer: {error}") from error
+        self._sock.settimeout(None)
+        self._sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+    def recv(self, size: int) -> bytes:
+        try:
+            return self._sock.recv(size)
+        except OSError as error:
+            raise TunnelError(str(error)) from error
+
+    def recv_into(self, buffer: memoryview) -> int:
+        try:
+            return self._sock.recv_into(buffer)
+        except OSError as error:
+            raise TunnelError(str(error)) from error
+
+    def sendall(self, data: memoryview | bytes) -> None:
+        try:
+            self._sock.sendall(data)
+        except OSError as error:
+            raise TunnelError(str(error)) from error
+
+    def shutdown_write(self) -> None:
+        self._end(socket.SHUT_WR)
+
+    def close(self) -> None:
+        self._end(socket.SHUT_RDWR)
+        self._sock.close()
+
+    def _end(self, how: int) -> None:
+        try:
+            self._sock.shutdown(how)
+        except OSError:
+            pass  # the other side was faster
+
+    def deliver_to(self, sink: Sink) -> None:
+        raise NotImplementedError("only streams of the tunnel push")
+
+    def drain(self, sink_write: DrainWrite) -> None:
+        raise NotImplementedError("only streams of the tunnel push")

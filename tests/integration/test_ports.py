@@ -1,0 +1,447 @@
+"""The host's listeners of published ports, on the loopback; QEMU is played by sockets."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from wherry.core.errors import TunnelError
+from wherry.platform import current
+from wherry.ports.conflicts import explain, find_holder, try_bind
+from wherry.ports.datagrams import DatagramRelay
+from wherry.ports.desired import Forward, Owner
+from wherry.ports.keeper import PortKeeper, PortTaken
+from wherry.ports.qemu import QemuForwards
+from wherry.ports.streams import StreamRelays, to_local
+
+WEB = Owner("abc", "web", 80)
+
+
+def free_port(kind: int = socket.SOCK_STREAM) -> int:
+    with socket.socket(socket.AF_INET6, kind) as probe:
+        probe.bind(("::1", 0))
+        return int(probe.getsockname()[1])
+
+
+class Monitor:
+    """QEMU's human monitor, as far as forwards go: it binds what it is told to."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+        self.sockets: dict[str, socket.socket] = {}
+
+    async def human(self, line: str) -> str:
+        self.lines.append(line)
+        command, _, rule = line.split(" ")
+        host = rule.split("-")[0]
+        if command == "hostfwd_remove":
+            self.sockets.pop(host).close()
+            return f"host forwarding rule for {host} removed\r\n"
+        protocol, address, port = host.split(":")
+        made = socket.socket(
+            socket.AF_INET, socket.SOCK_STREAM if protocol == "tcp" else socket.SOCK_DGRAM
+        )
+        try:
+            made.bind((address, int(port)))
+            if protocol == "tcp":
+                made.listen()
+        except OSError:
+            made.close()
+            return f"Could not set up host forwarding rule '{rule}'\r\n"
+        self.sockets[host] = made
+        return ""
+
+    def forwards(self) -> list[Forward]:
+        split = [host.split(":") for host in self.sockets]
+        return [Forward(protocol, address, int(port)) for protocol, address, port in split]
+
+    def close(self) -> None:
+        for each in self.sockets.values():
+            each.close()
+
+
+class Kept:
+    """A keeper and what it was asked to prepare."""
+
+    def __init__(self) -> None:
+        self.monitor = Monitor()
+        self.prepared: list[str] = []
+
+        async def prepare(address: str) -> None:
+            self.prepared.append(address)
+
+        def open_guest(address: str, port: int) -> Any:
+            raise TunnelError("there is no guest")
+
+        self.keeper = PortKeeper(
+            QemuForwards(self.monitor.human, "net0"),
+            current(),
+            {},
+            open_guest=open_guest,
+            prepare=prepare,
+        )
+
+    async def __aenter__(self) -> Kept:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.keeper.close()
+        self.monitor.close()
+
+
+def in_a_loop(body: Any) -> None:
+    async def run() -> None:
+        async with Kept() as kept:
+            await body(kept)
+
+    asyncio.run(run())
+
+
+def both(port: int, owner: Owner = WEB) -> dict[Forward, Owner]:
+    return {Forward("tcp", "0.0.0.0", port): owner, Forward("tcp", "::", port): owner}
+
+
+def test_a_reservation_becomes_a_forward_and_goes_with_its_container() -> None:
+    async def body(kept: Kept) -> None:
+        port, keeper = free_port(), kept.keeper
+        await keeper.reserve("start", both(port))
+        assert try_bind(Forward("tcp", "127.0.0.1", port)) is not None
+        assert try_bind(Forward("tcp", "::1", port)) is not None
+        await keeper.update(both(port))
+        await keeper.release("start")
+        assert [each.kind for each in keeper.published()] == ["hostfwd", "relay"]
+        assert kept.monitor.lines == [f"hostfwd_add net0 tcp:0.0.0.0:{port}-:{port}"]
+        await keeper.update({})
+        assert try_bind(Forward("tcp", "0.0.0.0", port)) is None
+        assert try_bind(Forward("tcp", "::", port)) is None
+        assert not keeper.busy
+
+    in_a_loop(body)
+
+
+def test_a_start_that_failed_leaves_nothing() -> None:
+    async def body(kept: Kept) -> None:
+        port = free_port()
+        await kept.keeper.reserve("start", both(port))
+        await kept.keeper.release("start")
+        assert try_bind(Forward("tcp", "0.0.0.0", port)) is None
+        assert try_bind(Forward("tcp", "::", port)) is None
+
+    in_a_loop(body)
+
+
+def test_all_ports_of_a_start_or_none() -> None:
+    async def body(kept: Kept) -> None:
+        free = free_port()
+        with socket.create_server(("0.0.0.0", 0)) as taken:
+            port = taken.getsockname()[1]
+            with pytest.raises(PortTaken, match=f"0.0.0.0:{port}/tcp: address already in use by"):
+                await kept.keeper.reserve("start", {**both(free), **both(port)})
+        assert kept.keeper.published() == []
+        assert kept.monitor.sockets == {}
+        assert try_bind(Forward("tcp", "::", free)) is None
+
+    in_a_loop(body)
+
+
+def test_a_port_of_another_container_is_left_to_the_engine() -> None:
+    async def body(kept: Kept) -> None:
+        port = free_port()
+        await kept.keeper.update(both(port))
+        await kept.keeper.reserve("start", both(port, Owner("xyz", "other", 80)))
+        await kept.keeper.release("start")
+        assert [each.owner for each in kept.keeper.published()] == [WEB, WEB]
+        assert len(kept.monitor.sockets) == 1
+
+    in_a_loop(body)
+
+
+def test_a_forward_that_died_is_made_again() -> None:
+    async def body(kept: Kept) -> None:
+        port = free_port()
+        await kept.keeper.update(both(port))
+        kept.monitor.sockets.pop(f"tcp:0.0.0.0:{port}").close()
+
+        async def forwards() -> list[Forward]:
+            return kept.monitor.forwards()
+
+        await kept.keeper.verify(forwards)
+        assert kept.monitor.forwards() == [Forward("tcp", "0.0.0.0", port)]
+
+    in_a_loop(body)
+
+
+def test_a_port_that_could_not_be_bound_is_tried_again() -> None:
+    async def body(kept: Kept) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as taken:
+            port = taken.getsockname()[1]
+            await kept.keeper.update({Forward("tcp", "127.0.0.1", port): WEB})
+            (found,) = kept.keeper.published()
+            assert "address already in use" in found.problem
+            assert kept.keeper.problems_of("abc") == [found.problem]
+        await kept.keeper.update({Forward("tcp", "127.0.0.1", port): WEB})
+        assert kept.keeper.problems_of("abc") == []
+        assert kept.monitor.lines[-1] == f"hostfwd_add net0 tcp:127.0.0.1:{port}-127.0.0.1:{port}"
+
+    in_a_loop(body)
+
+
+def test_only_addresses_that_the_guest_does_not_have_are_prepared() -> None:
+    async def body(kept: Kept) -> None:
+        port = free_port()
+        await kept.keeper.update({Forward("tcp", "127.0.0.2", port): WEB})
+        await kept.keeper.update({Forward("tcp", "192.0.2.7", port): WEB})
+        assert kept.prepared == ["192.0.2.7"]
+        (problem,) = kept.keeper.problems_of("abc")
+        assert "cannot assign requested address: this computer has no address" in problem
+
+    in_a_loop(body)
+
+
+# -- why a port cannot be bound ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("protocol", ["tcp", "udp"])
+@pytest.mark.parametrize("address", ["0.0.0.0", "127.0.0.1"])
+def test_who_holds_a_port(protocol: str, address: str) -> None:
+    kind = socket.SOCK_STREAM if protocol == "tcp" else socket.SOCK_DGRAM
+    with socket.socket(socket.AF_INET, kind) as taken:
+        taken.bind(("127.0.0.1", 0))
+        if protocol == "tcp":
+            taken.listen()
+        holder = find_holder(Forward(protocol, address, taken.getsockname()[1]))
+    assert holder.endswith(f"(process {os.getpid()})")
+
+
+def test_a_holder_elsewhere_is_not_blamed() -> None:
+    with socket.create_server(("127.0.0.2", 0)) as taken:
+        assert find_holder(Forward("tcp", "127.0.0.1", taken.getsockname()[1])) == ""
+
+
+@pytest.mark.skipif(
+    os.geteuid() != 0 or sys.platform != "linux", reason="needs Linux, and a user to become"
+)
+def test_a_low_port_comes_with_the_remedy() -> None:
+    """Bound by a user without rights, for real."""
+    code = (
+        "import os\n"
+        "from wherry.ports.conflicts import explain, try_bind\n"
+        "from wherry.ports.desired import Forward\n"
+        "from wherry.platform import current\n"
+        "platform = current()\n"
+        "os.setgid(65534); os.setuid(65534)\n"
+        "low = Forward('tcp', '0.0.0.0', 80)\n"
+        "print(explain(low, try_bind(low), platform))\n"
+    )
+    # A network of its own has the kernel's default for low ports.
+    inside = ["unshare", "--net", sys.executable, "-c", code]
+    done = subprocess.run(inside, capture_output=True, text=True, timeout=30, check=True)
+    assert "failed to bind host port 0.0.0.0:80/tcp: permission denied" in done.stdout
+    assert "sudo sysctl net.ipv4.ip_unprivileged_port_start=80" in done.stdout
+
+
+def test_other_errors_are_the_system_s_words() -> None:
+    said = explain(Forward("tcp", "::1", 80), OSError(errno.EMFILE, "Too many files"), current())
+    assert said == "failed to bind host port [::1]:80/tcp: Too many files"
+
+
+# -- TCP on IPv6 -------------------------------------------------------------------------------
+
+
+class Echo:
+    """Sends back what it gets, and ends when the client's direction does."""
+
+    def __init__(self) -> None:
+        self.server = socket.create_server(("127.0.0.1", 0), backlog=512)
+        self.port = self.server.getsockname()[1]
+        threading.Thread(target=self._run, daemon=True).start()
+
+    def _run(self) -> None:
+        while True:
+            try:
+                connection, _ = self.server.accept()
+            except OSError:
+                return
+            threading.Thread(target=self._one, args=[connection], daemon=True).start()
+
+    def _one(self, connection: socket.socket) -> None:
+        with connection, contextlib.suppress(OSError):
+            while data := connection.recv(65536):
+                connection.sendall(data)
+            connection.sendall(b"end")
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):
+            self.server.shutdown(socket.SHUT_RDWR)
+        self.server.close()
+
+
+@pytest.fixture
+def server() -> Iterator[Echo]:
+    made = Echo()
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def relays() -> Iterator[StreamRelays]:
+    made = StreamRelays()
+    yield made
+    made.close()
+    left = [each.name for each in threading.enumerate() if each.name.startswith("port")]
+    assert not left
+
+
+def connect(port: int) -> socket.socket:
+    return socket.create_connection(("::1", port), timeout=10)
+
+
+def read_all(connection: socket.socket) -> bytes:
+    found = b""
+    while data := connection.recv(65536):
+        found += data
+    return found
+
+
+def test_bytes_and_ends_pass_in_both_directions(server: Echo, relays: StreamRelays) -> None:
+    port = free_port()
+    relays.add(Forward("tcp", "::1", port), to_local(server.port), pushes=False)
+    data = os.urandom(1 << 20)
+    with connect(port) as client:
+        sender = threading.Thread(
+            target=lambda: (client.sendall(data), client.shutdown(socket.SHUT_WR))
+        )
+        sender.start()
+        assert read_all(client) == data + b"end"
+        sender.join()
+
+
+def test_a_removed_port_is_free_and_its_connections_live_on(
+    server: Echo, relays: StreamRelays
+) -> None:
+    forward = Forward("tcp", "::1", free_port())
+    relays.add(forward, to_local(server.port), pushes=False)
+    with connect(forward.port) as client:
+        client.sendall(b"a")
+        assert client.recv(1) == b"a"
+        relays.remove(forward)
+        assert try_bind(forward) is None
+        client.sendall(b"b")
+        assert client.recv(1) == b"b"
+
+
+def test_a_client_is_turned_away_when_nobody_answers(relays: StreamRelays) -> None:
+    forward = Forward("tcp", "::1", free_port())
+    relays.add(forward, to_local(free_port()), pushes=False)
+    with connect(forward.port) as client:
+        assert client.recv(1) == b""
+
+
+def test_many_connections_one_after_the_other_and_at_once(
+    server: Echo, relays: StreamRelays
+) -> None:
+    port = free_port()
+    relays.add(Forward("tcp", "::1", port), to_local(server.port), pushes=False)
+    for _ in range(3):
+        clients = [connect(port) for _ in range(100)]
+        for client in clients:
+            client.sendall(b"x")
+        for client in clients:
+            assert client.recv(1) == b"x"
+            client.close()
+
+
+def test_a_client_that_never_reads_stalls_nobody_else(server: Echo, relays: StreamRelays) -> None:
+    port = free_port()
+    relays.add(Forward("tcp", "::1", port), to_local(server.port), pushes=False)
+    with connect(port) as deaf:
+        deaf.settimeout(0.2)
+        with contextlib.suppress(TimeoutError):
+            while True:
+                deaf.sendall(bytes(1 << 20))
+        with connect(port) as client:
+            client.sendall(b"x")
+            assert client.recv(1) == b"x"
+
+
+def test_two_listeners_on_one_port_are_refused(server: Echo, relays: StreamRelays) -> None:
+    forward = Forward("tcp", "::1", free_port())
+    relays.add(forward, to_local(server.port), pushes=False)
+    with pytest.raises(OSError) as caught:
+        StreamRelays.add(relays, forward, to_local(server.port), pushes=False)
+    assert caught.value.errno == errno.EADDRINUSE
+
+
+# -- UDP on IPv6 -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def udp_server() -> Iterator[int]:
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as server:
+        server.bind(("127.0.0.1", 0))
+        server.settimeout(0.05)
+        over = threading.Event()
+
+        def run() -> None:
+            while not over.is_set():
+                with contextlib.suppress(TimeoutError):
+                    data, client = server.recvfrom(65536)
+                    server.sendto(data + b"!", client)
+
+        thread = threading.Thread(target=run)
+        thread.start()
+        yield server.getsockname()[1]
+        over.set()
+        thread.join()
+
+
+def udp_client(port: int) -> socket.socket:
+    made = socket.socket(socket.AF_INET6, socket.SOCK_DGRAM)
+    made.settimeout(5)
+    made.connect(("::1", port))
+    return made
+
+
+def test_answers_find_their_clients(udp_server: int) -> None:
+    forward = Forward("udp", "::1", free_port(socket.SOCK_DGRAM))
+    relay = DatagramRelay(forward, ("127.0.0.1", udp_server))
+    relay.start()
+    try:
+        with udp_client(forward.port) as one, udp_client(forward.port) as two:
+            for round in range(50):
+                one.send(b"one%d" % round)
+                two.send(b"two%d" % round)
+                assert one.recv(100) == b"one%d!" % round
+                assert two.recv(100) == b"two%d!" % round
+    finally:
+        relay.close()
+    assert try_bind(forward) is None
+
+
+def test_more_clients_than_are_remembered(udp_server: int, monkeypatch: Any) -> None:
+    monkeypatch.setattr("wherry.ports.datagrams._CLIENTS", 4)
+    forward = Forward("udp", "::1", free_port(socket.SOCK_DGRAM))
+    relay = DatagramRelay(forward, ("127.0.0.1", udp_server))
+    relay.start()
+    try:
+        clients = [udp_client(forward.port) for _ in range(10)]
+        for _ in range(2):
+            for client in clients:
+                client.send(b"x")
+                assert client.recv(10) == b"x!"
+                time.sleep(0.001)
+        for client in clients:
+            client.close()
+    finally:
+        relay.close()

@@ -1,0 +1,362 @@
+"""Published ports, with the real QEMU, guest, engine and docker CLI."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import socket
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from sandbox import Sandbox, wait_until
+
+pytestmark = [pytest.mark.vm, pytest.mark.timeout(300)]
+
+SERVE = "mkdir -p /www; echo {} >/www/index.html; exec httpd -f -p {} -h /www"
+
+FROM_INSIDE = """
+import socket, sys
+engine = socket.socket(socket.AF_UNIX)
+engine.connect("/run/docker.sock")
+engine.sendall(f"POST /containers/{sys.argv[1]}/start HTTP/1.0\\r\\n\\r\\n".encode())
+print(engine.recv(100).split()[1].decode())
+"""
+
+ECHO = """
+import socket
+server = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+server.bind(("", 7))
+while True:
+    server.sendto(*server.recvfrom(65536))
+"""
+
+
+def free_port(kind: int = socket.SOCK_STREAM, address: str = "0.0.0.0") -> int:
+    with socket.socket(socket.AF_INET, kind) as probe:
+        probe.bind((address, 0))
+        return int(probe.getsockname()[1])
+
+
+def own_address() -> str:
+    """An address of this computer's that is not the loopback's."""
+    for addresses in psutil.net_if_addrs().values():
+        for each in addresses:
+            if each.family == socket.AF_INET and not each.address.startswith("127."):
+                return each.address
+    pytest.skip("this computer has the loopback's addresses alone")
+
+
+def answers(address: str, port: int) -> bool:
+    """Whether a TCP port accepts."""
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    with socket.socket(family) as probe:
+        probe.settimeout(5)
+        return probe.connect_ex((address, port)) == 0
+
+
+def fetch(address: str, port: int) -> str:
+    host = f"[{address}]" if ":" in address else address
+    with urllib.request.urlopen(f"http://{host}:{port}/", timeout=20) as answer:
+        return str(answer.read().decode().strip())
+
+
+def echo(address: str, port: int, data: bytes) -> bytes:
+    """Send a datagram and return the answer; the first ones may come before the server."""
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    with socket.socket(family, socket.SOCK_DGRAM) as client:
+        client.settimeout(0.5)
+        client.connect((address, port))
+        for _ in range(40):
+            with contextlib.suppress(OSError):
+                client.send(data)
+                return client.recv(65536)
+    pytest.fail(f"no answer from {address}:{port}")
+
+
+def ports(machine: Sandbox) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = json.loads(machine.wherry("ports", "--json").stdout)
+    return found
+
+
+def state(machine: Sandbox, name: str) -> str:
+    return machine.docker("inspect", "-f", "{{.State.Status}}", name).stdout.decode().strip()
+
+
+def web(
+    machine: Sandbox, name: str, *publish: str, port: int = 80, options: tuple[str, ...] = ()
+) -> None:
+    """Run a web server that answers with its name; return when it serves."""
+    wanted = [word for each in publish for word in ("-p", each)]
+    machine.docker(
+        "run", "-d", "--name", name, *wanted, *options,
+        "busybox", "sh", "-c", SERVE.format(name, port),
+    )  # fmt: skip
+    serving = f"until wget -qO- 127.0.0.1:{port} >/dev/null; do sleep 0.05; done"
+    machine.docker("exec", name, "sh", "-c", serving)
+
+
+@pytest.fixture(autouse=True)
+def nothing_left(machine: Sandbox) -> Iterator[None]:
+    yield
+    if left := machine.docker("ps", "-aq").stdout.decode().split():
+        machine.docker("rm", "-f", *left)
+    assert ports(machine) == []
+
+
+def test_a_port_of_all_addresses_answers_on_both_loopbacks(machine: Sandbox) -> None:
+    port = free_port()
+    web(machine, "web", f"{port}:80")
+    assert fetch("127.0.0.1", port) == "web"
+    assert fetch("::1", port) == "web"
+    assert fetch(own_address(), port) == "web"
+    assert [(each["address"], each["kind"], each["state"]) for each in ports(machine)] == [
+        ("0.0.0.0", "hostfwd", "open"),
+        ("::", "relay", "open"),
+    ]
+    table = machine.wherry("ports").stdout.decode()
+    assert f"0.0.0.0:{port}/tcp" in table
+    assert "web:80" in table
+
+
+def test_the_listener_is_there_when_run_returns_and_gone_when_rm_does(machine: Sandbox) -> None:
+    port = free_port()
+    for _ in range(5):
+        machine.docker("run", "-d", "--name", "web", "-p", f"{port}:80", "busybox", "sleep", "99")
+        assert answers("127.0.0.1", port)
+        assert answers("::1", port)
+        machine.docker("rm", "-f", "web")
+        assert not answers("127.0.0.1", port)
+        assert not answers("::1", port)
+
+
+def test_it_is_gone_when_stop_returns(machine: Sandbox) -> None:
+    port = free_port()
+    web(machine, "web", f"{port}:80")
+    machine.docker("stop", "-t", "0", "web")
+    assert not answers("127.0.0.1", port)
+    machine.docker("start", "web")
+    assert answers("127.0.0.1", port)
+    machine.docker("restart", "-t", "0", "web")
+    assert answers("127.0.0.1", port)
+
+
+def test_a_port_of_127_0_0_1_answers_there_alone(machine: Sandbox) -> None:
+    port = free_port()
+    web(machine, "web", f"127.0.0.1:{port}:80")
+    assert fetch("127.0.0.1", port) == "web"
+    assert not answers("::1", port)
+    assert not answers(own_address(), port)
+    assert [each["kind"] for each in ports(machine)] == ["hostfwd"]
+
+
+def test_a_port_of_an_address_of_this_computer(machine: Sandbox) -> None:
+    """The engine can bind it, and containers still reach this computer there."""
+    address = own_address()
+    port, other = free_port(), free_port()
+    web(machine, "web", f"{address}:{port}:80")
+    assert fetch(address, port) == "web"
+    assert not answers("127.0.0.1", port)
+    with socket.create_server((address, other)) as server:
+        server.settimeout(20)
+        machine.docker("run", "-d", "--name", "asks", "busybox", "nc", address, str(other))
+        server.accept()[0].close()
+
+
+def test_a_port_of_all_ipv4_addresses_alone(machine: Sandbox) -> None:
+    port = free_port()
+    web(machine, "web", f"0.0.0.0:{port}:80")
+    assert fetch("127.0.0.1", port) == "web"
+    assert not answers("::1", port)
+
+
+def test_ports_of_ipv6_addresses_alone(machine: Sandbox) -> None:
+    one, all_ = free_port(), free_port()
+    web(machine, "web", f"[::1]:{one}:80", f"[::]:{all_}:80")
+    assert fetch("::1", one) == "web"
+    assert fetch("::1", all_) == "web"
+    assert not answers("127.0.0.1", one)
+    assert not answers("127.0.0.1", all_)
+    assert {each["kind"] for each in ports(machine)} == {"tunnel"}
+
+
+def test_udp_both_ways_on_both_loopbacks(machine: Sandbox) -> None:
+    everywhere, here = free_port(socket.SOCK_DGRAM), free_port(socket.SOCK_DGRAM)
+    machine.docker(
+        "run", "-d", "--name", "udp", "-p", f"{everywhere}:7/udp", "-p", f"127.0.0.1:{here}:7/udp",
+        "busybox", "sleep", "999",
+    )  # fmt: skip
+    # busybox has no server for UDP; the guest's Python is one in the container's network.
+    process = machine.docker("inspect", "-f", "{{.State.Pid}}", "udp").stdout.decode().strip()
+    enter = ("setsid", "nsenter", "-t", process, "-n", "timeout", "100", "python3", "-c", ECHO)
+    machine.wherry("shell", "--", "sh", "-c", '"$@" </dev/null >/dev/null 2>&1 &', "sh", *enter)
+    assert echo("127.0.0.1", everywhere, b"four") == b"four"
+    assert echo("::1", everywhere, b"six") == b"six"
+    assert echo("127.0.0.1", here, b"x" * 1400) == b"x" * 1400
+
+
+def test_ports_that_the_engine_chooses(machine: Sandbox) -> None:
+    low = 21000
+    machine.docker(
+        "run", "-d", "--name", "web", "-p", "80", "-p", f"127.0.0.1:{low}-{low + 9}:80",
+        "-p", f"{low + 20}-{low + 22}:90-92", "busybox", "sh", "-c", SERVE.format("web", 80),
+    )  # fmt: skip
+    said = machine.docker("port", "web").stdout.decode().split("\n")
+    chosen = {line.split(" -> ")[1].rpartition(":")[2] for line in said if line.startswith("80/")}
+    assert len(chosen) == 2
+    for port in chosen:
+        assert answers("127.0.0.1", int(port))
+    for port_number in range(low + 20, low + 23):
+        assert answers("127.0.0.1", port_number)
+    assert f"127.0.0.1:{low}" in "".join(said)
+
+
+@pytest.mark.parametrize("address", ["0.0.0.0", "127.0.0.1", "::"])
+def test_a_port_in_use_fails_the_start_and_says_who_has_it(machine: Sandbox, address: str) -> None:
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    with socket.create_server((address, 0), family=family) as taken:
+        port = taken.getsockname()[1]
+        asked = "" if ":" in address else f"{address}:"
+        done = machine.docker(
+            "run", "-d", "--name", "web", "-p", f"{asked}{port}:80", "busybox", "sleep", "9",
+            check=False,
+        )  # fmt: skip
+        said = done.stderr.decode()
+        assert done.returncode == 125
+        assert "Error response from daemon" in said
+        assert "driver failed programming external connectivity on endpoint web (" in said
+        assert f"{port}/tcp: address already in use" in said
+        assert f"process {psutil.Process().pid})" in said
+        assert state(machine, "web") == "created"
+        assert ports(machine) == []
+    machine.docker("start", "web")
+    assert state(machine, "web") == "running"
+    assert answers("127.0.0.1", port)
+
+
+def test_of_two_ports_the_free_one_is_let_go_again(machine: Sandbox) -> None:
+    free = free_port()
+    with socket.create_server(("0.0.0.0", 0)) as taken:
+        port = taken.getsockname()[1]
+        done = machine.docker(
+            "run", "-d", "--name", "web", "-p", f"{free}:80", "-p", f"{port}:81",
+            "busybox", "sleep", "9", check=False,
+        )  # fmt: skip
+        assert done.returncode == 125
+        assert not answers("127.0.0.1", free)
+
+
+def test_a_port_of_another_container_is_refused_by_the_engine(machine: Sandbox) -> None:
+    port = free_port()
+    web(machine, "web", f"{port}:80")
+    done = machine.docker(
+        "run", "-d", "--name", "two", "-p", f"{port}:80", "busybox", "sleep", "9", check=False
+    )
+    assert b"port is already allocated" in done.stderr
+    assert fetch("127.0.0.1", port) == "web"
+
+
+def test_an_address_that_this_computer_does_not_have(machine: Sandbox) -> None:
+    done = machine.docker(
+        "run", "-d", "--name", "web", "-p", "192.0.2.7:8080:80", "busybox", "sleep", "9",
+        check=False,
+    )  # fmt: skip
+    assert b"cannot assign requested address" in done.stderr
+    assert state(machine, "web") == "created"
+
+
+def test_a_container_that_is_started_from_inside_the_guest(machine: Sandbox) -> None:
+    port = free_port()
+    machine.docker("create", "--name", "web", "-p", f"{port}:80", "busybox", "sleep", "99")
+    done = machine.wherry("shell", "--", "python3", "-c", FROM_INSIDE, "web")
+    assert done.stdout == b"204\n"
+    wait_until(lambda: answers("127.0.0.1", port), 20, "its port is open")
+
+
+def test_a_port_that_becomes_free_is_taken_later(machine: Sandbox) -> None:
+    """A start from inside cannot be refused; the port is tried again."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        machine.docker(
+            "create", "--name", "web", "-p", f"127.0.0.1:{port}:80", "busybox", "sleep", "99"
+        )
+        machine.wherry("shell", "--", "python3", "-c", FROM_INSIDE, "web")
+        wait_until(lambda: ports(machine) != [], 20, "it is wanted")
+        (found,) = ports(machine)
+        assert found["state"] == "failed"
+        assert "address already in use" in found["reason"]
+    wait_until(lambda: ports(machine)[0]["state"] == "open", 30, "it is open")
+
+
+def test_what_a_container_on_the_host_s_network_listens_on(machine: Sandbox) -> None:
+    everywhere, here = free_port(), free_port()
+    script = f"httpd -p {everywhere}; httpd -p 127.0.0.1:{here}; sleep 99"
+    machine.docker(
+        "run", "-d", "--name", "host", "--network", "host", "busybox", "sh", "-c", script
+    )
+    wait_until(lambda: len(ports(machine)) == 3, 30, "all are seen")
+    assert answers("127.0.0.1", everywhere)
+    assert answers("::1", everywhere)
+    assert answers("127.0.0.1", here)
+    assert not answers("::1", here)
+    assert {each["host_network"] for each in ports(machine)} == {True}
+    machine.docker("rm", "-f", "host")
+    assert not answers("127.0.0.1", here)
+
+
+def test_compose_up_returns_when_its_ports_are_there(machine: Sandbox, tmp_path: Path) -> None:
+    first, second = free_port(), free_port()
+    (tmp_path / "compose.yaml").write_text(
+        "services:\n"
+        f"  one: {{image: busybox, command: sleep 99, ports: ['{first}:80']}}\n"
+        f"  two: {{image: busybox, command: sleep 99, ports: ['127.0.0.1:{second}:80']}}\n"
+    )
+    compose = ("compose", "-f", str(tmp_path / "compose.yaml"))
+    if machine.docker(*compose, "version", check=False).returncode != 0:
+        pytest.skip("the docker CLI has no compose")
+    machine.docker(*compose, "up", "-d")
+    assert answers("127.0.0.1", first)
+    assert answers("127.0.0.1", second)
+    machine.docker(*compose, "down", "-t", "0")
+    assert not answers("127.0.0.1", first)
+
+
+def test_a_cut_connection_changes_no_port(machine: Sandbox) -> None:
+    port = free_port()
+    web(machine, "web", f"{port}:80")
+    machine.wherry("shell", "--", "pkill", "-f", "sshd-session", check=False)
+    assert fetch("127.0.0.1", port) == "web"
+    machine.docker("rm", "-f", "web", timeout=60)
+    assert not answers("127.0.0.1", port)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_hundred_stops_and_starts(machine: Sandbox) -> None:
+    port = free_port()
+    machine.docker("create", "--name", "web", "-p", f"{port}:80", "busybox", "sleep", "999")
+    for _ in range(100):
+        machine.docker("start", "web")
+        assert answers("127.0.0.1", port)
+        assert answers("::1", port)
+        machine.docker("stop", "-t", "0", "web")
+        assert not answers("127.0.0.1", port)
+        assert not answers("::1", port)
+    assert ports(machine) == []
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_three_hundred_ports_of_one_container(machine: Sandbox) -> None:
+    low = 22000
+    machine.docker(
+        "run", "-d", "--name", "many", "-p", f"{low}-{low + 299}:{low}-{low + 299}",
+        "busybox", "sleep", "999", timeout=600,
+    )  # fmt: skip
+    assert all(answers("127.0.0.1", port) for port in range(low, low + 300))
+    assert all(answers("::1", port) for port in range(low, low + 300))
+    machine.docker("rm", "-f", "many", timeout=600)
+    assert not any(answers("127.0.0.1", port) for port in range(low, low + 300))
