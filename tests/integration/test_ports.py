@@ -159,7 +159,8 @@ def test_a_port_of_another_container_is_left_to_the_engine() -> None:
     async def body(kept: Kept) -> None:
         port = free_port()
         await kept.keeper.update(both(port))
-        await kept.keeper.reserve("start", both(port, Owner("xyz", "other", 80)))
+        overlapping = {Forward("tcp", "127.0.0.1", port): Owner("xyz", "other", 80)}
+        await kept.keeper.reserve("start", overlapping)
         await kept.keeper.release("start")
         assert [each.owner for each in kept.keeper.published()] == [WEB, WEB]
         assert len(kept.monitor.sockets) == 1
@@ -441,6 +442,7 @@ def test_more_clients_than_are_remembered(udp_server: int, monkeypatch: Any) -> 
                 client.send(b"x")
                 assert client.recv(10) == b"x!"
                 time.sleep(0.001)
+        assert len(relay._clients) == 4
         for client in clients:
             client.close()
     finally:

@@ -38,7 +38,8 @@ OURS = {
     },
     TunnelTransport: {
         "_ask", "_begin", "_channel_data", "_channel_window", "_fail_opening", "_keep_watch",
-        "_ready_for_data", "_send_data", "authenticated_as_client", "begin_session", "begin_unix",
+        "_ready_for_data", "_send_data", "authenticated_as_client", "begin_session", "begin_tcp",
+        "begin_unix",
         "send_data",
         "send_now",
     },
