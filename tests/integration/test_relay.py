@@ -66,7 +66,6 @@ class Chain:
             relay = Relay(
                 current().listen_local(local),
                 lambda: self.tunnel.begin_unix(remote),
-                try_open=lambda: self.tunnel.try_begin_unix(remote),
                 **options,
             )
             relay.start()

@@ -15,6 +15,7 @@ import pytest
 from loopback_sshd import LoopbackSshd, echo, unix_server
 
 from wherry.core.errors import TunnelError
+from wherry.tunnel import transport
 from wherry.tunnel.connection import Connection
 from wherry.tunnel.keys import make_keys
 from wherry.tunnel.packetizer import FastPacketizer
@@ -405,3 +406,90 @@ def test_closing_does_not_wait_for_a_handshake(tmp_path: Path) -> None:
         tunnel.close()
         peer.close()
         assert time.monotonic() - start < 3
+
+
+class Counted:
+    """Echoes, and counts the connections that came and ended."""
+
+    def __init__(self) -> None:
+        self.came = self.ended = 0
+        self.connections: list[socket.socket] = []
+
+    def __call__(self, connection: socket.socket) -> None:
+        self.came += 1
+        self.connections.append(connection)
+        try:
+            echo(connection)
+        finally:
+            self.ended += 1
+
+
+def echoes(connection: Connection, path: str) -> bool:
+    stream = connection.begin_unix(path)
+    try:
+        stream.sendall(b"hello")
+        return stream.recv(5) == b"hello"
+    finally:
+        stream.close()
+
+
+def test_a_prepared_stream_is_the_next_one(connection: Connection, tmp_path: Path) -> None:
+    server = Counted()
+    with unix_server(tmp_path / "s", server) as path:
+        connection.prepare_unix(path)
+        connection.prepare_unix(path)
+        wait_for(lambda: server.came == 1, "the stream is not opened ahead")
+        assert echoes(connection, path)
+        assert server.came == 1
+        assert echoes(connection, path)
+        assert server.came == 2
+        connection.prepare_unix(path)
+        assert echoes(connection, path), "one that is not confirmed yet"
+        assert server.came == 3
+
+
+@pytest.mark.parametrize("says", [b"", b"HTTP/1.1 408\r\n\r\n"], ids=["ended", "spoke"])
+def test_a_prepared_stream_that_the_server_touched_is_not_used(
+    sshd: LoopbackSshd, tmp_path: Path, says: bytes
+) -> None:
+    server = Counted()
+    with (
+        unix_server(tmp_path / "s", server) as path,
+        contextlib.closing(connect(sshd, keepalive_s=0.2)) as connection,
+    ):
+        connection.prepare_unix(path)
+        wait_for(lambda: server.came == 1, "the stream is not opened ahead")
+        channel, _ = connection._transport._spares[path]
+        if says:
+            server.connections[0].sendall(says)
+        else:
+            server.connections[0].shutdown(socket.SHUT_RDWR)
+        wait_for(lambda: not channel.untouched, "the channel does not know")
+        assert echoes(connection, path)
+        wait_for(lambda: server.ended == 2, "the touched one is still open")
+        wait_for(lambda: not connection._transport._spares, "the touched one is kept")
+
+
+def test_a_prepared_stream_is_refused_quietly(connection: Connection, tmp_path: Path) -> None:
+    path = str(tmp_path / "s")
+    connection.prepare_unix(path)
+    with pytest.raises(TunnelError, match="nothing answers"):
+        connection.open_unix(path)
+    with unix_server(Path(path), echo):
+        assert echoes(connection, path)
+
+
+def test_a_prepared_stream_that_nobody_takes_is_closed(
+    sshd: LoopbackSshd, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(transport, "SPARE_AGE_S", 0.3)
+    server = Counted()
+    with (
+        unix_server(tmp_path / "s", server) as path,
+        contextlib.closing(connect(sshd, keepalive_s=0.2)) as connection,
+    ):
+        connection.prepare_unix(path)
+        wait_for(lambda: server.came == 1, "the stream is not opened ahead")
+        wait_for(lambda: server.ended == 1, "the stream is kept for ever")
+        wait_for(lambda: not connection._transport._channels.values(), "the channel is kept")
+        assert echoes(connection, path)

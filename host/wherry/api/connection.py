@@ -45,6 +45,7 @@ class Connection:
         opens while the client's first request is on its way.
     :param hooks: the endpoint's.
     :param spawn: runs helpers in other threads.
+    :param prepare: called in one of these when there has been an answer.
     """
 
     def __init__(
@@ -53,12 +54,14 @@ class Connection:
         open_stream: Callable[[], Stream],
         hooks: Hooks,
         spawn: Spawn,
+        *,
+        prepare: Callable[[], None] = lambda: None,
     ) -> None:
         self._local = LocalEnd(local)
         self._open_stream = open_stream
         self._hooks = hooks
         self._remote: Stream | None = None
-        self._down = Downstream(self._local, spawn, self.abort)
+        self._down = Downstream(self._local, spawn, self.abort, prepare)
         self._reader = RequestReader()
         self._method = ""
         self._buffer = memoryview(bytearray(_FIRST_BUFFER_BYTES))

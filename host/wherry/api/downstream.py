@@ -44,9 +44,17 @@ class Downstream:
     :param local: the client.
     :param spawn: runs helpers in other threads.
     :param abort: ends the connection at once.
+    :param answered: called by a helper when the first answer has ended, or become raw.
     """
 
-    def __init__(self, local: LocalEnd, spawn: Spawn, abort: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        local: LocalEnd,
+        spawn: Spawn,
+        abort: Callable[[], None],
+        answered: Callable[[], None] | None = None,
+    ) -> None:
+        self._answered = answered
         self._local = local
         self._spawn = spawn
         self._abort = abort
@@ -242,6 +250,9 @@ class Downstream:
                 self._settled = outcome
                 self._preparing = False
                 self._news.notify_all()
+            if self._answered is not None:
+                answered, self._answered = self._answered, None
+                self._spawn_or(answered, _nothing)
 
     def _give_up(self, reason: str) -> None:
         _logger.warning("the engine's answer is not understood: %s", reason)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import logging
 import threading
 import time
@@ -14,6 +13,7 @@ from wherry.api.connection import Connection
 from wherry.api.hooks import Hooks
 from wherry.api.local import LocalEnd
 from wherry.platform.base import LocalListener, LocalStream
+from wherry.relay.acceptors import Acceptors
 from wherry.relay.workers import Workers
 from wherry.tunnel.stream import Stream
 
@@ -23,11 +23,6 @@ which a program has 1024 on Linux and 256 on macOS unless it asks for more."""
 
 _REFUSERS = 32
 _CLOSE_TIMEOUT_S = 5.0
-_PAUSE_S = 0.05
-_PASSING = frozenset(
-    {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.ECONNABORTED, errno.EINTR}
-)
-"""Errors of accept(2) after which the listener is still good."""
 
 _logger = logging.getLogger(__name__)
 
@@ -61,8 +56,8 @@ class Endpoint:
     :param open_stream: makes the engine's side of a connection, at its start; may wait, in
         a thread of that connection, and is where a sleeping machine is woken; raises
         TunnelError when there is no engine.
-    :param try_open: the same, in the accepting thread, which saves a change of threads;
-        must not wait, and may return None: then ``open_stream`` is called.
+    :param prepare: called when a connection has got its first answer, since many clients
+        open another one then; must not wait.
     :param hooks: what other features do with requests.
     :param limit: connections at once; more get 503.
     """
@@ -72,28 +67,27 @@ class Endpoint:
         listener: LocalListener,
         open_stream: Callable[[], Stream],
         *,
-        try_open: Callable[[], Stream | None] = lambda: None,
+        prepare: Callable[[], None] = lambda: None,
         hooks: Hooks | None = None,
         limit: int = CONNECTION_LIMIT,
         name: str = "endpoint",
     ) -> None:
         self.hooks = hooks if hooks is not None else Hooks()
-        self._listener = listener
         self._open_stream = open_stream
-        self._try_open = try_open
+        self._prepare = prepare
         self._limit = limit
         self._workers = Workers(name)
+        self._acceptors = Acceptors(listener, self._workers, self._serve)
         self._lock = threading.Lock()
         self._connections: set[Connection] = set()
         self._refusing: set[LocalEnd] = set()
         self._last_active = time.monotonic()
         self._ended = Counters(0, 0, 0, 0, 0, 0, 0, 0)
         self._closing = False
-        self._thread = threading.Thread(target=self._accept, name=f"{name}-accept", daemon=True)
 
     def start(self) -> None:
         """Begin to accept."""
-        self._thread.start()
+        self._acceptors.start()
 
     @property
     def counters(self) -> Counters:
@@ -123,70 +117,26 @@ class Endpoint:
         with self._lock:
             self._closing = True
             connections, refusing = list(self._connections), list(self._refusing)
-        self._listener.close()
+        self._acceptors.close()
         for connection in connections:
             connection.abort()
         for end in refusing:
             end.hang_up()
-        if self._thread.ident is not None:
-            self._thread.join()
-        if not self._close_workers():
+        if not self._workers.close(_CLOSE_TIMEOUT_S):
             _logger.warning("a connection did not end within %g s", _CLOSE_TIMEOUT_S)
 
-    def _close_workers(self) -> bool:
-        while True:
-            try:
-                return self._workers.close(_CLOSE_TIMEOUT_S)
-            except RuntimeError:
-                # A connection is just starting its last thread, which cannot be joined
-                # before that.
-                threading.Event().wait(_PAUSE_S)
-
-    def _accept(self) -> None:
-        """Accept until the listener is closed; the body of the endpoint's own thread."""
-        while not self._closing:
-            try:
-                local = self._listener.accept()
-            except OSError as error:
-                if self._closing:
-                    return
-                if error.errno not in _PASSING:
-                    _logger.error("the listener failed: %s", error)
-                    return
-                # Out of descriptors, as a rule: one of the connections will end.
-                threading.Event().wait(_PAUSE_S)
-                continue
-            try:
-                self._admit(local)
-            except RuntimeError as error:
-                _logger.error("no thread for a connection: %s", error)
-                local.close()
-
-    def _admit(self, local: LocalStream) -> None:
-        """Have a worker serve the client, or tell it that there are too many."""
-        if len(self._connections) >= self._limit:
-            self._refuse(LocalEnd(local))
-            return
-        remote = self._try_open()
+    def _serve(self, local: LocalStream) -> None:
+        """Serve one client, or tell it that there are too many."""
         connection = Connection(
-            local,
-            self._open_stream if remote is None else lambda: remote,
-            self.hooks,
-            self._workers.spawn,
+            local, self._open_stream, self.hooks, self._workers.spawn, prepare=self._prepare
         )
         with self._lock:
-            self._connections.add(connection)
-        try:
-            self._workers.spawn(lambda: self._serve(connection))
-        except RuntimeError:
-            if remote is not None:
-                remote.close()
-            with self._lock:
-                self._connections.discard(connection)
-            raise
-
-    def _serve(self, connection: Connection) -> None:
-        """Serve one client; the body of a worker's job."""
+            full = len(self._connections) >= self._limit
+            if not full:
+                self._connections.add(connection)
+        if full:
+            self._refuse(LocalEnd(local))
+            return
         try:
             if self._closing:
                 connection.abort()
@@ -208,7 +158,7 @@ class Endpoint:
                 )
 
     def _refuse(self, end: LocalEnd) -> None:
-        """Answer 503 in a worker, or hang up when too many are being refused already."""
+        """Answer 503, or hang up when too many are being refused already."""
         with self._lock:
             self._ended = replace(self._ended, refused=self._ended.refused + 1)
             crowded = len(self._refusing) >= _REFUSERS
@@ -217,17 +167,13 @@ class Endpoint:
         if crowded:
             end.close()
             return
-
-        def answer() -> None:
-            message = f"wherry: there are already {self._limit} connections to the engine"
-            try:
-                end.send_all([render(Refusal(503, message), close=True)])
-                end.linger()
-            except OSError:
-                pass  # the client did not wait for it
-            finally:
-                with self._lock:
-                    self._refusing.discard(end)
-                end.close()
-
-        self._workers.spawn(answer)
+        message = f"wherry: there are already {self._limit} connections to the engine"
+        try:
+            end.send_all([render(Refusal(503, message), close=True)])
+            end.linger()
+        except OSError:
+            pass  # the client did not wait for it
+        finally:
+            with self._lock:
+                self._refusing.discard(end)
+            end.close()

@@ -50,7 +50,7 @@ class LocalListener(Protocol):
         """The address in the form of ``DOCKER_HOST``: ``unix:///…`` or ``npipe:////./pipe/…``."""
 
     def accept(self) -> LocalStream:
-        """Wait for a connection.
+        """Wait for a connection; several threads may do so at once, and one of them gets it.
 
         :raises OSError: the listener was closed.
         """

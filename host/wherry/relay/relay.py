@@ -2,26 +2,20 @@
 
 from __future__ import annotations
 
-import errno
 import logging
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 
 from wherry.core.errors import TunnelError
 from wherry.platform.base import LocalListener, LocalStream
+from wherry.relay.acceptors import Acceptors
 from wherry.relay.pump import Pump
 from wherry.relay.workers import Workers
 from wherry.tunnel.stream import Stream
 
 CONNECTION_LIMIT = 512
 _CLOSE_TIMEOUT_S = 5.0
-_PAUSE_S = 0.05
-_PASSING = frozenset(
-    {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.ECONNABORTED, errno.EINTR}
-)
-"""Errors of accept(2) after which the listener is still good."""
 
 _logger = logging.getLogger(__name__)
 
@@ -48,10 +42,9 @@ class Relay:
     :param listener: owned from now on: :meth:`close` closes it.
     :param open_stream: makes the guest's side of a connection; may wait, in a thread
         of that connection; raises TunnelError when there is none.
-    :param try_open: the same, in the accepting thread, which saves a change of threads;
-        must not wait, and may return None: then ``open_stream`` is called.
+    :param prepare: called after a connection, in a worker: the next one may come soon.
     :param limit: connections at once; more are closed at once.
-    :param on_limit: called, in the accepting thread, for each of those.
+    :param on_limit: called for each of those.
     """
 
     def __init__(
@@ -59,28 +52,27 @@ class Relay:
         listener: LocalListener,
         open_stream: Callable[[], Stream],
         *,
-        try_open: Callable[[], Stream | None] = lambda: None,
+        prepare: Callable[[], None] = lambda: None,
         limit: int = CONNECTION_LIMIT,
         on_limit: Callable[[], None] = lambda: None,
         name: str = "relay",
     ) -> None:
-        self._listener = listener
         self._open_stream = open_stream
-        self._try_open = try_open
+        self._prepare = prepare
         self._limit = limit
         self._on_limit = on_limit
         self._workers = Workers(name)
+        self._acceptors = Acceptors(listener, self._workers, self._serve)
         self._lock = threading.Lock()
         self._pumps: set[Pump] = set()
         self._active = 0
         self._connections = self._refused = self._failed = 0
         self._bytes_up = self._bytes_down = 0
         self._closing = False
-        self._thread = threading.Thread(target=self._accept, name=f"{name}-accept", daemon=True)
 
     def start(self) -> None:
         """Begin to accept."""
-        self._thread.start()
+        self._acceptors.start()
 
     @property
     def counters(self) -> Counters:
@@ -100,56 +92,29 @@ class Relay:
         with self._lock:
             self._closing = True
             pumps = list(self._pumps)
-        self._listener.close()
+        self._acceptors.close()
         for pump in pumps:
             pump.abort()
-        if self._thread.ident is not None:
-            self._thread.join()
         if not self._workers.close(_CLOSE_TIMEOUT_S):
             _logger.warning("a connection did not end within %g s", _CLOSE_TIMEOUT_S)
 
-    def _accept(self) -> None:
-        """Accept until the listener is closed; the body of the relay's own thread."""
-        while not self._closing:
-            try:
-                local = self._listener.accept()
-            except OSError as error:
-                if self._closing:
-                    return
-                if error.errno not in _PASSING:
-                    _logger.error("the listener failed: %s", error)
-                    return
-                # Out of descriptors, as a rule: one of the connections will end.
-                threading.Event().wait(_PAUSE_S)
-                continue
-            with self._lock:
-                full = self._active >= self._limit
-                if full:
-                    self._refused += 1
-                else:
-                    self._active += 1
-                    self._connections += 1
+    def _serve(self, local: LocalStream) -> None:
+        """Relay one connection, unless there are too many."""
+        with self._lock:
+            full = self._active >= self._limit
             if full:
-                self._on_limit()
-                local.close()
-                continue
-            remote = self._try_open()
-            try:
-                self._workers.spawn(partial(self._serve, local, remote))
-            except RuntimeError as error:
-                _logger.error("no thread for a connection: %s", error)
-                local.close()
-                if remote is not None:
-                    remote.close()
-                with self._lock:
-                    self._active -= 1
-
-    def _serve(self, local: LocalStream, remote: Stream | None) -> None:
-        """Relay one connection; the body of a worker's job."""
+                self._refused += 1
+            else:
+                self._active += 1
+                self._connections += 1
+        if full:
+            local.close()
+            self._on_limit()
+            return
         pump: Pump | None = None
         try:
             try:
-                remote = remote or self._open_stream()
+                remote = self._open_stream()
             except TunnelError as error:
                 _logger.info("a connection was not relayed: %s", error)
                 local.close()
@@ -170,3 +135,4 @@ class Relay:
                     self._pumps.discard(pump)
                     self._bytes_up += pump.bytes_up
                     self._bytes_down += pump.bytes_down
+        self._prepare()

@@ -230,7 +230,7 @@ class Service:
         self._endpoint = Endpoint(
             self._layout.platform.listen_local(paths.docker_socket),
             lambda: tunnel.begin_unix(engine.SOCKET),
-            try_open=lambda: tunnel.try_begin_unix(engine.SOCKET),
+            prepare=lambda: tunnel.prepare_unix(engine.SOCKET),
             hooks=self._hooks,
         )
         self._endpoint.start()

@@ -24,7 +24,12 @@ from collections import deque
 from typing import Any
 
 from paramiko.channel import Channel
-from paramiko.common import cMSG_CHANNEL_CLOSE, cMSG_CHANNEL_REQUEST, cMSG_CHANNEL_WINDOW_ADJUST
+from paramiko.common import (
+    MSG_CHANNEL_CLOSE,
+    cMSG_CHANNEL_CLOSE,
+    cMSG_CHANNEL_REQUEST,
+    cMSG_CHANNEL_WINDOW_ADJUST,
+)
 from paramiko.message import Message
 from paramiko.ssh_exception import SSHException
 
@@ -45,6 +50,7 @@ _STDERR = 1
 _SEND_AT_ONCE_BYTES = 128 * 1024
 """How much one call sends before other streams may: a bound on what they wait."""
 
+_CLOSE = struct.Struct(">BI")
 _PARKED_BYTES = 16 * 1024
 
 LOST = "the connection to the guest was lost"
@@ -67,7 +73,7 @@ class StreamChannel(Channel):  # type: ignore[misc]  # paramiko ships no types
         self.in_window_sofar = 0
         self.target = target
         self.closed_while_opening = False
-        self._open_deadline = open_deadline
+        self.open_deadline = open_deadline
         self._failure: TunnelError | None = None
         self._parked: memoryview | None = None
         self._sending = threading.Lock()
@@ -149,6 +155,15 @@ class StreamChannel(Channel):  # type: ignore[misc]  # paramiko ships no types
         self.in_buffer.detach()
         self.in_stderr_buffer.detach()
 
+    def close_now(self) -> bool:
+        """Close a stream that nobody has used, unless that would wait; tell if it is closed."""
+        if self.active and not self.closed:
+            if not self.transport.send_now(_CLOSE.pack(MSG_CHANNEL_CLOSE, self.remote_chanid)):
+                return False
+            self._close_sent = True
+        self.close()
+        return True
+
     def deliver_to(self, sink: Sink) -> None:
         """See :meth:`Stream.deliver_to`."""
         self.in_buffer.attach(sink)
@@ -162,6 +177,11 @@ class StreamChannel(Channel):  # type: ignore[misc]  # paramiko ships no types
                 self._acknowledge(taken.pop())
         finally:
             self._tell_end()
+
+    @property
+    def untouched(self) -> bool:
+        """Whether the guest has neither refused it, nor sent anything, nor ended it."""
+        return not (self.closed or self.eof_received or len(self.in_buffer))
 
     def wait_open(self) -> None:
         """Wait until the guest has confirmed the channel.
@@ -317,7 +337,7 @@ class StreamChannel(Channel):  # type: ignore[misc]  # paramiko ships no types
     def _wait_active(self) -> None:
         """Wait, holding the lock, until the channel is open."""
         while not self.active and not self.closed:
-            left = self._open_deadline - time.monotonic()
+            left = self.open_deadline - time.monotonic()
             if left <= 0:
                 raise TunnelError(f"the guest did not open {self.target} in time")
             self.out_buffer_cv.wait(left)

@@ -207,12 +207,9 @@ class Connection:
         """Like :meth:`open_unix`, without waiting: the stream's methods tell a failure."""
         return self._begin_unix(path, timeout_s)
 
-    def try_begin_unix(self, path: str, *, timeout_s: float = OPEN_TIMEOUT_S) -> Stream | None:
-        """Like :meth:`begin_unix`, but None when asking alone would have to wait.
-
-        :param timeout_s: for the guest's answer.
-        """
-        return self._transport.begin_unix(path, time.monotonic() + timeout_s, now=True)
+    def prepare_unix(self, path: str) -> None:
+        """Open a stream ahead for whoever asks next; never waits, and may do nothing."""
+        self._transport.prepare_unix(path)
 
     def begin_tcp(self, address: str, port: int, *, timeout_s: float = OPEN_TIMEOUT_S) -> Stream:
         """Connect to a port in the guest, without waiting: the stream's methods tell a failure.
@@ -223,9 +220,7 @@ class Connection:
         return self._transport.begin_tcp(address, port, time.monotonic() + timeout_s)
 
     def _begin_unix(self, path: str, timeout_s: float) -> StreamChannel:
-        channel = self._transport.begin_unix(path, time.monotonic() + timeout_s)
-        assert channel is not None
-        return channel
+        return self._transport.begin_unix(path, time.monotonic() + timeout_s)
 
     def exec(self, command: str, *, timeout_s: float = OPEN_TIMEOUT_S) -> Process:
         """Start a command by the guest's shell; the caller closes it.

@@ -48,6 +48,10 @@ C = TypeVar("C", bound=StreamChannel)
 _logger = logging.getLogger("wherry.tunnel.paramiko")
 _logger.setLevel(logging.CRITICAL)
 
+SPARE_AGE_S = 30.0
+"""A stream that was opened ahead is kept so long: the engine drops a silent client after
+five minutes (``ReadHeaderTimeout`` in dockerd's ``cmd/dockerd/daemon.go``)."""
+
 _ADMINISTRATIVELY_PROHIBITED = 1
 _CONNECT_FAILED = 2
 """Reasons of SSH_MSG_CHANNEL_OPEN_FAILURE (RFC 4254 §5.1)."""
@@ -150,6 +154,8 @@ class TunnelTransport(Transport):  # type: ignore[misc]  # paramiko ships no typ
         self._opening: dict[int, StreamChannel] = {}
         self._deferred: list[Any] = []
         self._bulk = threading.Lock()
+        self._spare_lock = threading.Lock()
+        self._spares: dict[str, tuple[StreamChannel, float]] = {}
 
     def run(self) -> None:
         """Serve the connection until it ends, then say so."""
@@ -160,6 +166,7 @@ class TunnelTransport(Transport):  # type: ignore[misc]  # paramiko ships no typ
             self._over.set()
             self._watch.join()
             self._fail_opening()
+            self._drop_spares()  # each of them has ended
             # paramiko wakes these waits only when the other side ended the connection.
             if self.completion_event is not None:
                 self.completion_event.set()
@@ -169,11 +176,54 @@ class TunnelTransport(Transport):  # type: ignore[misc]  # paramiko ships no typ
 
     # -- opening ------------------------------------------------------------------------
 
-    def begin_unix(self, path: str, deadline: float, *, now: bool = False) -> StreamChannel | None:
-        """Ask for a stream to a Unix socket of the guest, without waiting for the answer.
+    def prepare_unix(self, path: str) -> None:
+        """Have a stream to a Unix socket of the guest open before it is asked for.
 
-        :param now: return None rather than wait to send.
+        It never waits. There is at most one for each path, for :data:`SPARE_AGE_S` and a
+        little more; whoever asks next gets it.
         """
+        with self._spare_lock:
+            if path in self._spares or self._over.is_set():
+                return
+            now = time.monotonic()
+            try:
+                channel = self._begin_unix(path, now + SPARE_AGE_S, now=True)
+            except TunnelError:
+                return
+            if channel is not None:
+                self._spares[path] = channel, now + SPARE_AGE_S
+
+    def _take_spare(self, path: str, deadline: float) -> StreamChannel | None:
+        """Return the stream that was prepared, if it is still good."""
+        if path not in self._spares:
+            return None
+        with self._spare_lock:
+            channel, expires = self._spares.get(path, (None, 0.0))
+            if channel is None or not channel.untouched or time.monotonic() >= expires:
+                return None  # the watch closes it
+            del self._spares[path]
+        channel.open_deadline = deadline
+        return channel
+
+    def _drop_spares(self) -> None:
+        """Close the prepared streams that nobody gets any more; never waits."""
+        now = time.monotonic()
+        with self._spare_lock:
+            for path, (channel, expires) in list(self._spares.items()):
+                if now >= expires or not channel.untouched:
+                    if not channel.close_now():
+                        continue  # next time
+                    del self._spares[path]
+
+    def begin_unix(self, path: str, deadline: float) -> StreamChannel:
+        """Ask for a stream to a Unix socket of the guest, without waiting for the answer."""
+        channel = self._take_spare(path, deadline)
+        if channel is None:
+            channel = self._begin_unix(path, deadline, now=False)
+            assert channel is not None
+        return channel
+
+    def _begin_unix(self, path: str, deadline: float, *, now: bool) -> StreamChannel | None:
         tail = Message()
         tail.add_string(path)
         tail.add_string("")  # reserved
@@ -349,6 +399,7 @@ class TunnelTransport(Transport):  # type: ignore[misc]  # paramiko ships no typ
         while not self._over.wait(self._keepalive_s / 2):
             if not self.authenticated_as_client():
                 continue  # the handshake has a deadline of its own
+            self._drop_spares()
             now = time.monotonic()
             silence = now - self.packetizer.last_received
             if silence >= self._dead_after_s:

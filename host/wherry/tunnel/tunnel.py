@@ -109,16 +109,15 @@ class Tunnel:
         """See :meth:`Connection.begin_unix`; waits for a connection during an outage."""
         return self._count(self.wait(self._outage_timeout_s).begin_unix(path, timeout_s=timeout_s))
 
-    def try_begin_unix(self, path: str, *, timeout_s: float = OPEN_TIMEOUT_S) -> Stream | None:
-        """See :meth:`Connection.try_begin_unix`; also None while there is no connection."""
+    def prepare_unix(self, path: str) -> None:
+        """Open a stream ahead for whoever asks for one next; never waits, may do nothing.
+
+        It saves them a round trip to the guest. It is closed if nobody comes for half a
+        minute, or with the connection.
+        """
         connection = self._connection
-        if connection is None:
-            return None
-        try:
-            stream = connection.try_begin_unix(path, timeout_s=timeout_s)
-        except TunnelError:
-            return None
-        return None if stream is None else self._count(stream)
+        if connection is not None:
+            connection.prepare_unix(path)
 
     def begin_tcp(self, address: str, port: int, *, timeout_s: float = OPEN_TIMEOUT_S) -> Stream:
         """See :meth:`Connection.begin_tcp`; waits for a connection during an outage."""
