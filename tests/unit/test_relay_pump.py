@@ -194,3 +194,29 @@ def test_workers_are_reused_and_survive_a_failing_job(caplog: pytest.LogCaptureF
     assert workers.close(WAIT_S)
     with pytest.raises(RuntimeError, match="closed"):
         workers.spawn(lambda: None)
+
+
+def test_close_waits_for_a_thread_that_is_being_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    starting, go, ran = threading.Event(), threading.Event(), threading.Event()
+    start = threading.Thread.start
+
+    def slow(thread: threading.Thread) -> None:
+        if thread.name == "slow-1":
+            starting.set()
+            assert go.wait(WAIT_S)
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", slow)
+    workers = Workers("slow")
+    spawner = threading.Thread(target=workers.spawn, args=(ran.set,))
+    spawner.start()
+    assert starting.wait(WAIT_S)
+    closed: list[bool] = []
+    closer = threading.Thread(target=lambda: closed.append(workers.close(WAIT_S)))
+    closer.start()
+    closer.join(0.05)
+    go.set()
+    closer.join(WAIT_S)
+    spawner.join(WAIT_S)
+    assert closed == [True]
+    assert ran.is_set()

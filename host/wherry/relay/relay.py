@@ -108,8 +108,8 @@ class Relay:
                 self._active += 1
                 self._connections += 1
         if full:
-            local.close()
             self._on_limit()
+            local.close()
             return
         pump: Pump | None = None
         try:

@@ -45,18 +45,15 @@ class Workers:
             thread = threading.Thread(
                 target=self._work, args=(job,), name=f"{self._name}-{self._made}", daemon=True
             )
-            self._threads.add(thread)
-        try:
+            # Under the lock, so that close() sees no thread that cannot be joined yet,
+            # and none ends before it is noted.
             with _stack_size_lock:
                 before = threading.stack_size(STACK_BYTES)
                 try:
                     thread.start()
                 finally:
                     threading.stack_size(before)
-        except BaseException:
-            with self._lock:
-                self._threads.discard(thread)
-            raise
+            self._threads.add(thread)
 
     def close(self, timeout_s: float) -> bool:
         """Take no more jobs and wait for the running ones; tell whether all ended in time."""
