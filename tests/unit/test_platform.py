@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import resource
 import socket
 import stat
+import subprocess
 import threading
 from pathlib import Path
 
@@ -153,3 +155,27 @@ def test_the_short_directory_is_short_and_private(
     found = current().short_directory()
     assert found == tmp_path / "wherry"
     assert stat.S_IMODE(found.stat().st_mode) == 0o700
+
+
+def test_the_descriptor_limit_is_raised_and_never_lowered(host: Platform) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
+        assert host.raise_descriptor_limit(300) == 300
+        assert resource.getrlimit(resource.RLIMIT_NOFILE) == (300, hard)
+        assert host.raise_descriptor_limit(200) == 300
+        assert resource.getrlimit(resource.RLIMIT_NOFILE) == (300, hard)
+        if hard != resource.RLIM_INFINITY:
+            assert host.raise_descriptor_limit(hard + 1) == hard
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+@pytest.mark.parametrize("status", [0, 7])
+def test_a_leash_passes_output_and_status(host: Platform, status: int) -> None:
+    script = f'echo "$1"; read -r x && exit 99; exit {status}'
+    argv = host.leash(["/bin/sh", "-c", script, "-", "a  b"])
+    with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as leashed:
+        assert leashed.wait(20) == status
+        assert leashed.stdout is not None
+        assert leashed.stdout.read() == b"a  b\n"

@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import json
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from wherry.core.errors import WherryError
@@ -199,7 +205,7 @@ class Trials:
 def trials(
     tmp_path: Path, programs: Any, host: Any, make_image: Any, monkeypatch: pytest.MonkeyPatch
 ) -> Trials:
-    monkeypatch.setattr(probe, "_BOUND_HARDWARE_S", 0.2)
+    monkeypatch.setattr(probe, "_BOUND_HARDWARE_S", 0.5)
     return Trials(tmp_path, programs, host, image.read(make_image()))
 
 
@@ -224,7 +230,7 @@ def test_an_accelerator_that_hangs_costs_its_bound_once(trials: Trials) -> None:
         assert verdict.accelerator == "tcg"
         assert verdict.warning == (
             "running in emulation, many times slower than with acceleration "
-            "(kvm: the trial boot did not leave the kernel within 0.2 s)"
+            "(kvm: the trial boot did not leave the kernel within 0.5 s)"
         )
     assert trials.tried == ["kvm", "tcg"]
 
@@ -271,9 +277,75 @@ def test_when_nothing_boots_the_next_start_tries_again(trials: Trials) -> None:
 def test_a_damaged_cache_is_made_anew(damage: str, trials: Trials) -> None:
     trials.cache.write_text(damage)
     assert trials.choose(kvm=HANGS, tcg=BOOTS).accelerator == "tcg"
-    assert list(json.loads(trials.cache.read_text()).values()) == [
-        {"kvm": "the trial boot did not leave the kernel within 0.2 s", "tcg": None}
-    ]
+    (kept,) = json.loads(trials.cache.read_text()).values()
+    assert {name: found["problem"] for name, found in kept.items()} == {
+        "kvm": "the trial boot did not leave the kernel within 0.5 s",
+        "tcg": None,
+    }
+
+
+def test_a_failure_is_believed_for_a_day(trials: Trials, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = time.time()
+    assert trials.choose(kvm=CRASHES, tcg=BOOTS).accelerator == "tcg"
+    monkeypatch.setattr("time.time", lambda: now + 23 * 3600)
+    assert trials.choose(kvm=BOOTS, tcg=BOOTS).accelerator == "tcg"
+    monkeypatch.setattr("time.time", lambda: now + 25 * 3600)
+    assert trials.choose(kvm=BOOTS, tcg=BOOTS).accelerator == "kvm"
+    assert trials.tried == ["kvm", "tcg", "kvm"]
+    # What works goes on being believed, and a clock that was set back proves nothing.
+    monkeypatch.setattr("time.time", lambda: now + 1000 * 24 * 3600)
+    assert trials.choose(kvm=CRASHES, tcg=CRASHES).accelerator == "kvm"
+
+
+def test_a_failure_from_the_future_is_not_believed(
+    trials: Trials, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trials.choose(kvm=CRASHES, tcg=BOOTS)
+    before = time.time() - 7 * 24 * 3600
+    monkeypatch.setattr("time.time", lambda: before)
+    assert trials.choose(kvm=BOOTS, tcg=BOOTS).accelerator == "kvm"
+
+
+def test_a_failure_that_was_kept_without_its_time_is_not_believed(trials: Trials) -> None:
+    trials.cache.write_text('{"QEMU 7.2.0, x86_64 on A Processor": {"kvm": "hung", "tcg": null}}')
+    assert trials.choose(kvm=BOOTS, tcg=BOOTS).accelerator == "kvm"
+
+
+TRIAL = """
+import asyncio, sys
+from pathlib import Path
+from types import SimpleNamespace
+from wherry.platform import current
+from wherry.vm.qemu import probe, programs
+fake = Path(sys.argv[1])
+image = SimpleNamespace(architecture="x86_64", kernel=fake, probe=fake, cmdline="")
+found = programs.Programs(fake, fake, "7.2.0")
+asyncio.run(probe.trial(found, image, current(), "tcg"))
+"""
+
+
+def test_a_trial_dies_with_whoever_made_it(tmp_path: Path, programs: Any) -> None:
+    pid_file = tmp_path / "pid"
+    system = programs.install("qemu-system-x86_64", f"echo $$ >{pid_file}\n{HANGS}")
+    pid_file.touch()
+    with subprocess.Popen([sys.executable, "-c", TRIAL, str(system)]) as maker:
+        try:
+            eventually(pid_file.read_text)
+            qemu = psutil.Process(int(pid_file.read_text()))
+            assert qemu.is_running()
+        finally:
+            maker.kill()
+    _, alive = psutil.wait_procs([qemu], timeout=10)
+    for each in alive:
+        each.kill()
+    assert not alive
+
+
+def eventually(condition: Callable[[], object]) -> None:
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline
+        threading.Event().wait(0.01)
 
 
 # What QEMU 7.2 answers; -monitor and QMP end lines with CR LF.

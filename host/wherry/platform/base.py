@@ -6,7 +6,8 @@ module asks which system this is.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -152,6 +153,19 @@ class Platform(Protocol):
         """Return where Docker clients look by default, None where no link can stand in for it.
 
         ``$WHERRY_DEFAULT_SOCKET`` names another place, for tests and unusual systems.
+        """
+
+    def raise_descriptor_limit(self, wanted: int) -> int:
+        """Let this program have up to ``wanted`` open descriptors, or as many as it may.
+
+        :returns: how many it may have now; never fewer than before.
+        """
+
+    def leash(self, argv: Sequence[str | os.PathLike[str]]) -> list[str | os.PathLike[str]]:
+        """Return a command that runs ``argv``, and kills it when its own standard input ends.
+
+        With a pipe of ours as that input, the program dies with us, whatever kills us. It
+        gets no standard input itself. The command ends when the program does.
         """
 
     def short_directory(self) -> Path:

@@ -5,15 +5,31 @@ from __future__ import annotations
 import errno
 import os
 import platform
+import resource
 import socket
 import stat
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import platformdirs
 
 _BACKLOG = 512
 _PROBE_TIMEOUT_S = 1.0
+
+_LEASH = """\
+exec 3<&0
+"$@" </dev/null 3<&- &
+program=$!
+{ read -r _; kill -9 "$program"; } <&3 >/dev/null 2>&1 &
+watch=$!
+exec 3<&- </dev/null 2>/dev/null
+wait "$program"
+status=$?
+kill "$watch"
+exit "$status"
+"""
+"""A background command of a shell has no input of the shell's, hence descriptor 3."""
 
 
 class UnixListener:
@@ -123,6 +139,24 @@ class Posix:
     def default_docker_socket(self) -> Path | None:
         """``/var/run/docker.sock`` (docker/cli, ``client.DefaultDockerHost``)."""
         return Path(os.environ.get("WHERRY_DEFAULT_SOCKET") or "/var/run/docker.sock")
+
+    def raise_descriptor_limit(self, wanted: int) -> int:
+        """The soft limit of RLIMIT_NOFILE: 256 on macOS, 1024 on Linux unless told otherwise."""
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        if hard != resource.RLIM_INFINITY:
+            wanted = min(wanted, hard)
+        if soft == resource.RLIM_INFINITY or soft >= wanted:
+            return wanted if soft == resource.RLIM_INFINITY else soft
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+        except (OSError, ValueError):
+            # macOS has a lower bound that it does not tell (kern.maxfilesperproc).
+            return soft
+        return wanted
+
+    def leash(self, argv: Sequence[str | os.PathLike[str]]) -> list[str | os.PathLike[str]]:
+        """By a shell that waits for the program, and another that waits for the input's end."""
+        return ["/bin/sh", "-c", _LEASH, "leash", *argv]
 
     def listen_local(self, path: Path) -> UnixListener:
         """A Unix socket."""

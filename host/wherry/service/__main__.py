@@ -17,6 +17,8 @@ from wherry.service.launch import ALREADY_RUNS
 from wherry.service.stages import DEFAULT_BOUNDS, Bounds
 
 _LOG_BYTES = 1 << 20
+_DESCRIPTORS = 4096
+"""Enough for all connections to the endpoint and to published ports, and for watched files."""
 
 
 def main(argv: Sequence[str], bounds: Bounds = DEFAULT_BOUNDS) -> int:
@@ -34,6 +36,7 @@ def main(argv: Sequence[str], bounds: Bounds = DEFAULT_BOUNDS) -> int:
     logging.basicConfig(level=logging.INFO, handlers=[handler])
     # paramiko logs each connection at INFO, and failures that we report ourselves.
     logging.getLogger("paramiko").setLevel(logging.CRITICAL)
+    current().raise_descriptor_limit(_DESCRIPTORS)
     try:
         # Imported late: the loser of two starts at once should leave quickly.
         from wherry.service.app import Service

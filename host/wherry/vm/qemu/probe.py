@@ -4,7 +4,8 @@ That an accelerator's device can be opened proves little. On nested hosts ``/dev
 makes virtual processors that never leave the kernel's early boot; WHPX is known to
 hang in firmware. So each candidate boots the guest's kernel with an initramfs that
 prints one line, under a bound of seconds, and the first that prints it is taken. The
-result is kept under QEMU's version and the processor's name, since those decide it.
+result is kept under QEMU's version and the processor's name, since those decide it; a
+failure for a day, since it may also have been the moment's.
 """
 
 from __future__ import annotations
@@ -12,14 +13,16 @@ from __future__ import annotations
 import asyncio
 import json
 import tempfile
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeGuard
 
 from wherry.core.clock import Deadline
 from wherry.core.errors import WherryError
 from wherry.core.files import write_atomic
-from wherry.core.processes import STDOUT, Argument, spawn
+from wherry.core.processes import PIPE, STDOUT, Argument, TimeoutExpired, spawn
 from wherry.platform import Platform
 from wherry.vm.image import Image
 from wherry.vm.qemu.arguments import base_arguments
@@ -30,6 +33,8 @@ INIT_LINE = b"wherry: init"
 
 _TRIAL_MEMORY = 256 << 20
 _POLL_S = 0.05
+_FAILURE_AGE_S = 24 * 3600.0
+_KILL_S = 5.0
 _BOUND_S = {"tcg": 60.0}
 _BOUND_HARDWARE_S = 10.0
 """With hardware the line comes in under a second; a trial that hangs costs this once."""
@@ -71,10 +76,12 @@ async def choose(programs: Programs, image: Image, platform: Platform, cache: Pa
         if name != "tcg" and image.architecture != platform.architecture():
             problem = f"this computer is not {image.architecture}"
         if problem is None:
-            if name not in trials:
-                trials[name] = await trial(programs, image, name)
+            found = trials.get(name)
+            if not _is_valid(found):
+                problem = await trial(programs, image, platform, name)
+                trials[name] = found = {"problem": problem, "time": time.time()}
                 write_atomic(cache, json.dumps(known, indent=2).encode())
-            problem = trials[name]
+            problem = found["problem"]
         if problem is None:
             return Verdict(name, rejected)
         rejected[name] = str(problem)
@@ -86,7 +93,9 @@ async def choose(programs: Programs, image: Image, platform: Platform, cache: Pa
     )
 
 
-async def trial(programs: Programs, image: Image, accelerator: str) -> str | None:
+async def trial(
+    programs: Programs, image: Image, platform: Platform, accelerator: str
+) -> str | None:
     """Boot once; return None if the kernel reached its init, else what happened instead."""
     bound = Deadline(_BOUND_S.get(accelerator, _BOUND_HARDWARE_S))
     argv: list[Argument] = [
@@ -104,7 +113,8 @@ async def trial(programs: Programs, image: Image, accelerator: str) -> str | Non
     ]
     with tempfile.TemporaryFile() as output:
         process = spawn(
-            argv,
+            platform.leash(argv),
+            stdin=PIPE,
             stdout=output.fileno(),
             stderr=STDOUT,
             new_session=True,
@@ -123,12 +133,25 @@ async def trial(programs: Programs, image: Image, accelerator: str) -> str | Non
                     return f"the trial boot did not leave the kernel within {bound.seconds:g} s"
                 await asyncio.sleep(_POLL_S)
         finally:
-            process.kill()
-            process.wait()
+            assert process.stdin is not None
+            process.stdin.close()  # kills QEMU, as our own end would
+            try:
+                process.wait(_KILL_S)
+            except TimeoutExpired:
+                process.kill()
+                process.wait()
 
 
 def _join(reasons: Mapping[str, str]) -> str:
     return "; ".join(f"{name}: {why}" for name, why in reasons.items())
+
+
+def _is_valid(found: object) -> TypeGuard[dict[str, Any]]:
+    """Whether a trial's result, as it was read, may still be relied on."""
+    if not isinstance(found, dict) or "problem" not in found:
+        return False
+    age = time.time() - float(found.get("time", 0))
+    return found["problem"] is None or 0 <= age < _FAILURE_AGE_S
 
 
 def _read(cache: Path) -> dict[str, object]:
