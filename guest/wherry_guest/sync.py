@@ -454,7 +454,14 @@ class _Root:
         return Done()
 
     def _mount(self, request: SyncMount) -> Done:
-        system.bind(self._tree or f"{self._directory}/tree{self._path}", self._path)
+        system.bind(f"{self._directory}/tree{self._path}", self._path)
+        if "\n" not in self._path:
+            # The guest's next boot mounts it before the engine starts containers.
+            path = f"{self._directory}/mounts"
+            with open(path, "a+", encoding="utf-8", errors="surrogateescape") as file:
+                file.seek(0)
+                if self._path not in file.read().split("\n"):
+                    file.write(f"{self._path}\n")
         return Done()
 
     def _pin(self, request: SyncPin) -> Done:

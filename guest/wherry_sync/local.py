@@ -58,6 +58,9 @@ class LocalEndpoint:
         self._trust = trust
         self._path = root
         self._single = single
+        # Directories that we have changed since the last scan. A watch may not have told of them
+        # yet; a scan that did not look there would take our own work for somebody's undoing it.
+        self._touched: set[str] = set()
         self._stage = Stage(stage)
         try:
             granularity_ns = records.granularity_ns(self._stage.fd, self._stage.name("part"))
@@ -102,7 +105,11 @@ class LocalEndpoint:
                 self._applier.finish_in_place(fd, name)
                 if name:
                     return self._scanner.scan_file(fd, name, rewritten=bool(rewritten))
-                return self._scanner.scan(fd, dirty, rewritten)
+                if dirty is not None:
+                    dirty = self._touched.union(dirty)
+                found = self._scanner.scan(fd, dirty, rewritten)
+                self._touched.clear()
+                return found
         except FileNotFoundError:
             return Snapshot()
 
@@ -152,6 +159,7 @@ class LocalEndpoint:
 
     def apply(self, operations: Sequence[Operation]) -> Iterator[Result]:
         """Carry out operations in their order; yield what came of each."""
+        self._touched.update(split(operation.path)[0] for operation in operations)
         with self._opened() as (fd, name):
             yield from self._applier.apply(fd, operations, name)
             self._applier.finish_in_place(fd, name)

@@ -28,6 +28,7 @@ _COMMANDS = {
     "env": ("env", "Print what makes Docker clients use a machine."),
     "logs": ("logs", "Show the log of the service, the console or the engine."),
     "ports": ("ports", "Show the published ports of a machine."),
+    "sync": ("sync", "Show and manage the files that containers mount."),
     "image": ("image", "Build, fetch and manage guest images."),
     "config": ("config", "Show and change a machine's settings."),
     "completion": ("completion", "Print the completion script for a shell."),

@@ -25,8 +25,8 @@ from wherry.config.layout import Layout, MachinePaths
 from wherry.config.load import load
 from wherry.control.server import ControlServer, Emit
 from wherry.core.bridge import in_thread, post
-from wherry.core.errors import TunnelError, WherryError
-from wherry.service import console, engine, state, status
+from wherry.core.errors import NotRunning, TunnelError, WherryError
+from wherry.service import console, engine, state, status, syncing
 from wherry.service.boot import Boot, end_orphan
 from wherry.service.default_socket import DefaultSocket
 from wherry.service.guest import Guest
@@ -122,6 +122,7 @@ class Service:
                 "stop": self._on_stop,
                 "events": self._on_events,
                 "ports": self._on_ports,
+                **syncing.handlers(self._running_roots),
             },
             loop,
         )
@@ -272,6 +273,11 @@ class Service:
         shared = load(self._paths.config, self._layout.platform).shared
         self._mounts = Mounts(self._hooks, roots, tunnel, shared)
         return roots
+
+    def _running_roots(self) -> Roots:
+        if self._roots is None:
+            raise NotRunning(f"machine {self._paths.name} is not running yet")
+        return self._roots
 
     async def _share_files(self, tunnel: Tunnel) -> None:
         """Go on with what containers mount that an earlier service has left running."""

@@ -92,6 +92,8 @@ class Mounts:
 
         :raises WherryError: the engine does not tell.
         """
+        for path in self._roots.kept:
+            self._resume(Source(path))
         volumes = engine.fetch(self._tunnel.open_unix(engine.SOCKET), "/volumes")
         for volume in volumes.get("Volumes") or ():
             self._learn_volume(volume.get("Name"), {"DriverOpts": volume.get("Options") or {}})

@@ -6,6 +6,7 @@ and what breaks the protocol ends the connection.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import threading
 import time
@@ -300,9 +301,11 @@ class RemoteEndpoint:
             except WireError as error:
                 raise self._broken(error) from error
             finally:
-                # Whoever stops half-way leaves the rest to be read.
-                while not ended and not self._guard.closed:
-                    next_frame()
+                # Whoever stops half-way leaves the rest to be read. When that fails, the connection
+                # has ended, which the next request tells.
+                with contextlib.suppress(OSError):
+                    while not ended and not self._guard.closed:
+                        next_frame()
 
     def _numbers(self, request: Message, limit: int) -> list[int]:
         rows: list[tuple[bytes, ...]] = []

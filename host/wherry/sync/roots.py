@@ -23,6 +23,8 @@ from wherry.sync.session import Paths, Root, Session
 log = logging.getLogger(__name__)
 
 _LAST_BARRIER_S = 20.0
+_FILE = "roots.json"
+"""The number of each root there ever was, as the database knows it by that."""
 
 Connect = Callable[[Place, Callable[[int], None]], RemoteEndpoint]
 
@@ -44,7 +46,7 @@ class Roots:
         self._closed = False
         self._sessions: dict[str, Session] = {}
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        self._numbers = self._read_numbers()
+        self._numbers, self._kept = self._read()
 
     def require(self, path: str, *, read_only: bool = False) -> Session:
         """Return the session that keeps a path, which exists, equal; begin one if there is none.
@@ -68,6 +70,18 @@ class Roots:
             if not read_only:
                 session.allow_writes()
             return session
+
+    def keep(self, path: str) -> None:
+        """Go on with a root at every start, whether a container mounts it or not."""
+        with self._lock:
+            self._kept.add(path)
+            self._write()
+
+    @property
+    def kept(self) -> list[str]:
+        """The roots that :meth:`keep` was called for."""
+        with self._lock:
+            return sorted(self._kept)
 
     def holding(self, path: str) -> Session | None:
         """Return the session that keeps a path equal, if there is one."""
@@ -98,6 +112,8 @@ class Roots:
         with self._lock:
             if path not in self._sessions:
                 raise WherryError(f"{path} is not synchronised", hint="see: wherry sync list")
+            self._kept.discard(path)
+            self._write()
             self._end(path)
 
     def close(self) -> None:
@@ -122,7 +138,7 @@ class Roots:
         if number is None:
             number = max(self._numbers.values(), default=0) + 1
             self._numbers[path] = number
-            self._write_numbers()
+            self._write()
         ignore = (
             rules.parse(_lines(Path(path) / rules.FILE_NAME)) if not single else rules.parse(())
         )
@@ -144,19 +160,20 @@ class Roots:
         session.ask(fresh=True).done.wait(_LAST_BARRIER_S)
         session.close()
 
-    def _read_numbers(self) -> dict[str, int]:
+    def _read(self) -> tuple[dict[str, int], set[str]]:
+        path = self._directory / _FILE
         try:
-            found = json.loads((self._directory / "roots.json").read_text(encoding="utf-8"))
+            found = json.loads(path.read_text(encoding="utf-8"))
+            numbers = {str(root): int(number) for root, number in found["numbers"].items()}
+            return numbers, {str(root) for root in found["kept"]}
         except FileNotFoundError:
-            return {}
-        except (OSError, ValueError) as error:
-            raise WherryError(
-                f"{self._directory / 'roots.json'} cannot be read: {error}"
-            ) from error
-        return {str(path): int(number) for path, number in found.items()}
+            return {}, set()
+        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+            raise WherryError(f"{path} cannot be read: {error}") from error
 
-    def _write_numbers(self) -> None:
-        write_atomic(self._directory / "roots.json", json.dumps(self._numbers).encode())
+    def _write(self) -> None:
+        found = {"numbers": self._numbers, "kept": sorted(self._kept)}
+        write_atomic(self._directory / _FILE, json.dumps(found).encode())
 
 
 def traits_of(path: Path) -> Traits:

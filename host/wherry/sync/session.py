@@ -23,6 +23,7 @@ were flushed, which the thread does when things have calmed down.
 
 from __future__ import annotations
 
+import concurrent.futures
 import logging
 import threading
 import time
@@ -30,6 +31,7 @@ from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, TypeVar
 
 from wherry.core.errors import WherryError
 from wherry.sync.core.cycle import Cycle, Outcome
@@ -53,8 +55,11 @@ _POLL_S = 5.0
 
 _RETRY_S = (0.2, 1.0, 5.0)
 _JOIN_S = 30.0
+_CALL_S = 30.0
 _TRASH_BYTES = 1 << 30
 _TRASH_FILES = 10_000
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -108,6 +113,7 @@ class Ticket:
         self.number = number
         self.fresh = fresh
         self.done = threading.Event()
+        self.tried = False
         self._error: WherryError | None = None
 
     def finish(self, error: WherryError | None) -> None:
@@ -162,6 +168,7 @@ class Session:
         self._writes = False
         # Whether the guest's end knows it.
         self._pins: dict[str, bool] = {}
+        self._calls: list[tuple[Callable[[Keep], Any], concurrent.futures.Future[Any]]] = []
         self._thread = threading.Thread(target=self._run, name=f"sync {root.path}", daemon=True)
         self._thread.start()
 
@@ -199,6 +206,23 @@ class Session:
         with self._lock:
             self._guest_changed = True
             self._lock.notify()
+
+    def do(self, function: Callable[[Keep], T]) -> T:
+        """Call a function with the files that conflicts left, in the session's thread.
+
+        :raises WherryError: the session has ended, or it does not come to it in time.
+        """
+        future: concurrent.futures.Future[Any] = concurrent.futures.Future()
+        with self._lock:
+            if self._closing:
+                raise WherryError(f"{self.root.path} is not synchronised any more")
+            self._calls.append((function, future))
+            self._lock.notify()
+        try:
+            found: T = future.result(_CALL_S)
+        except TimeoutError as error:
+            raise WherryError(f"the synchronisation of {self.root.path} is busy") from error
+        return found
 
     def disconnect(self) -> None:
         """Learn that the tunnel was lost or is new; another connection is made."""
@@ -251,7 +275,10 @@ class Session:
         finally:
             with self._lock:
                 self._closing = True
-            self._fail(WherryError(f"{self.root.path} is not synchronised any more"))
+            gone = WherryError(f"{self.root.path} is not synchronised any more")
+            self._fail(gone)
+            for _, future in self._calls:
+                future.set_exception(gone)
             if self._watch is not None:
                 self._watch.close()
             if self._remote is not None:
@@ -262,6 +289,8 @@ class Session:
         with closing(host):
             cycle: Cycle | None = None
             while self._await_work(connected=cycle is not None):
+                if self._call(conflicts):
+                    continue
                 try:
                     if cycle is None:
                         cycle = self._open_guest(host, store, conflicts)
@@ -313,6 +342,8 @@ class Session:
             while not self._closing:
                 if self._tickets or self._host_changed or (self._guest_changed and connected):
                     break
+                if self._calls:
+                    return True
                 left = deadline - time.monotonic()
                 if left <= 0:
                     return True
@@ -324,8 +355,23 @@ class Session:
             time.sleep(_SETTLE_S)
         return True
 
+    def _call(self, conflicts: Keep) -> bool:
+        """Do what :meth:`do` was called for; whether there was anything."""
+        with self._lock:
+            calls, self._calls = self._calls, []
+        for function, future in calls:
+            try:
+                future.set_result(function(conflicts))
+            except BaseException as error:
+                future.set_exception(error)
+        if calls:
+            with self._lock:
+                self._status.conflicts = len(list(conflicts))
+        return bool(calls)
+
     def _patience(self, connected: bool) -> float:
         if not connected:
+            # A barrier does not wait for this: see _await_work.
             return 0.0 if not self._failures else _RETRY_S[min(self._failures, len(_RETRY_S)) - 1]
         if self._unflushed_since:
             return max(0.0, self._unflushed_since + _FLUSH_S - time.monotonic())
@@ -349,7 +395,15 @@ class Session:
         try:
             outcome = self._rounds(cycle, full)
         except BaseException as error:
-            self._finish(tickets, WherryError(f"{self.root.path} is not synchronised: {error}"))
+            # A connection may have been dead for long before it was used: once more, then.
+            with self._lock:
+                self._tickets[:0] = [ticket for ticket in tickets if not ticket.tried]
+            self._finish(
+                [ticket for ticket in tickets if ticket.tried],
+                WherryError(f"{self.root.path} is not synchronised: {error}"),
+            )
+            for ticket in tickets:
+                ticket.tried = True
             raise
         self._report(outcome, len(list(conflicts)))
         self._finish(tickets, self._failure(outcome))
@@ -429,6 +483,7 @@ class Session:
 
     def _drop(self, error: Exception) -> None:
         """Give the connection up; the next try is later each time."""
+        had_connection = self._remote is not None
         if self._remote is not None:
             self._remote.close()
             self._remote = None
@@ -438,7 +493,8 @@ class Session:
         message = str(error)
         log.warning("%s: %s", self.root.path, message)
         self._tell("disconnected", message)
-        self._fail(WherryError(f"{self.root.path} is not synchronised: {message}"))
+        if not had_connection:
+            self._fail(WherryError(f"{self.root.path} is not synchronised: {message}"))
 
     def _fail(self, error: WherryError) -> None:
         with self._lock:

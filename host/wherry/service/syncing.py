@@ -1,0 +1,162 @@
+"""What ``wherry sync`` asks of the service."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Awaitable, Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from wherry.core.bridge import in_thread
+from wherry.core.errors import UsageError, WherryError
+from wherry.core.files import write_atomic
+from wherry.sync.core.keep import Keep, Kept
+from wherry.sync.roots import Roots
+from wherry.sync.session import Session
+from wherry_sync.entry import LINK
+
+STALL_S = 60.0
+"""How long a flush may make no progress."""
+
+_SLICE_S = 1.0
+
+
+def handlers(
+    roots: Callable[[], Roots],
+) -> dict[str, Callable[[Mapping[str, Any], Any], Awaitable[Any]]]:
+    """Return the control requests by name.
+
+    :param roots: gives the running machine's, or raises WherryError.
+    """
+
+    def threaded(function: Callable[..., Any]) -> Callable[..., Awaitable[Any]]:
+        def handle(params: Mapping[str, Any], emit: Any) -> Awaitable[Any]:
+            return in_thread(lambda: function(roots(), **params), name=function.__name__)
+
+        return handle
+
+    return {
+        "sync_list": threaded(_list),
+        "sync_add": threaded(_add),
+        "sync_remove": threaded(_remove),
+        "sync_flush": threaded(_flush),
+        "sync_conflicts": threaded(_conflicts),
+        "sync_resolve": threaded(_resolve),
+    }
+
+
+def _list(roots: Roots) -> list[dict[str, Any]]:
+    return [describe(session) for session in roots.all()]
+
+
+def describe(session: Session) -> dict[str, Any]:
+    """Return a root's state as ``wherry sync list --json`` has it."""
+    status = session.status()
+    return {
+        "path": str(session.root.path),
+        "state": status.state,
+        "reason": status.reason,
+        "rounds": status.rounds,
+        "bytes_moved": status.bytes_moved,
+        "conflicts": status.conflicts,
+        "problems": [
+            {"path": problem.path, "reason": problem.reason} for problem in status.problems
+        ],
+        "watch_problem": status.watch_problem,
+    }
+
+
+def _add(roots: Roots, path: str) -> dict[str, Any]:
+    if not Path(path).exists():
+        raise UsageError(f"{path} does not exist")
+    session = roots.require(path)
+    roots.keep(str(session.root.path))
+    _wait([session])
+    return describe(session)
+
+
+def _remove(roots: Roots, path: str) -> None:
+    roots.remove(path)
+
+
+def _flush(roots: Roots, path: str | None = None) -> list[dict[str, Any]]:
+    sessions = roots.all()
+    if path is not None:
+        session = roots.holding(path)
+        if session is None:
+            raise WherryError(f"{path} is not synchronised", hint="see: wherry sync list")
+        sessions = [session]
+    _wait(sessions)
+    return [describe(session) for session in sessions]
+
+
+def _wait(sessions: Iterable[Session]) -> None:
+    asked = [(session, session.ask(fresh=True)) for session in sessions]
+    for session, ticket in asked:
+        while not ticket.done.wait(_SLICE_S):
+            if session.idle_s > STALL_S:
+                raise WherryError(
+                    f"the synchronisation of {session.root.path} makes no progress",
+                    hint="see: wherry sync status",
+                )
+        ticket.check()
+
+
+def _conflicts(roots: Roots) -> list[dict[str, Any]]:
+    found = []
+    for session in roots.all():
+        root = session.root
+        for kept in session.do(list):
+            found.append(
+                {
+                    "id": f"{root.number}.{kept.number}",
+                    "path": str(root.path / kept.path) if kept.path else str(root.path),
+                    "time": kept.time_s,
+                    "size": kept.leaf.size,
+                }
+            )
+    return found
+
+
+def _resolve(roots: Roots, id: str, action: str, target: str = "") -> str:
+    """Do with a kept file what the user wants; return the path that was written, if any.
+
+    :param action: ``restore`` it where it was, ``save`` it as ``target``, or ``discard`` it.
+    """
+    for session in roots.all():
+        number = str(session.root.number)
+        if id.partition(".")[0] != number:
+            continue
+
+        def act(conflicts: Keep, session: Session = session) -> str:
+            for kept in conflicts:
+                if id == f"{session.root.number}.{kept.number}":
+                    written = _act(conflicts, kept, session, action, target)
+                    conflicts.forget(kept)
+                    return written
+            raise WherryError(f"there is no conflict {id}", hint="see: wherry sync conflicts")
+
+        return session.do(act)
+    raise WherryError(f"there is no conflict {id}", hint="see: wherry sync conflicts")
+
+
+def _act(conflicts: Keep, kept: Kept, session: Session, action: str, target: str) -> str:
+    if action == "discard":
+        return ""
+    root = session.root.path
+    path = Path(target) if action == "save" else (root / kept.path if kept.path else root)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if kept.leaf.kind == LINK:
+            new = path.with_name(f".wherry-{path.name}")
+            new.unlink(missing_ok=True)
+            new.symlink_to(os.fsdecode(kept.leaf.target))
+            new.replace(path)
+        else:
+            mode = 0o755 if kept.leaf.executable else 0o644
+            if path.is_file() and not path.is_symlink():
+                mode = path.stat().st_mode & 0o777
+            write_atomic(path, b"".join(conflicts.open(kept)), mode=mode)
+    except OSError as error:
+        raise WherryError(f"{path} cannot be written: {error.strerror}") from error
+    return str(path)

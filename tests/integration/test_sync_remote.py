@@ -1,0 +1,451 @@
+"""The guest's end of a root over a real socket, and sessions that use it, without a guest.
+
+The agent's own code serves, in a thread here; its watch needs no more than root on Linux.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+import pytest
+from sync_trees import read
+
+from wherry.core.errors import WherryError
+from wherry.sync.core.cycle import Cycle
+from wherry.sync.core.keep import Keep
+from wherry.sync.core.reconcile import HOST
+from wherry.sync.core.store import Store
+from wherry.sync.remote import Place, RemoteEndpoint
+from wherry.sync.session import Paths, Root, Session
+from wherry_sync.local import LocalEndpoint
+from wherry_wire.frames import Frame
+from wherry_wire.messages import Done, SyncScanned, pack
+
+pytestmark = pytest.mark.timeout(60)
+
+WAIT_S = 20.0
+
+
+AGENT = """
+import sys
+from wherry_guest import sync, system
+from wherry_wire.messages import SyncListen
+
+# What the test machine's own paths show is not to be mounted over.
+system.bind = lambda source, target: None
+roots = sync.Roots(lambda message, id: print(message.root, flush=True))
+print(roots.listen(SyncListen(directory=sys.argv[1])).socket, flush=True)
+sys.stdin.read()
+"""
+"""A process of its own, as what the agent itself writes is nobody's edit."""
+
+
+class Guest:
+    """Serves roots below a directory."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.sessions: list[Session] = []
+        self.streams: list[socket.socket] = []
+        self.allowed = True
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", AGENT, str(directory)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        assert self.process.stdout is not None
+        self.path = self.process.stdout.readline().strip()
+        self.reader = threading.Thread(target=self._read, args=(self.process.stdout,))
+        self.reader.start()
+
+    def close(self) -> None:
+        self.process.communicate()
+        self.reader.join()
+        Path(self.path).unlink()
+
+    def _read(self, lines: Iterable[str]) -> None:
+        for root in lines:
+            for session in self.sessions:
+                if session.root.place.root == root.strip():
+                    session.guest_changed()
+
+    def connect(self) -> socket.socket:
+        if not self.allowed:
+            raise ConnectionRefusedError("the guest is away")
+        ours = socket.socket(socket.AF_UNIX)
+        ours.connect(self.path)
+        self.streams.append(ours)
+        return ours
+
+    def tree(self, place: Place) -> Path:
+        return self.directory / "tree" / place.path.lstrip("/")
+
+    def cut(self) -> None:
+        for stream in self.streams:
+            with contextlib.suppress(OSError):
+                stream.shutdown(socket.SHUT_RDWR)
+        self.streams.clear()
+
+
+class Stream:
+    """A socket as the tunnel's streams are."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock = sock
+
+    def recv(self, size: int, /) -> bytes:
+        return self._sock.recv(size)
+
+    def sendall(self, data: bytes, /) -> None:
+        self._sock.sendall(data)
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):
+            self._sock.shutdown(socket.SHUT_RDWR)
+        self._sock.close()
+
+
+@pytest.fixture
+def guest(tmp_path: Path) -> Iterator[Guest]:
+    made = Guest(tmp_path / "guest")
+    yield made
+    made.close()
+
+
+class Pair:
+    """A host's directory and the session that keeps it equal to the guest's."""
+
+    def __init__(self, guest: Guest, directory: Path, *, single: bool = False) -> None:
+        self.guest = guest
+        self.directory = directory
+        self.host = directory / "host"
+        if not single:
+            self.host.mkdir()
+        self.place = Place("r1", str(self.host), single)
+        self.there = guest.tree(self.place)
+        self.open()
+
+    def open(self) -> None:
+        self.session = Session(
+            Root(1, self.host, self.place),
+            Paths(self.directory / "state", self.directory / "sync.db"),
+            lambda place, progress: RemoteEndpoint(
+                Stream(self.guest.connect()), place, progress=progress
+            ),
+            boot="host-1",
+        )
+        self.session.allow_writes()
+        self.guest.sessions[:] = [self.session]
+
+    def barrier(self, *, fresh: bool = True) -> None:
+        ticket = self.session.ask(fresh=fresh)
+        assert ticket.done.wait(WAIT_S), "the barrier neither held nor failed"
+        ticket.check()
+
+
+@pytest.fixture
+def pair(guest: Guest, tmp_path: Path) -> Iterator[Pair]:
+    made = Pair(guest, tmp_path)
+    yield made
+    made.session.close()
+
+
+def until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + WAIT_S
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def scribble(choose: random.Random, root: Path, tag: str) -> None:
+    """Change a tree at random."""
+    for _ in range(choose.randint(1, 6)):
+        paths = [path for path in root.rglob("*") if not path.is_symlink()]
+        files = [path for path in paths if path.is_file()]
+        places = [root, *(path for path in paths if path.is_dir())]
+        new = choose.choice(places) / f"{tag}{choose.randint(0, 30)}"
+        action = choose.choice(["new", "new", "rewrite", "remove", "move", "mkdir", "chmod"])
+        try:
+            if action == "mkdir":
+                new.mkdir()
+            elif action == "new" or not files:
+                new.write_text(choose.randbytes(choose.choice([0, 3, 2048, 200_000])).hex())
+            elif action == "rewrite":
+                choose.choice(files).write_text(choose.randbytes(choose.randint(0, 50)).hex())
+            elif action == "remove":
+                path = choose.choice(paths)
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+            elif action == "move":
+                choose.choice(paths).rename(new)
+            else:
+                choose.choice(files).chmod(choose.choice([0o755, 0o644]))
+        except OSError:
+            continue
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_barriers_make_both_sides_equal(pair: Pair, seed: int) -> None:
+    choose = random.Random(seed)
+    for number in range(60):
+        scribble(choose, pair.host, "h")
+        expected = read(pair.host)
+        pair.barrier()
+        assert read(pair.there) == expected, f"round {number}"
+        scribble(choose, pair.there, "g")
+        expected = read(pair.there)
+        pair.barrier(fresh=False)
+        assert read(pair.host) == expected, f"round {number}"
+
+
+def test_changes_travel_without_a_barrier(pair: Pair) -> None:
+    pair.barrier()
+    (pair.host / "h").write_text("h")
+    until(lambda: (pair.there / "h").exists())
+    (pair.there / "g").write_text("g")
+    until(lambda: (pair.host / "g").exists())
+
+
+def test_at_rest_there_are_no_rounds(pair: Pair) -> None:
+    (pair.host / "f").write_text("f")
+    pair.barrier()
+    (pair.there / "g").write_text("g")
+    until(lambda: (pair.host / "g").exists())
+    time.sleep(0.3)
+    rounds = pair.session.status().rounds
+    time.sleep(1)
+    assert pair.session.status().rounds == rounds
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_connection_that_is_cut_at_any_moment_loses_nothing(pair: Pair, seed: int) -> None:
+    choose = random.Random(seed)
+    stop = threading.Event()
+
+    def cut() -> None:
+        while not stop.wait(choose.random() / 20):
+            pair.guest.cut()
+
+    cutter = threading.Thread(target=cut)
+    cutter.start()
+    try:
+        for _ in range(20):
+            scribble(choose, pair.host, "h")
+            scribble(choose, pair.there, "g") if pair.there.exists() else None
+            with contextlib.suppress(WherryError):
+                pair.barrier()
+    finally:
+        stop.set()
+        cutter.join()
+    until(lambda: pair.session.status().state != "disconnected")
+    pair.barrier()
+    pair.barrier()
+    assert read(pair.host) == read(pair.there)
+
+
+def test_a_barrier_fails_at_once_while_the_guest_is_away(pair: Pair) -> None:
+    pair.barrier()
+    pair.guest.allowed = False
+    pair.guest.cut()
+    began = time.monotonic()
+    with pytest.raises(WherryError, match="is not synchronised"):
+        pair.barrier()
+    assert time.monotonic() - began < 2
+    pair.guest.allowed = True
+    (pair.host / "f").write_text("f")
+    until(lambda: (pair.there / "f").exists())
+
+
+def test_a_session_that_begins_anew_knows_what_was_deleted(pair: Pair) -> None:
+    for name in "abcd":
+        (pair.host / name).write_text(name)
+    pair.barrier()
+    pair.session.close()
+    (pair.host / "a").unlink()
+    (pair.there / "b").unlink()
+    pair.open()
+    pair.barrier()
+    assert sorted(read(pair.host)) == sorted(read(pair.there)) == ["c", "d"]
+    trash = Keep(pair.directory / "state" / "trash")
+    assert [kept.path for kept in trash] == ["b"]
+    trash.close()
+
+
+def test_a_copy_that_is_gone_is_made_again_and_deletes_nothing(pair: Pair) -> None:
+    for name in "abc":
+        (pair.host / name).write_text(name)
+    pair.barrier()
+    pair.session.close()
+    shutil.rmtree(pair.guest.directory / "tree")
+    shutil.rmtree(pair.guest.directory / "stage")
+    pair.open()
+    pair.barrier()
+    assert read(pair.host) == read(pair.there) == {"a": "a", "b": "b", "c": "c"}
+
+
+def test_a_root_that_vanished_fails_barriers_and_comes_back(pair: Pair) -> None:
+    (pair.host / "f").write_text("f")
+    pair.barrier()
+    away = pair.directory / "away"
+    pair.host.rename(away)
+    with pytest.raises(WherryError, match=r"halted.*not there any more"):
+        pair.barrier()
+    assert (pair.there / "f").exists()
+    away.rename(pair.host)
+    pair.barrier()
+    assert pair.session.status().state == "watching"
+
+
+def test_a_path_that_cannot_be_written_is_named(pair: Pair) -> None:
+    (pair.host / "d").mkdir()
+    (pair.host / "d" / "f").write_text("f")
+    pair.barrier()
+    (pair.host / ("x" * 200)).write_text("f")
+    pair.barrier()
+    state = pair.directory / "state"
+    # The guest's stage is full, as far as it can tell.
+    shutil.rmtree(pair.guest.directory / "stage" / "r1")
+    (pair.host / "late").write_text("l")
+    with pytest.raises(WherryError, match=str(pair.host)):
+        pair.barrier()
+    assert state.exists()
+
+
+def test_a_single_file(guest: Guest, tmp_path: Path) -> None:
+    pair = Pair(guest, tmp_path, single=True)
+    try:
+        pair.host.write_text("one")
+        pair.barrier()
+        assert pair.there.read_text() == "one"
+        inode = pair.there.stat().st_ino
+        new = tmp_path / "new"
+        new.write_text("another")
+        new.replace(pair.host)
+        pair.barrier()
+        assert pair.there.read_text() == "another"
+        assert pair.there.stat().st_ino == inode
+        pair.there.write_text("back")
+        pair.barrier(fresh=False)
+        assert pair.host.read_text() == "back"
+    finally:
+        pair.session.close()
+
+
+def test_what_is_mapped_is_read_again(pair: Pair) -> None:
+    import mmap
+
+    (pair.host / "m").write_bytes(b"a" * 4096)
+    pair.barrier()
+    with (pair.there / "m").open("r+b") as file, mmap.mmap(file.fileno(), 4096) as area:
+        area[0] = ord("b")
+        pair.barrier(fresh=False)
+        area[1] = ord("c")
+    pair.barrier(fresh=False)
+    assert (pair.host / "m").read_bytes()[:3] == b"bca"
+
+
+class Hostile:
+    """A guest that answers with what a test gives."""
+
+    def __init__(self, *answers: bytes) -> None:
+        self.ours, theirs = socket.socketpair()
+
+        def serve() -> None:
+            with theirs:
+                for answer in answers:
+                    if not theirs.recv(1 << 20):
+                        return
+                    theirs.sendall(answer)
+                while theirs.recv(1 << 20):
+                    pass
+
+        threading.Thread(target=serve, daemon=True).start()
+
+
+def opened() -> bytes:
+    from wherry_wire.messages import SyncOpened
+
+    return pack(SyncOpened(boot_id="b", fresh=True), 0)
+
+
+def rows(*fields: bytes) -> bytes:
+    data = b"".join(len(field).to_bytes(4, "big") + field for field in fields)
+    return Frame(0x80, 0, data).encode()
+
+
+def scanned(changes: int, *, present: bool = True) -> bytes:
+    return pack(
+        SyncScanned(present=present, device=1, files_read=0, bytes_read=0, changes=changes), 0
+    )
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        rows(b"../../etc/passwd", b"D") + scanned(1),
+        rows(b"/etc", b"D") + scanned(1),
+        rows(b"a/../../b", b"D") + scanned(1),
+        rows(b"f", b"F") + scanned(1),
+        rows(b"", b"D") + scanned(2),
+        rows(b"", b"D") + scanned(-1),
+        rows(b"x") + scanned(0),
+        scanned(0),
+        b"\xff\xff\xff\xff\x80\0\0\0\0\0",
+        pack(Done(), 0),
+        Frame(0x7F, 0, b"{}").encode(),
+    ],
+)
+def test_a_hostile_guest_ends_the_connection(answer: bytes) -> None:
+    end = RemoteEndpoint(Stream(Hostile(opened(), answer).ours), Place("r1", "/r"))
+    with pytest.raises(OSError, match=r"broke the protocol|connection to the guest was lost"):
+        end.scan()
+    with pytest.raises(OSError, match="lost"):
+        end.flush()
+    end.close()
+
+
+def test_a_guest_that_falls_silent_is_given_up() -> None:
+    end = RemoteEndpoint(Stream(Hostile(opened()).ours), Place("r1", "/r"), silence_s=0.3)
+    with pytest.raises(OSError, match="said nothing"):
+        end.flush()
+    end.close()
+
+
+def test_a_hostile_file_does_not_lead_out_of_the_root(tmp_path: Path) -> None:
+    """Its directory is a link that the host follows nowhere."""
+    host = tmp_path / "host"
+    host.mkdir()
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (host / "d").mkdir()
+    ours = LocalEndpoint(os.fspath(host), os.fspath(tmp_path / "stage"), "b")
+    answers = [
+        opened(),
+        pack(Done(), 0),
+        rows(b"", b"D", b"d", b"D", b"d/l", b"L" + os.fsencode(outside)) + scanned(3),
+        pack(Done(), 0),
+    ]
+    end = RemoteEndpoint(Stream(Hostile(*answers).ours), Place("r1", "/r"))
+    store = Store(tmp_path / "sync.db", 1)
+    keep = Keep(tmp_path / "conflicts")
+    try:
+        cycle = Cycle(ours, end, store, keep)
+        cycle.run()
+        assert (host / "d" / "l").is_symlink()
+        assert list(outside.iterdir()) == []
+        assert store.pending(HOST)
+    finally:
+        keep.close()
+        store.close()
+        ours.close()
+        end.close()

@@ -1,0 +1,463 @@
+"""Bind mounts: what is on the host is in the container, and the other way round, to the byte.
+
+Everything is real: the docker CLI, the engine, files on this computer's disk.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import shutil
+import signal
+import stat
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from sandbox import Sandbox, wait_until
+
+pytestmark = [pytest.mark.vm, pytest.mark.timeout(900)]
+
+LIST = (
+    'cd /src; find . -type f -exec md5sum {} +; find . -mindepth 1 -type d -exec echo dir {} ";";'
+    ' find . -type l -exec ls -l {} + | sed "s/.* \\.\\//link .\\//"'
+)
+"""Prints a container's view of a tree, as :func:`listed` gives the host's."""
+
+
+def listed(root: Path) -> list[str]:
+    """Return what is in a tree: contents' digests, directories, links."""
+    found = []
+    for path in root.rglob("*"):
+        name = f"./{path.relative_to(root)}"
+        if path.is_symlink():
+            found.append(f"link {name} -> {path.readlink()}")
+        elif path.is_dir():
+            found.append(f"dir {name}")
+        else:
+            digest = hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest()
+            found.append(f"{digest}  {name}")
+    return sorted(found)
+
+
+def said(done: subprocess.CompletedProcess[bytes]) -> str:
+    return done.stdout.decode()
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    """A directory of the host to mount."""
+    found = tmp_path / "src"
+    found.mkdir()
+    return found
+
+
+@pytest.fixture
+def box(machine: Sandbox, source: Path) -> Iterator[str]:
+    """A container that runs and has the directory at /src."""
+    name = f"box-{source.parent.name.lower()}"[:60]
+    machine.docker("run", "-d", "--name", name, "-v", f"{source}:/src", "busybox", "sleep", "9999")
+    yield name
+    machine.docker("rm", "-f", name)
+
+
+def run(machine: Sandbox, source: Path, script: str, *options: str) -> str:
+    return said(
+        machine.docker(
+            "run", "--rm", "-v", f"{source}:/src", *options, "busybox", "sh", "-c", script
+        )
+    )
+
+
+class Editor:
+    """Changes a tree at random, as people and programs do."""
+
+    def __init__(self, root: Path, seed: int) -> None:
+        self.root = root
+        self.random = random.Random(seed)
+        self.number = 0
+
+    def edit(self) -> None:
+        for _ in range(self.random.randint(1, 8)):
+            self.one()
+
+    def one(self) -> None:
+        choose = self.random
+        paths = [path for path in self.root.rglob("*") if not path.is_symlink()]
+        files = [path for path in paths if path.is_file()]
+        directories = [self.root, *(path for path in paths if path.is_dir())]
+        self.number += 1
+        new = choose.choice(directories) / f"h{self.number}"
+        action = choose.choice(
+            ["new", "new", "rewrite", "append", "remove", "move", "mkdir", "link"]
+        )
+        if action == "mkdir":
+            new.mkdir()
+        elif action == "link":
+            new.symlink_to(choose.choice(["h1", "../x", "nowhere"]))
+        elif action == "new" or not files:
+            new.write_bytes(choose.randbytes(choose.choice([0, 1, 100, 5000, 300_000])))
+        elif action == "rewrite":
+            choose.choice(files).write_bytes(choose.randbytes(choose.randint(0, 9000)))
+        elif action == "append":
+            with choose.choice(files).open("ab") as file:
+                file.write(b"more\n")
+        elif action == "remove":
+            path = choose.choice(paths)
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        else:
+            path = choose.choice(files)
+            if not new.exists():
+                path.rename(new)
+
+
+CHANGE = r"""
+i=$1
+echo "round $i" >/src/from-$i
+mkdir -p /src/made/$i
+dd if=/dev/urandom of=/src/made/$i/data bs=777 count=$((i % 40 + 1)) 2>/dev/null
+[ -d /src/made/$((i - 2)) ] && rm -r /src/made/$((i - 2))
+f=$(find /src -type f | sort | sed -n "$((i % 7 + 1))p")
+[ "$f" ] && echo "seen by $i" >>"$f"
+:
+"""
+
+
+@pytest.mark.parametrize(("seed", "rounds"), [(1, 15)])
+def test_neither_side_ever_sees_something_old(
+    machine: Sandbox, source: Path, seed: int, rounds: int
+) -> None:
+    editor = Editor(source, seed)
+    for number in range(rounds):
+        editor.edit()
+        expected = listed(source)
+        script = f"({LIST}); echo ==; {CHANGE}\n({LIST})"
+        done = machine.docker(
+            "run", "--rm", "-v", f"{source}:/src", "busybox", "sh", "-c", script, "sh", str(number)
+        )
+        here = listed(source)
+        before, after = said(done).split("==\n")
+        assert sorted(before.splitlines()) == expected, f"old in the container, round {number}"
+        assert here == sorted(after.splitlines()), f"old on the host, round {number}"
+
+
+def test_neither_does_a_command_in_a_running_container(
+    machine: Sandbox, source: Path, box: str
+) -> None:
+    editor = Editor(source, 2)
+    for number in range(40):
+        editor.edit()
+        expected = listed(source)
+        script = f"({LIST}); echo ==; {CHANGE}\n({LIST})"
+        done = machine.docker("exec", box, "sh", "-c", script, "sh", str(number))
+        here = listed(source)
+        before, after = said(done).split("==\n")
+        assert sorted(before.splitlines()) == expected, f"old in the container, round {number}"
+        assert here == sorted(after.splitlines()), f"old on the host, round {number}"
+
+
+def test_neither_while_another_container_keeps_writing(
+    machine: Sandbox, source: Path, box: str
+) -> None:
+    (source / "busy").mkdir()
+    (source / "own").mkdir()
+    writer = "cd /src/busy; i=0; while :; do i=$((i+1)); echo $i >f$((i % 500)); usleep 2000; done"
+    machine.docker("exec", "-d", box, "sh", "-c", writer)
+    editor = Editor(source / "own", 3)
+    for number in range(10):
+        editor.edit()
+        expected = listed(source / "own")
+        script = LIST.replace("/src", "/src/own")
+        command = f"({script}); echo ==; echo {number} >/src/own/from-container; ({script})"
+        done = machine.docker("exec", box, "sh", "-c", command)
+        before, after = said(done).split("==\n")
+        assert sorted(before.splitlines()) == expected
+        assert listed(source / "own") == sorted(after.splitlines())
+
+
+def test_the_copy_is_at_the_path_of_the_host(machine: Sandbox, source: Path, box: str) -> None:
+    """So an IDE finds in the inspection what it asked for."""
+    (mount,) = json.loads(machine.docker("inspect", box).stdout)[0]["Mounts"]
+    assert (mount["Source"], mount["Destination"]) == (str(source), "/src")
+
+
+def test_a_single_file_stays_attached_through_atomic_saves(
+    machine: Sandbox, tmp_path: Path
+) -> None:
+    config = tmp_path / "config"
+    config.write_text("one")
+    name = "single"
+    machine.docker(
+        "run", "-d", "--name", name, "-v", f"{config}:/etc/config", "busybox", "sleep", "9999"
+    )
+    try:
+        for text in ("two", "a much longer third one", "4"):
+            new = tmp_path / "config.tmp"
+            new.write_text(text)
+            new.replace(config)
+            assert said(machine.docker("exec", name, "cat", "/etc/config")) == text
+        machine.docker("exec", name, "sh", "-c", "echo from the container >/etc/config")
+        assert config.read_text() == "from the container\n"
+    finally:
+        machine.docker("rm", "-f", name)
+
+
+def test_a_file_of_a_mounted_directory_stays_attached_too(
+    machine: Sandbox, source: Path, box: str
+) -> None:
+    config = source / "config"
+    config.write_text("one")
+    machine.docker(
+        "run", "-d", "--name", "both", "-v", f"{config}:/etc/config", "busybox", "sleep", "9999"
+    )
+    try:
+        new = source / "new"
+        new.write_text("two")
+        new.replace(config)
+        assert said(machine.docker("exec", "both", "cat", "/etc/config")) == "two"
+        assert said(machine.docker("exec", box, "cat", "/src/config")) == "two"
+    finally:
+        machine.docker("rm", "-f", "both")
+
+
+def test_a_missing_source(machine: Sandbox, tmp_path: Path) -> None:
+    missing = tmp_path / "a" / "b"
+    done = machine.docker(
+        "run", "--rm", "--mount", f"type=bind,source={missing},target=/src", "busybox", "true",
+        check=False,
+    )  # fmt: skip
+    assert done.returncode == 125
+    assert b"bind source path does not exist" in done.stderr
+    assert not missing.exists()
+    assert run(machine, missing, "echo made >/src/f") == ""
+    assert (missing / "f").read_text() == "made\n"
+
+
+def test_a_path_that_is_not_shared_is_refused_by_the_name_of_the_setting(machine: Sandbox) -> None:
+    done = machine.docker("run", "--rm", "-v", "/nowhere/at/all:/x", "busybox", check=False)
+    assert done.returncode == 125
+    assert b"wherry config set sync.shared" in done.stderr
+    assert b"/nowhere/at/all" in done.stderr
+    # What the guest has itself can be mounted as with any engine.
+    done = machine.docker("run", "--rm", "-v", "/etc/docker:/x:ro", "busybox", "true")
+    assert done.returncode == 0
+
+
+def test_what_is_written_to_a_read_only_mount_stays_in_the_guest(
+    machine: Sandbox, source: Path
+) -> None:
+    (source / "f").write_text("host")
+    assert run(machine, source, "cat /src/f", "--read-only") == "host"
+    other = source.parent / "ro"
+    other.mkdir()
+    (other / "f").write_text("host")
+    script = f"echo guest >{other}/g; cat {other}/f"
+    machine.docker("run", "-d", "--name", "ro", "-v", f"{other}:/src:ro", "busybox", "sleep", "99")
+    try:
+        assert said(machine.wherry("shell", "--", "sh", "-c", script)) == "host"
+        (other / "f").write_text("again")
+        assert said(machine.docker("exec", "ro", "cat", "/src/f", "/src/g")) == "againguest\n"
+        assert sorted(path.name for path in other.iterdir()) == ["f"]
+    finally:
+        machine.docker("rm", "-f", "ro")
+
+
+def test_a_watcher_in_the_container_hears_of_each_save(
+    machine: Sandbox, source: Path, box: str
+) -> None:
+    (source / "f").write_text("0")
+    watch = subprocess.Popen(
+        ["docker", "--context", "wherry", "exec", box, "inotifyd", "echo", "/src:wynmd"],
+        env=machine.env,
+        stdout=subprocess.PIPE,
+    )
+    lines: list[tuple[float, str]] = []
+    assert watch.stdout is not None
+    output = watch.stdout
+    reader = threading.Thread(
+        target=lambda: [lines.append((time.monotonic(), line.decode())) for line in output]
+    )
+    reader.start()
+    try:
+        time.sleep(3)
+        delays = []
+        for number in range(10):
+            saved = time.monotonic()
+            (source / f"new-{number}").write_text("x")
+
+            def heard(number: int = number) -> bool:
+                return any(f"new-{number}" in line for _, line in lines)
+
+            wait_until(heard, 5, "the watcher hears of the file")
+            delays.append(next(at for at, line in lines if f"new-{number}" in line) - saved)
+        (source / "f").unlink()
+        wait_until(lambda: any("f\n" in line and "d" in line for _, line in lines), 5, "delete")
+    finally:
+        watch.kill()
+        watch.wait()
+        reader.join()
+    assert max(delays) <= 1, delays
+
+
+def test_modes_links_and_odd_names(machine: Sandbox, source: Path, box: str) -> None:
+    (source / "tool").write_text("#!/bin/sh\necho ran\n")
+    (source / "tool").chmod(0o755)
+    (source / "relative").symlink_to("tool")
+    (source / "absolute").symlink_to("/etc/passwd")
+    (source / "new\nline").write_text("n")
+    (source / "ümlaut").write_text("u")
+    (source / "empty").mkdir()
+    assert said(machine.docker("exec", box, "/src/tool")) == "ran\n"
+    assert said(machine.docker("exec", box, "sh", "-c", LIST)) is not None
+    machine.docker(
+        "exec", box, "sh", "-c",
+        "cd /src; chmod -x tool; ln -s tool made; printf x >run; chmod +x run; mkfifo pipe;"
+        " chown 70:70 ümlaut; chmod 600 ümlaut",
+    )  # fmt: skip
+    assert not (source / "tool").stat().st_mode & 0o111
+    assert (source / "run").stat().st_mode & 0o111
+    assert not (source / "run").stat().st_mode & stat.S_ISUID
+    assert (source / "made").readlink() == Path("tool")
+    assert not (source / "pipe").exists()
+    # Owner and other bits are the container's own, and outlive an edit on the host.
+    (source / "ümlaut").write_text("edited")
+    shown = said(machine.docker("exec", box, "stat", "-c", "%u %a", "/src/ümlaut"))
+    assert shown == "70 600\n"
+    assert run(machine, source, 'cat "/src/new\nline"; readlink /src/absolute') == "n/etc/passwd\n"
+
+
+def test_both_sides_changed_a_file(machine: Sandbox, source: Path, box: str) -> None:
+    (source / "f").write_text("base")
+    machine.docker("exec", box, "cat", "/src/f")
+    # Both between two rounds: the guest's service cannot tell the host while it is stopped.
+    service = machine.status()["service_pid"]
+    os.kill(service, signal.SIGSTOP)
+    try:
+        (source / "f").write_text("from the host")
+        key = str(machine.home / "machines" / "default")
+        config = machine.home / "ssh_config"
+        assert key
+        command = ["ssh", "-F", str(config), "wherry-default", f"echo guest >{source}/f"]
+        os.kill(service, signal.SIGCONT)
+        config.write_bytes(machine.wherry("ssh-config").stdout)
+        os.kill(service, signal.SIGSTOP)
+        subprocess.run(command, check=True, timeout=60)
+    finally:
+        os.kill(service, signal.SIGCONT)
+    assert said(machine.docker("exec", box, "cat", "/src/f")) == "from the host"
+    assert (source / "f").read_text() == "from the host"
+    found = json.loads(machine.wherry("sync", "conflicts", "--json").stdout)
+    (mine,) = [each for each in found if each["path"] == str(source / "f")]
+    machine.wherry("sync", "resolve", mine["id"], "--restore")
+    assert said(machine.docker("exec", box, "cat", "/src/f")) == "guest\n"
+    assert json.loads(machine.wherry("sync", "conflicts", "--json").stdout) == []
+
+
+def test_copies_volumes_and_endings_wait_as_well(
+    machine: Sandbox, source: Path, box: str, tmp_path: Path
+) -> None:
+    (tmp_path / "given").write_text("given")
+    machine.docker("cp", str(tmp_path / "given"), f"{box}:/src/given")
+    assert (source / "given").read_text() == "given"
+    (source / "taken").write_text("taken")
+    machine.docker("cp", f"{box}:/src/taken", str(tmp_path / "taken"))
+    assert (tmp_path / "taken").read_text() == "taken"
+    machine.docker(
+        "volume", "create", "-o", "type=none", "-o", "o=bind", "-o", f"device={source}", "bound"
+    )
+    try:
+        script = "cat /v/given; echo v >/v/by-volume"
+        done = machine.docker("run", "--rm", "-v", "bound:/v", "busybox", "sh", "-c", script)
+        assert said(done) == "given"
+        assert (source / "by-volume").read_text() == "v\n"
+    finally:
+        machine.docker("volume", "rm", "bound")
+    machine.docker("exec", "-d", box, "sh", "-c", "sleep 1; echo late >/src/late")
+    machine.docker("stop", "-t", "3", box)
+    assert (source / "late").read_text() == "late\n"
+
+
+def test_a_directory_and_one_in_it_share_their_files(
+    machine: Sandbox, source: Path, box: str
+) -> None:
+    inner, outer = source, source.parent
+    (inner / "f").write_text("1")
+    assert run(machine, outer, "cat /src/src/f; echo 2 >/src/src/g") == "1"
+    assert said(machine.docker("exec", box, "cat", "/src/g")) == "2\n"
+    assert (inner / "g").read_text() == "2\n"
+    (inner / "f").write_text("3")
+    assert said(machine.docker("exec", box, "cat", "/src/f")) == "3"
+
+
+def test_ignored_files_are_each_sides_own(machine: Sandbox, source: Path) -> None:
+    (source / ".wherryignore").write_text("node_modules\n")
+    (source / "node_modules").mkdir()
+    (source / "node_modules" / "mine").write_text("host")
+    (source / "f").write_text("f")
+    shown = run(machine, source, "ls /src; mkdir /src/node_modules; echo >/src/node_modules/its")
+    assert shown == "f\n"
+    assert [path.name for path in (source / "node_modules").iterdir()] == ["mine"]
+    assert run(machine, source, "ls /src /src/node_modules") == (
+        "/src:\nf\nnode_modules\n\n/src/node_modules:\nits\n"
+    )
+
+
+def test_the_service_is_killed_at_any_moment(machine: Sandbox, source: Path, box: str) -> None:
+    editor = Editor(source, 5)
+    for number in range(4):
+        editor.edit()
+        writer = threading.Thread(target=editor.edit)
+        script = "for i in $(seq 40); do echo $i >/src/k$i; done"
+        machine.docker("exec", "-d", box, "sh", "-c", script)
+        writer.start()
+        time.sleep(0.05 * number)
+        service = machine.status()["service_pid"]
+        if service:
+            os.kill(service, signal.SIGKILL)
+        writer.join()
+        machine.wherry("start")
+        there = sorted(said(machine.docker("exec", box, "sh", "-c", LIST)).splitlines())
+        assert there == listed(source), f"round {number}"
+
+
+def test_what_the_guest_loses_with_its_power_is_not_taken_for_edits(
+    machine: Sandbox, source: Path, box: str
+) -> None:
+    for number in range(50):
+        (source / f"f{number}").write_text(f"host {number}")
+    machine.docker("exec", box, "sh", "-c", "sync; echo edited >/src/f0")
+    expected = listed(source)
+    assert (source / "f0").read_text() == "edited\n"
+    (source / "late").write_text("written just before")
+    machine.docker("exec", box, "true")
+    expected = listed(source)
+    os.kill(machine.status()["qemu_pid"], signal.SIGKILL)
+    wait_until(lambda: machine.status()["state"] == "broken", 30, "the loss is noticed")
+    machine.wherry("start")
+    machine.docker("start", box)
+    there = sorted(said(machine.docker("exec", box, "sh", "-c", LIST)).splitlines())
+    assert there == expected
+    assert listed(source) == expected
+
+
+def test_an_emptied_directory_on_the_host_halts_and_names_itself(
+    machine: Sandbox, source: Path, box: str
+) -> None:
+    for name in "abc":
+        (source / name).write_text(name)
+    machine.docker("exec", box, "true")
+    moved = source.parent / "moved"
+    source.rename(moved)
+    source.mkdir()
+    done = machine.docker("exec", box, "ls", "/src", check=False)
+    assert done.returncode != 0
+    assert str(source).encode() in done.stderr + done.stdout
+    assert b"halted" in done.stderr + done.stdout
+    source.rmdir()
+    moved.rename(source)
+    assert said(machine.docker("exec", box, "ls", "/src")) == "a\nb\nc\n"
