@@ -12,6 +12,7 @@ is asked for after a container's end sees all that the container wrote.
 from __future__ import annotations
 
 import _thread
+import fcntl
 import json
 import os
 import select
@@ -66,8 +67,11 @@ if TYPE_CHECKING:
 _SOCKET = "/run/wherry/sync-%d.sock"
 _READ_BYTES = 256 * 1024
 _BUSY_S = 2.0
+_LOCK_S = 60.0
+_LOCK_STEP_S = 0.02
 # Events come in bursts; the host is told of the first ones when the burst is over, nearly.
 _SETTLE_S = 0.01
+_ORDERED = "ended in order"
 _RESULTS = {"done": b"d", "stale": b"s", "failed": b"f"}
 
 
@@ -205,6 +209,8 @@ class _Root:
         self._known: Entry | None = None
         self._scanned = False
         self._unsettled: set[str] = set()
+        self._files_read = 0
+        self._lock_fd = -1
 
     def close(self) -> None:
         """Release what it holds."""
@@ -213,6 +219,8 @@ class _Root:
             self._watcher.remove(self._tree)
         if self._endpoint is not None:
             self._endpoint.close()
+        if self._lock_fd >= 0:
+            os.close(self._lock_fd)
 
     def run(self) -> None:
         """Answer requests in their order."""
@@ -312,6 +320,7 @@ class _Root:
             os.makedirs(tree, request.directory_mode, exist_ok=True)
             if fresh:
                 os.chmod(tree, request.directory_mode)
+        self._lock(f"{stage}.lock")
         if self._watcher is not None:
             # Before the first scan, so that nothing falls in between.
             self._watcher.add(tree, request.root)
@@ -324,8 +333,26 @@ class _Root:
             ignore=Ignore([(str(text), bool(ignores)) for text, ignores in rules]),
             policy=Policy(request.file_mode, request.directory_mode),
             single=request.single,
+            cache=f"{self._directory}/stage/{request.root}.cache",
+            trust=_ORDERED if request.ordered else system.boot_id(),
         )
         return SyncOpened(boot_id=system.boot_id(), fresh=fresh)
+
+    def _lock(self, path: str) -> None:
+        """Have the root for us alone: an earlier connection may still be at work on it.
+
+        :raises OSError: it does not end.
+        """
+        self._lock_fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        deadline = time.monotonic() + _LOCK_S
+        while True:
+            try:
+                fcntl.flock(self._lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise OSError("an earlier connection is still at work") from None
+                time.sleep(_LOCK_STEP_S)
 
     def _scan(self, request: SyncScan) -> SyncScanned:
         changes = self._watcher.take(self._tree) if self._watcher is not None else None
@@ -338,6 +365,7 @@ class _Root:
             snapshot = self._end.scan(directories, changes.files | self._unsettled)
         self._scanned = True
         self._unsettled = snapshot.requeue
+        self._files_read += snapshot.files_read
         found = diff(self._known, snapshot.root)
         self._send(
             wire.rows((path.encode(), wire.pack_entry(entry)) for path, entry in found.items())
@@ -428,6 +456,9 @@ class _Root:
 
     def _flush(self, request: SyncFlush) -> Done:
         self._end.flush()
+        if self._files_read or request.last:
+            self._end.save_cache(_ORDERED if request.last else system.boot_id())
+            self._files_read = 0
         return Done()
 
     def _rescued(self, request: SyncRescued) -> Done:

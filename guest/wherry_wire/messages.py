@@ -290,6 +290,7 @@ class SyncOpen(Message):
     file_mode: int  # of new files, without the executable bits
     directory_mode: int
     rules: str  # what is ignored: a JSON list of pairs, see wherry_sync.ignore
+    ordered: bool  # it was closed in order before, so what was remembered of it holds
 
 
 class SyncOpened(Message):
@@ -364,6 +365,8 @@ class SyncFlush(Message):
     """Request: have all of it on the disk."""
 
     TYPE = 0x2D
+
+    last: bool  # nothing more comes: the next opening can be an ordered one
 
 
 class SyncRescued(Message):

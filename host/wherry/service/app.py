@@ -50,6 +50,10 @@ _UNASKED_STOP_S = 5.0
 _LINGER_S = 5.0
 """How long a failed start is kept for the command that began it to ask."""
 
+_STOP_ENGINE = "s6-svc -wD -T 20000 -d /usr/lib/wherry/services/dockerd"
+_STOP_ENGINE_S = 25.0
+"""Containers get 10 s to end unless they ask for more; the guest's own poweroff waits as long."""
+
 _QUIT_S = 10.0
 _DRAIN_S = 2.0
 _ENGINE_RETRY_S = 0.1
@@ -267,7 +271,9 @@ class Service:
         roots = Roots(
             self._paths.directory / "sync",
             self._paths.sync_database,
-            lambda place, progress: RemoteEndpoint(guest.open_sync(), place, progress=progress),
+            lambda place, ordered, progress: RemoteEndpoint(
+                guest.open_sync(), place, ordered=ordered, progress=progress
+            ),
             boot=self._layout.platform.boot_id(),
         )
         shared = load(self._paths.config, self._layout.platform).shared
@@ -338,7 +344,7 @@ class Service:
             await in_thread(endpoint.close, name="endpoint close")
         await self._networking.close()
         if self._roots is not None:
-            await in_thread(self._roots.close, name="sync close")
+            await self._end_sync(self._roots, force=force)
         if guest is not None:
             await in_thread(guest.close, name="agent close")
         if driver is not None and driver.identity is not None and tunnel is not None and not force:
@@ -354,6 +360,8 @@ class Service:
                 patience_s = min(patience_s, _UNASKED_STOP_S)
             try:
                 await asyncio.wait_for(driver.wait(), patience_s)
+                if self._roots is not None:
+                    await in_thread(self._roots.guest_ended, name="sync end")
             except TimeoutError:
                 log.warning("the guest did not shut down; ending QEMU")
             self._stages.tell("stop", "end")
@@ -364,6 +372,20 @@ class Service:
             orphan = state.find_orphan(self._paths)
             if orphan is not None:  # its adoption was interrupted
                 await end_orphan(self._paths, orphan)
+
+    async def _end_sync(self, roots: Roots, *, force: bool) -> None:
+        """Bring to the host what containers still write while they are stopped."""
+        tunnel = self._tunnel
+        if force or tunnel is None:
+            await in_thread(roots.disconnect, name="sync disconnect")
+        elif roots.all():
+            try:
+                await in_thread(
+                    lambda: tunnel.run(_STOP_ENGINE, timeout_s=_STOP_ENGINE_S), name="engine stop"
+                )
+            except TunnelError as error:
+                log.warning("the engine did not stop: %s", error)
+        await in_thread(roots.close, name="sync close")
 
     def _transition(self, new: State, reason: str = "") -> None:
         log.info("state %s %s", new, reason)

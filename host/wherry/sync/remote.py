@@ -93,6 +93,7 @@ class RemoteEndpoint:
     """A root's copy in the guest.
 
     :param stream: a connection to the agent's socket for roots; owned from now on.
+    :param ordered: whether it was parted from in order; then the guest need not read all files.
     :param progress: called with the bytes of contents that were sent or received.
     :raises OSError: the agent refused, or cannot be reached.
     """
@@ -102,6 +103,7 @@ class RemoteEndpoint:
         stream: Stream,
         place: Place,
         *,
+        ordered: bool = False,
         progress: Callable[[int], object] = lambda size: None,
         silence_s: float = SILENCE_S,
     ) -> None:
@@ -121,6 +123,7 @@ class RemoteEndpoint:
                     file_mode=place.file_mode,
                     directory_mode=place.directory_mode,
                     rules=json.dumps([list(rule) for rule in place.ignore.rules]),
+                    ordered=ordered,
                 ),
                 SyncOpened,
             )
@@ -249,7 +252,11 @@ class RemoteEndpoint:
 
     def flush(self) -> None:
         """Wait until all that is in the copy is on the guest's disk."""
-        self._call(SyncFlush(), Done)
+        self._call(SyncFlush(last=False), Done)
+
+    def part(self) -> None:
+        """Likewise, for the last time: see ``ordered``."""
+        self._call(SyncFlush(last=True), Done)
 
     def rescued(self) -> list[Rescued]:
         """Return what was saved in the guest from being overwritten."""

@@ -10,23 +10,23 @@ import json
 import logging
 import os
 import threading
-from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 
 from wherry.core.errors import WherryError
 from wherry.core.files import write_atomic
 from wherry.sync.core import rules
+from wherry.sync.core.reconcile import GUEST
+from wherry.sync.core.store import Store
 from wherry.sync.core.traits import Traits
-from wherry.sync.remote import Place, RemoteEndpoint
-from wherry.sync.session import Paths, Root, Session
+from wherry.sync.remote import Place
+from wherry.sync.session import Connect, Paths, Root, Session
 
 log = logging.getLogger(__name__)
 
 _LAST_BARRIER_S = 20.0
 _FILE = "roots.json"
 """The number of each root there ever was, as the database knows it by that."""
-
-Connect = Callable[[Place, Callable[[int], None]], RemoteEndpoint]
 
 
 class Roots:
@@ -126,6 +126,15 @@ class Roots:
             thread.start()
         for thread in threads:
             thread.join()
+
+    def guest_ended(self) -> None:
+        """Learn, after :meth:`close`, that the guest has shut down in order.
+
+        Then its disk has all that it had, and its next boot has lost nothing.
+        """
+        for number in self._numbers.values():
+            with closing(Store(self._database, number)) as store:
+                store.part(GUEST, store.ticket())
 
     def _holding(self, path: str) -> Session | None:
         for key, session in self._sessions.items():

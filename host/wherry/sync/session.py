@@ -7,8 +7,10 @@ Why a barrier holds. :meth:`Session.ask` takes a number; the thread looks at the
 before the scans of a round begin, and a round answers all numbers up to that one. So both scans
 begin after the barrier was asked for, and
 
-* the host's scan looks at every file's status (``fresh``), whatever a watch has seen or lost:
-  what a finished system call had done to a file before the question is in what it reads;
+* the host's scan looks at every file's status if it has to be ``fresh``, whatever a watch has
+  seen or lost: what a finished system call had done before the question is in what it reads.
+  Where the system queues a change's event within the system call, as Linux does, the watch is
+  *exact* and it is enough to look where it points;
 * the guest's scan looks where the guest's watch saw changes. The kernel puts an event into the
   watch's queue within the system call that it is about, and the agent empties the queue when the
   scan begins; a queue that ran over makes it a full scan.
@@ -59,7 +61,10 @@ _CALL_S = 30.0
 _TRASH_BYTES = 1 << 30
 _TRASH_FILES = 10_000
 
+_ORDERED = "ended in order"
+
 T = TypeVar("T")
+Connect = Callable[[Place, bool, Callable[[int], None]], RemoteEndpoint]
 
 
 @dataclass(frozen=True)
@@ -133,16 +138,16 @@ class Ticket:
 class Session:
     """Keeps one root equal until it is closed.
 
-    :param connect: opens a connection to the guest's end, calling back with bytes moved.
+    :param connect: opens a connection to the guest's end: told the place, whether it was
+        parted from in order, and what to call with the bytes moved.
     :param boot: id of this boot of the host.
-    :param calm: whether the connection may be made again by itself when it was lost.
     """
 
     def __init__(
         self,
         root: Root,
         paths: Paths,
-        connect: Callable[[Place, Callable[[int], None]], RemoteEndpoint],
+        connect: Connect,
         *,
         boot: str,
         traits: Traits | None = None,
@@ -163,6 +168,7 @@ class Session:
         self._remote: RemoteEndpoint | None = None
         self._watch: HostWatch | None = None
         self._unflushed_since = 0.0
+        self._missed = False
         self._failures = 0
         self._mounted = False
         self._writes = False
@@ -285,7 +291,7 @@ class Session:
                 self._remote.close()
 
     def _serve(self, store: Store, conflicts: Keep, trash: Keep) -> None:
-        host = self._open_host(trash)
+        host = self._open_host(store, trash)
         with closing(host):
             cycle: Cycle | None = None
             while self._await_work(connected=cycle is not None):
@@ -294,14 +300,14 @@ class Session:
                 try:
                     if cycle is None:
                         cycle = self._open_guest(host, store, conflicts)
-                    self._work(cycle, conflicts)
+                    self._work(cycle, host, conflicts)
                 except (OSError, WherryError) as error:
                     cycle = None
                     self._drop(error)
             if cycle is not None:
-                self._part(cycle, store)
+                self._part(cycle, host, store)
 
-    def _open_host(self, trash: Keep) -> LocalEndpoint:
+    def _open_host(self, store: Store, trash: Keep) -> LocalEndpoint:
         root = self.root
         stage = self._paths.state / "stage"
         place = root.path.parent if root.place.single else root.path
@@ -318,6 +324,8 @@ class Session:
             policy=Policy(keep=trash.take),
             checkpoint=self._progress,
             single=root.place.single or None,
+            cache=str(self._paths.state / "cache"),
+            trust=_ORDERED if store.boot(HOST) == "" else self._boot,
         )
 
     def _open_guest(self, host: LocalEndpoint, store: Store, conflicts: Keep) -> Cycle:
@@ -326,7 +334,8 @@ class Session:
             self._watch = HostWatch(
                 self.root.path, self._on_host_change, ignore=self.root.place.ignore
             )
-        self._remote = remote = self._connect(self.root.place, self._on_bytes)
+        ordered = store.boot(GUEST) == ""
+        self._remote = remote = self._connect(self.root.place, ordered, self._on_bytes)
         try:
             if remote.fresh:
                 store.forget()
@@ -379,7 +388,7 @@ class Session:
             return _POLL_S
         return _CHECK_S
 
-    def _work(self, cycle: Cycle, conflicts: Keep) -> None:
+    def _work(self, cycle: Cycle, host: LocalEndpoint, conflicts: Keep) -> None:
         """Do what is due: rounds, or the flush after them."""
         with self._lock:
             tickets, self._tickets = self._tickets, []
@@ -388,9 +397,10 @@ class Session:
         due = self._unflushed_since and time.monotonic() - self._unflushed_since >= _FLUSH_S
         first = self._status.rounds == 0
         if not (tickets or host_changed or guest_changed or first) and due:
-            self._flush(cycle)
+            self._flush(cycle, host)
             return
-        full = first or any(ticket.fresh for ticket in tickets)
+        exact = self._watch is not None and self._watch.exact
+        full = first or (any(ticket.fresh for ticket in tickets) and not exact)
         full = full or not (tickets or host_changed or guest_changed)
         try:
             outcome = self._rounds(cycle, full)
@@ -419,9 +429,12 @@ class Session:
         while True:
             # Taken before the scan: what changes from here on is news again.
             seen = self._watch.take()
-            dirty = None if full or requeued else seen
+            dirty = None if full or requeued or self._missed else seen
+            # What was taken from the watch is lost if the round fails before the scan.
+            self._missed = True
             cycle.one_way = not self._writes
             outcome = cycle.run(dirty=(dirty, None if first else ()))
+            self._missed = False
             self._status.rounds += 1
             if outcome.changed and not self._unflushed_since:
                 self._unflushed_since = time.monotonic()
@@ -434,19 +447,26 @@ class Session:
             requeued += 1
             time.sleep(_SETTLE_S)
 
-    def _flush(self, cycle: Cycle) -> None:
+    def _flush(self, cycle: Cycle, host: LocalEndpoint) -> None:
         for side in (GUEST, HOST):
             cycle.flush(side)
+        host.save_cache(self._boot)
         self._unflushed_since = 0.0
 
-    def _part(self, cycle: Cycle, store: Store) -> None:
-        """End in order, so that neither side's next boot is taken for a loss."""
+    def _part(self, cycle: Cycle, host: LocalEndpoint, store: Store) -> None:
+        """Carry over what is left, and end in order.
+
+        That the guest ended in order only its end can tell: see :meth:`Roots.guest_ended`.
+        """
+        assert self._remote is not None
         try:
+            self._rounds(cycle, full=False)
             ticket = store.ticket()
-            cycle.flush(GUEST)
             cycle.flush(HOST)
-            for side in (GUEST, HOST):
-                store.part(side, ticket)
+            self._remote.part()
+            store.confirm(GUEST, ticket)
+            host.save_cache(_ORDERED)
+            store.part(HOST, ticket)
         except (OSError, WherryError) as error:
             log.warning("%s: %s", self.root.path, error)
 
