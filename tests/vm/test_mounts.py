@@ -284,7 +284,14 @@ def test_a_watcher_in_the_container_hears_of_each_save(
     )
     reader.start()
     try:
-        time.sleep(3)
+        warm = iter(range(1000))
+
+        def watching() -> bool:
+            (source / f"warm-{next(warm)}").touch()
+            time.sleep(0.2)
+            return bool(lines)
+
+        wait_until(watching, 60, "the watcher watches")
         delays = []
         for number in range(10):
             saved = time.monotonic()
@@ -334,18 +341,14 @@ def test_modes_links_and_odd_names(machine: Sandbox, source: Path, box: str) -> 
 def test_both_sides_changed_a_file(machine: Sandbox, source: Path, box: str) -> None:
     (source / "f").write_text("base")
     machine.docker("exec", box, "cat", "/src/f")
-    # Both between two rounds: the guest's service cannot tell the host while it is stopped.
+    config = machine.home / "ssh_config"
+    config.write_bytes(machine.wherry("ssh-config").stdout)
+    command = ["ssh", "-F", str(config), "wherry-default", f"echo guest >{source}/f"]
+    # While the service stands still, neither side hears of the other's change.
     service = machine.status()["service_pid"]
     os.kill(service, signal.SIGSTOP)
     try:
         (source / "f").write_text("from the host")
-        key = str(machine.home / "machines" / "default")
-        config = machine.home / "ssh_config"
-        assert key
-        command = ["ssh", "-F", str(config), "wherry-default", f"echo guest >{source}/f"]
-        os.kill(service, signal.SIGCONT)
-        config.write_bytes(machine.wherry("ssh-config").stdout)
-        os.kill(service, signal.SIGSTOP)
         subprocess.run(command, check=True, timeout=60)
     finally:
         os.kill(service, signal.SIGCONT)

@@ -46,6 +46,9 @@ log = logging.getLogger(__name__)
 STALL_S = 60.0
 """How long a synchronisation that somebody waits for may make no progress."""
 
+_KNOWN = 4096
+"""Containers that are remembered, so that the engine need not be asked about them."""
+
 _SLICE_S = 1.0
 _QUESTION_S = 10.0
 _ENDINGS = (b'"die"', b'"exec_die"', b'"stop"', b'"kill"', b'"destroy"', b'"oom"')
@@ -80,7 +83,7 @@ class Mounts:
         on("PUT", "/containers/{id}/archive", self._around)
         for action in ("stop", "kill"):
             on("POST", f"/containers/{{id}}/{action}", self._after)
-        on("DELETE", "/containers/{id}", self._after)
+        on("DELETE", "/containers/{id}", self._remove)
         on("POST", "/containers/{id}/wait", self._wait)
         on("POST", "/containers/{id}/attach", self._until_end)
         on("GET", "/containers/{id}/attach/ws", self._until_end)
@@ -101,8 +104,7 @@ class Mounts:
             self._tunnel.open_unix(engine.SOCKET), "/containers/json?all=1"
         ):
             found = self._with_volumes(container)
-            with self._lock:
-                self._containers[container["Id"]] = found
+            self._learn(container["Id"], found)
             if container.get("State") in ("running", "paused", "restarting"):
                 for source in found:
                     self._resume(source)
@@ -115,23 +117,28 @@ class Mounts:
         except (OSError, WherryError) as error:
             log.warning("%s is not synchronised: %s", source.path, error)
 
+    def _learn(self, id: str, found: list[Source], name: str = "") -> None:
+        with self._lock:
+            self._containers[id] = found
+            if name:
+                self._names[name] = id
+            for known in (self._containers, self._names):
+                # The engine can be asked again about what is forgotten.
+                while len(known) > _KNOWN:
+                    del known[next(iter(known))]
+
     # Making containers and volumes
 
     def _create(self, request: Request) -> Watch | None:
         body = _json(request.body)
         found = [*sources.of_container(body), *self._named(sources.volumes_of(body))]
-        if not found:
-            return None
         self._bring(request, [self._share(request, source) for source in found])
         name = (request.query.get("name") or [""])[0]
 
         def created(line: bytes) -> None:
             id = _json(line).get("Id")
             if isinstance(id, str) and id:
-                with self._lock:
-                    self._containers[id] = found
-                    if name:
-                        self._names[name] = id
+                self._learn(id, found, name)
 
         return Watch(line=created)
 
@@ -224,18 +231,31 @@ class Mounts:
 
     def _after(self, request: Request) -> Watch | None:
         id = request.params["id"]
+        if not self._mounted(id):
+            return None
 
         def answered(head: ResponseHead) -> None:
             self._fetch(request, id)
 
         return Watch(head=answered)
 
+    def _remove(self, request: Request) -> Watch | None:
+        watch = self._after(request)
+        with self._lock:
+            # The name may be another container's from now on.
+            self._names.pop(request.params["id"], None)
+        return watch
+
     def _wait(self, request: Request) -> Watch | None:
         id = request.params["id"]
+        if not self._mounted(id):
+            return None
         return Watch(line=lambda line: self._fetch(request, id))
 
     def _until_end(self, request: Request) -> Watch | None:
         id = request.params["id"]
+        if not self._mounted(id):
+            return None
         return Watch(end=lambda whole: self._fetch(request, id) if whole else None)
 
     def _events(self, request: Request) -> Watch | None:
@@ -264,6 +284,8 @@ class Mounts:
             # Made before this service began: whatever it is, all roots are more than enough.
             self._bring(request, self._roots.all())
             return Watch(end=lambda whole: self._hold(request, self._roots.all(), fresh=False))
+        if not self._mounted(container):
+            return None
         self._bring(request, self._sessions(container))
         return Watch(end=lambda whole: self._fetch(request, container))
 
@@ -271,10 +293,10 @@ class Mounts:
         with self._lock:
             self._names.clear()
 
-    def _sessions(self, name: str, *, known: bool = False) -> list[Session]:
-        """Return the sessions of what a container mounts, begun again if need be.
+    def _mounted(self, name: str, *, known: bool = False) -> list[Source]:
+        """Return what a container mounts; the engine is asked once about one that is not known.
 
-        :param known: do not ask the engine about a container that is not known.
+        :param known: do not ask; what is not known mounts nothing.
         """
         with self._lock:
             id = self._names.get(name, name)
@@ -282,13 +304,17 @@ class Mounts:
             if found is None:
                 matching = [key for key in self._containers if key.startswith(id)]
                 found = self._containers[matching[0]] if len(matching) == 1 else None
-        if found is None and not known:
-            found = self._inspect(name)
-        sessions = []
-        for source in found or ():
-            if self._is_shared(source.path) and Path(source.path).exists():
-                sessions.append(self._roots.require(source.path, read_only=source.read_only))
-        return list(dict.fromkeys(sessions))
+        if found is None:
+            found = [] if known else self._inspect(name)
+        return [source for source in found if self._is_shared(source.path)]
+
+    def _sessions(self, name: str, *, known: bool = False) -> list[Session]:
+        """Return the sessions of what a container mounts, begun again if need be."""
+        return [
+            self._roots.require(source.path, read_only=source.read_only)
+            for source in self._mounted(name, known=known)
+            if Path(source.path).exists() or self._roots.holding(source.path)
+        ]
 
     def _inspect(self, name: str) -> list[Source]:
         try:
@@ -298,8 +324,7 @@ class Mounts:
             # It is not there, say: the engine's own answer to the request will tell.
             return []
         found = self._with_volumes(container)
-        with self._lock:
-            self._containers[container["Id"]] = found
+        self._learn(container["Id"], found, name)
         return found
 
     def _bring(self, request: Request, sessions: Iterable[Session | None]) -> None:

@@ -55,6 +55,7 @@ _CHECK_S = 900.0
 _POLL_S = 5.0
 """How often everything is looked at where the host's changes cannot be watched."""
 
+_REWATCH_S = 30.0
 _RETRY_S = (0.2, 1.0, 5.0)
 _JOIN_S = 30.0
 _CALL_S = 30.0
@@ -167,6 +168,7 @@ class Session:
         self._status = Status(root, "connecting")
         self._remote: RemoteEndpoint | None = None
         self._watch: HostWatch | None = None
+        self._watched_at = 0.0
         self._unflushed_since = 0.0
         self._missed = False
         self._failures = 0
@@ -330,10 +332,7 @@ class Session:
 
     def _open_guest(self, host: LocalEndpoint, store: Store, conflicts: Keep) -> Cycle:
         self._tell("connecting")
-        if self._watch is None:
-            self._watch = HostWatch(
-                self.root.path, self._on_host_change, ignore=self.root.place.ignore
-            )
+        self._rewatch()
         ordered = store.boot(GUEST) == ""
         self._remote = remote = self._connect(self.root.place, ordered, self._on_bytes)
         try:
@@ -343,6 +342,16 @@ class Session:
         except BaseException:
             remote.close()
             raise
+
+    def _rewatch(self) -> None:
+        """Watch the host; again, now and then, if that has failed."""
+        now = time.monotonic()
+        if self._watch is not None:
+            if not self._watch.problem or now < self._watched_at + _REWATCH_S:
+                return
+            self._watch.close()
+        self._watch = HostWatch(self.root.path, self._on_host_change, ignore=self.root.place.ignore)
+        self._watched_at = now
 
     def _await_work(self, *, connected: bool) -> bool:
         """Wait until there is something to do; False when there is not, ever more."""
@@ -399,6 +408,7 @@ class Session:
         if not (tickets or host_changed or guest_changed or first) and due:
             self._flush(cycle, host)
             return
+        self._rewatch()
         exact = self._watch is not None and self._watch.exact
         full = first or (any(ticket.fresh for ticket in tickets) and not exact)
         full = full or not (tickets or host_changed or guest_changed)
