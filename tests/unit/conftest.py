@@ -16,6 +16,9 @@ from wherry.platform.linux import Linux
 GIB = 1 << 30
 
 # For long runs: pytest --hypothesis-profile=thorough
+# A busy computer is no failure.
+settings.register_profile("default", deadline=None)
+settings.load_profile("default")
 settings.register_profile("thorough", max_examples=1500, stateful_step_count=60, deadline=None)
 
 
