@@ -512,6 +512,16 @@ def test_an_emptied_directory_on_the_host_halts_and_names_itself(
     moved = source.parent / "moved"
     source.rename(moved)
     source.mkdir()
+
+    def halted() -> bool:
+        (mine,) = [
+            each
+            for each in json.loads(machine.wherry("sync", "list", "--json").stdout)
+            if each["path"] == str(source)
+        ]
+        return bool(mine["state"] == "halted")
+
+    wait_until(halted, 20, "the root is halted")
     done = machine.docker("exec", box, "ls", "/src", check=False)
     assert done.returncode != 0
     assert str(source).encode() in done.stderr + done.stdout

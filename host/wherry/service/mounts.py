@@ -268,6 +268,8 @@ class Mounts:
 
     def _create_exec(self, request: Request) -> Watch | None:
         container = request.params["id"]
+        # The docker CLI shows why this is refused, but not why the start is.
+        self._bring(request, [each for each in self._sessions(container) if each.is_troubled])
 
         def created(line: bytes) -> None:
             id = _json(line).get("Id")

@@ -245,6 +245,11 @@ class Session:
             return Status(**{name: getattr(found, name) for name in found.__dataclass_fields__})
 
     @property
+    def is_troubled(self) -> bool:
+        """Whether the next barrier will most likely fail."""
+        return self._status.state in ("halted", "disconnected")
+
+    @property
     def idle_s(self) -> float:
         """Seconds since it last made progress; see whoever waits for a ticket."""
         return time.monotonic() - self._moved_at
