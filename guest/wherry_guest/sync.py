@@ -343,6 +343,7 @@ class _Root:
 
         :raises OSError: it does not end.
         """
+        os.makedirs(os.path.dirname(path), 0o755, exist_ok=True)
         self._lock_fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         deadline = time.monotonic() + _LOCK_S
         while True:
