@@ -247,6 +247,19 @@ def test_what_follows_an_answer_until_the_end_reaches_no_engine(proxy: Proxy) ->
 # -- ends ------------------------------------------------------------------------------------------
 
 
+def test_a_client_that_leaves_an_engine_that_takes_nothing_is_noticed(proxy: Proxy) -> None:
+    client = proxy.client()
+    client.send(b"POST /stuck HTTP/1.1\r\nHost: docker\r\nContent-Length: 100000000\r\n\r\n")
+    client.sock.settimeout(0.3)
+    with pytest.raises(TimeoutError):
+        client.sock.sendall(bytes(100_000_000))
+    assert proxy.endpoint.counters.active == 1
+    client.sock.close()
+    eventually(lambda: proxy.endpoint.counters.active == 0)
+    assert proxy.engine.cancelled.wait(5)
+    proxy.ping()
+
+
 @pytest.mark.parametrize("target", ["/never", "/events"])
 def test_a_client_that_goes_away_is_gone_for_the_engine(proxy: Proxy, target: str) -> None:
     client = proxy.client()

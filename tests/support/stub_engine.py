@@ -34,8 +34,9 @@ class StubEngine:
     Paths, after an optional ``/vN.NN``: ``/_ping``, ``/bytes?n=``, ``/chunked?n=&size=``,
     ``/close?n=`` (until the end), ``/echo`` (the body comes back), ``/digest`` (its
     SHA-256), ``/trailers``, ``/status?code=``, ``/break?n=`` (half of it), ``/hangup``,
-    ``/never``, ``/events``, ``/containers/ID/wait``, ``/containers/ID/attach`` and
-    ``/exec/ID/start`` (echo), ``/session`` and ``/grpc`` (h2c), ``…/attach/ws``.
+    ``/never``, ``/stuck`` (reads nothing more), ``/events``, ``/containers/ID/wait``,
+    ``/containers/ID/attach`` and ``/exec/ID/start`` (echo),
+    ``/session`` and ``/grpc`` (h2c), ``…/attach/ws``.
     """
 
     def __init__(self, path: Path) -> None:
@@ -241,6 +242,12 @@ class _Client:
             return False
         elif path == "/hangup":
             return False
+        elif path == "/stuck":
+            poller = select.poll()
+            poller.register(self.sock.fileno(), 0)
+            if poller.poll(WAIT_S * 1000):
+                self.engine.cancelled.set()
+            return False
         elif path == "/never":
             self.until_gone()
             return False
@@ -357,9 +364,18 @@ class SocketStream:
             raise self._error
         return count
 
-    def sendall(self, data: memoryview | bytes) -> None:
+    def sendall(self, data: memoryview | bytes, waiting: Callable[[], None] | None = None) -> None:
+        poller = select.poll()
+        poller.register(self._sock.fileno(), select.POLLOUT)
+        left = memoryview(data)
         try:
-            self._sock.sendall(data)
+            while left:
+                try:
+                    left = left[self._sock.send(left, socket.MSG_DONTWAIT) :]
+                except BlockingIOError:
+                    if waiting is not None:
+                        waiting()
+                    poller.poll(50)
         except OSError as error:
             raise TunnelError("the stub engine takes no more") from error
 

@@ -41,7 +41,7 @@ class PairStream:
     def recv_into(self, buffer: memoryview) -> int:
         return self._inbox.read_into(buffer)
 
-    def sendall(self, data: memoryview | bytes) -> None:
+    def sendall(self, data: memoryview | bytes, waiting: Any = None) -> None:
         try:
             self._end.sendall(data)
         except OSError as error:

@@ -150,3 +150,22 @@ def test_garbage_sends_nothing() -> None:
     channel: Any = opened(transport)
     channel.__del__()
     assert transport.sent == []
+
+
+def test_a_sender_without_window_asks_whether_it_should_wait() -> None:
+    transport = Transport()
+    channel = opened(transport)
+    asked: list[int] = []
+
+    def waiting() -> None:
+        asked.append(channel.out_window_size)
+        raise InterruptedError
+
+    channel.sendall(bytes(1000), waiting)
+    assert not asked, "it did not have to wait"
+    with pytest.raises(InterruptedError):
+        channel.sendall(b"x", waiting)
+    assert asked == [0]
+    channel.more_window(1)
+    channel.sendall(b"x", waiting)
+    assert transport.sent == [DATA, DATA]

@@ -246,8 +246,13 @@ class Connection:
     def _send(self, data: memoryview | bytes) -> None:
         assert self._remote is not None
         self._last_active = time.monotonic()
-        self._remote.sendall(data)
+        self._remote.sendall(data, self._look)
         self.bytes_up += len(data)
+
+    def _look(self) -> None:
+        """Notice, while the engine takes nothing, that the client has left."""
+        if self._local.is_gone():
+            raise ClientGone
 
     def _copy_up(self, first: memoryview) -> None:
         """Send what the client sends until it ends."""

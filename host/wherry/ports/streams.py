@@ -215,7 +215,7 @@ class _Connected:
         except OSError as error:
             raise TunnelError(str(error)) from error
 
-    def sendall(self, data: memoryview | bytes) -> None:
+    def sendall(self, data: memoryview | bytes, waiting: Callable[[], None] | None = None) -> None:
         try:
             self._sock.sendall(data)
         except OSError as error:

@@ -21,6 +21,7 @@ import struct
 import threading
 import time
 from collections import deque
+from collections.abc import Callable
 from typing import Any
 
 from paramiko.channel import Channel
@@ -49,6 +50,9 @@ _STDERR = 1
 
 _SEND_AT_ONCE_BYTES = 128 * 1024
 """How much one call sends before other streams may: a bound on what they wait."""
+
+_LOOK_S = 0.25
+"""How often a sender that waits for the guest looks whether it still should."""
 
 _CLOSE = struct.Struct(">BI")
 _PARKED_BYTES = 16 * 1024
@@ -105,7 +109,12 @@ class StreamChannel(Channel):  # type: ignore[misc]  # paramiko ships no types
             self._raise_failure()
         return count
 
-    def sendall(self, data: memoryview | bytes, deadline: float | None = None) -> None:
+    def sendall(
+        self,
+        data: memoryview | bytes,
+        waiting: Callable[[], None] | None = None,
+        deadline: float | None = None,
+    ) -> None:
         """See :meth:`Stream.sendall`.
 
         :param deadline: until when, on the monotonic clock, it may take.
@@ -114,7 +123,7 @@ class StreamChannel(Channel):  # type: ignore[misc]  # paramiko ships no types
         if not self.active and len(view) <= _PARKED_BYTES and self._park(view):
             return
         while view:
-            count = self._take_window(min(len(view), _SEND_AT_ONCE_BYTES), deadline)
+            count = self._take_window(min(len(view), _SEND_AT_ONCE_BYTES), waiting, deadline)
             part = view[:count]
             try:
                 with self._sending:
@@ -360,22 +369,27 @@ class StreamChannel(Channel):  # type: ignore[misc]  # paramiko ships no types
             finally:
                 self._parked = None
 
-    def _take_window(self, wanted: int, deadline: float | None) -> int:
+    def _take_window(
+        self, wanted: int, waiting: Callable[[], None] | None, deadline: float | None
+    ) -> int:
         """Wait for room in the guest's window and take up to ``wanted`` bytes of it."""
         with self.lock:
             if not self.out_window_size or not self.active or self.closed or self.eof_sent:
-                self._await_window(deadline)
+                self._await_window(waiting, deadline)
             count: int = min(wanted, self.out_window_size)
             self.out_window_size -= count
             return count
 
-    def _await_window(self, deadline: float | None) -> None:
+    def _await_window(self, waiting: Callable[[], None] | None, deadline: float | None) -> None:
         """Wait, holding the lock, for any room in the guest's window."""
         self._wait_active()
         while not self.out_window_size:
             left = None if deadline is None else deadline - time.monotonic()
             if left is not None and left <= 0:
                 raise TunnelError(f"{self.target} did not take the data in time")
+            if waiting is not None:
+                waiting()
+                left = _LOOK_S if left is None else min(left, _LOOK_S)
             self.out_buffer_cv.wait(left)
             if self.closed:
                 break

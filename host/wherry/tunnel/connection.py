@@ -259,7 +259,7 @@ class Connection:
             channel.collect(stdout, stderr)
             channel.start(command, deadline)
             try:
-                channel.sendall(input, deadline)
+                channel.sendall(input, deadline=deadline)
             except TunnelError:
                 # A command need not read its input; one that ended tells its status.
                 if not channel.closed or self.closed:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 from wherry.core.errors import TunnelError
@@ -52,9 +53,13 @@ class Stream(Protocol):
     def recv_into(self, buffer: memoryview, /) -> int:
         """Like :meth:`recv`, into a buffer; 0 at the end of the stream."""
 
-    def sendall(self, data: memoryview | bytes, /) -> None:
+    def sendall(
+        self, data: memoryview | bytes, /, waiting: Callable[[], None] | None = None
+    ) -> None:
         """Send all of ``data``; waits while the other side's window is full.
 
+        :param waiting: called again and again meanwhile, under the stream's lock: it must
+            not use the stream. What it raises ends the sending.
         :raises TunnelError: the other side takes no more, or the connection was lost.
         """
 
