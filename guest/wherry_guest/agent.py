@@ -7,7 +7,7 @@ import os
 import sys
 import time
 
-from wherry_guest import engine, sockets, system
+from wherry_guest import engine, network, sockets, system
 from wherry_guest.session import Session
 from wherry_wire import PROTOCOL
 from wherry_wire.frames import WireError
@@ -22,6 +22,7 @@ from wherry_wire.messages import (
     HelloReply,
     ListenersReport,
     ListenersRequest,
+    NetworkSet,
     PowerOff,
     SyncListen,
     SyncListening,
@@ -42,11 +43,14 @@ class Agent:
         self._hello: Hello | None = None
         self._reporting = _thread.allocate_lock()
         self._roots: Roots | None = None
+        self.leads_names = False
+        """Whether queries of names go to the host."""
         session.answer(Hello, self.hello)
         session.answer(HealthRequest, self.health, slow=True)
         session.answer(HealthWatch, self.watch)
         session.answer(ClockSet, self.set_clock)
         session.answer(Trim, self.trim, slow=True)
+        session.answer(NetworkSet, self.set_network, slow=True)
         session.answer(ListenersRequest, self.listeners, slow=True)
         session.answer(PowerOff, self.power_off, slow=True)
         session.answer(SyncListen, self.listen)
@@ -126,6 +130,15 @@ class Agent:
         lines = [f"{id} {protocol} {address} {port}" for id, protocol, address, port in found]
         return ListenersReport(listeners="\n".join(lines))
 
+    def set_network(self, request: NetworkSet) -> Done:
+        """Set what leads to the host."""
+        network.allow_host(request.host_open)
+        if request.names_port:
+            # Noted first: at the end it is undone, however far it came.
+            self.leads_names = True
+            network.lead_names(request.names_port)
+        return Done()
+
     def listen(self, request: SyncListen) -> SyncListening:
         """Be ready for the connections of synchronised roots."""
         if self._roots is None:
@@ -150,10 +163,13 @@ def main() -> int:
     os.close(nothing)
     os.dup2(2, 1)
     session = Session(source, sink)
-    Agent(session)
+    agent = Agent(session)
     try:
         session.run()
     except WireError as error:
         print(f"wherry agent: {error}", file=sys.stderr)
         return 1
+    finally:
+        if agent.leads_names:
+            network.lead_names_back()
     return 0

@@ -252,6 +252,15 @@ class ListenersReport(Message):
     listeners: str  # lines of container, protocol, address and port, separated by blanks
 
 
+class NetworkSet(Message):
+    """Request: what leads from the guest to the host; answered by :class:`Done`."""
+
+    TYPE = 0x1C
+
+    names_port: int  # of the host's server for names, as long as the session lasts; 0: none
+    host_open: bool  # whether containers may connect to services on the host's loopback
+
+
 class SyncListen(Message):
     """Request: be ready for the connections of synchronised roots."""
 

@@ -62,6 +62,7 @@ class Config:
     image: str
     default_socket: bool
     shared: tuple[str, ...]
+    host_access: bool = True
     engine: Mapping[str, Any] = field(default_factory=dict)
     """Keys for the engine's ``daemon.json``, as its documentation names them."""
 
@@ -182,6 +183,12 @@ SETTINGS: Mapping[str, Setting] = {
             list,
         ),
         Setting(
+            "network.host_access",
+            _flag,
+            lambda platform: True,
+            "whether containers can use services on this computer's 127.0.0.1",
+        ),
+        Setting(
             "engine",
             _table,
             lambda platform: {},
@@ -205,6 +212,7 @@ def build(values: Mapping[str, Any], platform: Platform) -> Config:
         image=value("image"),
         default_socket=value("endpoint.default_socket"),
         shared=value("sync.shared"),
+        host_access=value("network.host_access"),
         engine=value("engine"),
     )
 

@@ -119,6 +119,14 @@ class Platform(Protocol):
     def qemu_hint(self) -> str:
         """How to install QEMU here."""
 
+    @property
+    def hosts_file(self) -> Path:
+        """The file of names that this computer knows by itself."""
+
+    @property
+    def resolvers_file(self) -> Path:
+        """The file that has this computer's name servers, as in resolv.conf(5)."""
+
     def low_port_hint(self, address: str, port: int) -> str:
         """Return what the user can do to publish a port below 1024."""
 

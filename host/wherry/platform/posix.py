@@ -109,6 +109,9 @@ class Posix:
     socket_path_limit: int | None = 103
     """macOS has 104 bytes with the NUL (``sys/un.h``), Linux 108: one limit for both."""
 
+    hosts_file = Path("/etc/hosts")
+    resolvers_file = Path("/etc/resolv.conf")
+
     @property
     def data_directory(self) -> Path:
         """platformdirs' data directory."""

@@ -27,6 +27,7 @@ from wherry_wire.messages import (
     ListenersReport,
     ListenersRequest,
     Message,
+    NetworkSet,
     PowerOff,
     SyncChanged,
     SyncListen,
@@ -234,6 +235,19 @@ class AgentClient:
             ]
         except ValueError as error:
             raise WherryError("the agent in the guest told listeners that are none") from error
+
+    def set_network(
+        self, names_port: int, *, host_open: bool, timeout_s: float = REQUEST_TIMEOUT_S
+    ) -> None:
+        """Set what leads from the guest to the host.
+
+        :param names_port: on the host's loopback, of a server that answers the guest's
+            queries of names as long as the session lasts; 0 for none.
+        :param host_open: whether containers may connect to services on the host's loopback.
+        :raises WherryError: the agent could not, did not answer in time, or is lost.
+        """
+        request = NetworkSet(names_port=names_port, host_open=host_open)
+        self._request(request, Done, timeout_s)
 
     def poweroff(self, *, timeout_s: float = REQUEST_TIMEOUT_S) -> None:
         """Have the guest shut itself down; returns when it has begun to.

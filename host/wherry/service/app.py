@@ -249,6 +249,8 @@ class Service:
         self._record = replace(self._record, state=State.RUNNING, started=time.time())
         self._transition(State.RUNNING)
         assert self._guest is not None
+        self._networking.answer_names(self._guest)
+        self._guest.host_open = load(paths.config, self._layout.platform).host_access
         self._guest.start()
         await self._share_files(tunnel)
         await self._networking.start(driver, tunnel, self._guest, self._ssh)

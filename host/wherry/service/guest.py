@@ -42,6 +42,10 @@ class Guest:
         self._lock = threading.Condition()
         self._closed = False
         self._thread: threading.Thread | None = None
+        self.names_port = 0
+        """Where the host answers queries of names; 0 for not at all. Set before :meth:`start`."""
+        self.host_open = True
+        """Whether containers may use the host's loopback. Set before :meth:`start`."""
 
     def start(self) -> None:
         """Send the agent, in the background."""
@@ -110,6 +114,7 @@ class Guest:
             try:
                 boot_id = agent.hello(timeout_s=_START_TIMEOUT_S)
                 drift = agent.sync_clock(_CLOCK_THRESHOLD_S)
+                agent.set_network(self.names_port, host_open=self.host_open)
             except BaseException:
                 agent.close()
                 raise

@@ -1,4 +1,6 @@
-"""The machine's published ports: rounds from the engine's truth, and the hooks on starts.
+"""The machine's network: names of the host, and published ports.
+
+Ports follow the engine's truth in rounds, and hooks on starts hold what has to wait.
 
 A *round* lists the running containers and makes their forwards exist. The engine's
 events, answers that were held, and a clock ask for one; requests that come while one
@@ -22,6 +24,8 @@ from wherry.api.hooks import ClientGone, Hooks, Refusal, Request, Watch
 from wherry.api.http import ResponseHead
 from wherry.core.bridge import in_thread, post
 from wherry.core.errors import WherryError
+from wherry.names.forwarder import NameServer
+from wherry.names.system import SystemNames
 from wherry.platform.base import Platform
 from wherry.ports import desired
 from wherry.ports.desired import Forward
@@ -77,6 +81,7 @@ class Networking:
         self._rounds: asyncio.Task[None] | None = None
         self._asked = asyncio.Event()
         self._waiters: list[asyncio.Future[None]] = []
+        self._names: NameServer | None = None
         self._host_network: dict[str, str] = {}
         hooks.on("POST", "/containers/{id}/start", self._on_start)
         hooks.on("POST", "/containers/{id}/restart", self._on_start)
@@ -84,6 +89,20 @@ class Networking:
         hooks.on("POST", "/containers/{id}/kill", self._on_end)
         hooks.on("POST", "/containers/{id}/wait", self._on_end)
         hooks.on("DELETE", "/containers/{id}", self._on_end)
+
+    def answer_names(self, guest: Guest) -> None:
+        """Answer the guest's queries of names; before its agent starts.
+
+        Without, only what QEMU's own resolver knows has a name there.
+        """
+        system = SystemNames(self._platform.hosts_file, self._platform.resolvers_file)
+        try:
+            self._names = NameServer(system.hosts, system.resolvers)
+        except OSError as error:
+            log.warning("queries of names are left to QEMU: %s", error)
+            return
+        self._names.start()
+        guest.names_port = self._names.port
 
     async def start(
         self, driver: QemuDriver, tunnel: Tunnel, guest: Guest, ssh: tuple[str, int] | None
@@ -117,6 +136,8 @@ class Networking:
             await asyncio.gather(self._rounds, return_exceptions=True)
         if self._keeper is not None:
             await self._keeper.close()
+        if self._names is not None:
+            await in_thread(self._names.close, name="names close")
 
     def describe(self) -> list[dict[str, Any]]:
         """Return what ``wherry ports --json`` prints."""

@@ -1,0 +1,201 @@
+"""A DNS server on the host's loopback, for the guest alone.
+
+The guest sends its queries here. A name that we know is answered; all else goes, as it
+came, to the resolvers that the host has at that moment, so a change of networks or a VPN
+needs no restart. An answer passes as it came, too: whatever types, sizes and flags it has.
+"""
+
+from __future__ import annotations
+
+import logging
+import selectors
+import socket
+import struct
+import threading
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+
+from wherry.names.zone import Hosts, answer, failure
+from wherry.relay.workers import Workers
+
+_TRY_S = 2.0
+_TOTAL_S = 8.0
+"""Clients ask again after five seconds, and twice, as a rule (resolv.conf(5))."""
+
+_CLIENT_S = 10.0
+_LARGEST = 65535
+"""Bytes of a message (RFC 1035 §4.2.2)."""
+_QUERIES = 128
+"""At once; more are dropped, and asked again by their clients."""
+
+_CLOSE_S = 12.0
+_ATTEMPTS = 20
+
+_logger = logging.getLogger(__name__)
+
+Address = tuple[str, int]
+
+
+class NameServer:
+    """Answers queries on 127.0.0.1, at a port of its own for UDP and TCP.
+
+    :param hosts: the names we know; called for each query.
+    :param resolvers: the addresses that all else is asked at; called for each query.
+    :raises OSError: there is no port to have.
+    """
+
+    def __init__(
+        self, hosts: Callable[[], Hosts], resolvers: Callable[[], Sequence[Address]]
+    ) -> None:
+        self._hosts = hosts
+        self._resolvers = resolvers
+        self._udp, self._tcp = _bind()
+        self.port: int = self._udp.getsockname()[1]
+        self._wake, self._alarm = socket.socketpair()
+        self._workers = Workers("names")
+        self._lock = threading.Lock()
+        self._active = 0
+        self._closing = False
+        self._thread = threading.Thread(target=self._run, name="names", daemon=True)
+
+    def start(self) -> None:
+        """Begin to answer."""
+        self._thread.start()
+
+    def close(self) -> None:
+        """Answer no more; safe to call twice."""
+        if self._closing:
+            return
+        self._closing = True
+        self._alarm.send(b"x")
+        self._thread.join(_CLOSE_S)
+        if not self._workers.close(_CLOSE_S):
+            _logger.warning("a query did not end within %g s", _CLOSE_S)
+        for each in (self._udp, self._tcp, self._wake, self._alarm):
+            each.close()
+
+    def _run(self) -> None:
+        with selectors.DefaultSelector() as selector:
+            for each in (self._udp, self._tcp, self._wake):
+                selector.register(each, selectors.EVENT_READ)
+            while not self._closing:
+                for key, _ in selector.select():
+                    try:
+                        if key.fileobj is self._udp:
+                            self._spawn(partial(self._datagram, *self._udp.recvfrom(_LARGEST)))
+                        elif key.fileobj is self._tcp:
+                            connection, _ = self._tcp.accept()
+                            if not self._spawn(partial(self._stream, connection)):
+                                connection.close()
+                    except OSError as error:
+                        _logger.info("a query was lost: %s", error)
+
+    def _spawn(self, job: Callable[[], None]) -> bool:
+        with self._lock:
+            if self._active >= _QUERIES:
+                return False
+            self._active += 1
+
+        def work() -> None:
+            try:
+                job()
+            except OSError as error:
+                _logger.info("a query was not answered: %s", error)
+            finally:
+                with self._lock:
+                    self._active -= 1
+
+        try:
+            self._workers.spawn(work)
+        except RuntimeError:
+            with self._lock:
+                self._active -= 1
+            return False
+        return True
+
+    def _datagram(self, query: bytes, client: Address) -> None:
+        reply = self._resolve(query, _ask_udp)
+        if reply is not None:
+            self._udp.sendto(reply, client)
+
+    def _stream(self, connection: socket.socket) -> None:
+        """Answer the queries of one connection (RFC 7766), one after the other."""
+        with connection:
+            connection.settimeout(_CLIENT_S)
+            while not self._closing and (query := _receive(connection)):
+                reply = self._resolve(query, _ask_tcp)
+                if reply is None:
+                    return
+                connection.sendall(struct.pack("!H", len(reply)) + reply)
+
+    def _resolve(self, query: bytes, ask: Callable[[bytes, Address, float], bytes]) -> bytes | None:
+        known = answer(query, self._hosts())
+        if known is not None:
+            return known
+        end = time.monotonic() + _TOTAL_S
+        for address in self._resolvers():
+            left = end - time.monotonic()
+            if left <= 0 or self._closing:
+                break
+            try:
+                return ask(query, address, min(_TRY_S, left))
+            except OSError as error:
+                _logger.info("the resolver %s does not answer: %s", address[0], error)
+        return failure(query)
+
+
+def _bind() -> tuple[socket.socket, socket.socket]:
+    """Return two sockets with one port."""
+    for attempt in range(_ATTEMPTS):
+        udp = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        try:
+            udp.bind(("127.0.0.1", 0))
+            return udp, socket.create_server(udp.getsockname(), backlog=128)
+        except OSError:
+            udp.close()
+            if attempt == _ATTEMPTS - 1:
+                raise
+    raise AssertionError
+
+
+def _family(address: Address) -> socket.AddressFamily:
+    return socket.AF_INET6 if ":" in address[0] else socket.AF_INET
+
+
+def _ask_udp(query: bytes, address: Address, timeout_s: float) -> bytes:
+    with socket.socket(_family(address), socket.SOCK_DGRAM) as upstream:
+        # Connected: only the resolver's own answers come, and its refusals are errors.
+        upstream.connect(address)
+        upstream.send(query)
+        end = time.monotonic() + timeout_s
+        while True:
+            upstream.settimeout(max(0.001, end - time.monotonic()))
+            reply = upstream.recv(_LARGEST)
+            if reply[:2] == query[:2]:
+                return reply
+
+
+def _ask_tcp(query: bytes, address: Address, timeout_s: float) -> bytes:
+    with socket.create_connection(address, timeout=timeout_s) as upstream:
+        upstream.sendall(struct.pack("!H", len(query)) + query)
+        reply = _receive(upstream)
+        if not reply:
+            raise OSError("it closed the connection")
+        return reply
+
+
+def _receive(stream: socket.socket) -> bytes:
+    """Return one message with its length before it; nothing at the end."""
+    head = _exactly(stream, 2)
+    return _exactly(stream, int(struct.unpack("!H", head)[0])) if head else b""
+
+
+def _exactly(stream: socket.socket, count: int) -> bytes:
+    found = b""
+    while len(found) < count:
+        data = stream.recv(count - len(found))
+        if not data:
+            return b""
+        found += data
+    return found

@@ -1,0 +1,120 @@
+"""What a query asks, and the answers we know ourselves; no sockets."""
+
+from __future__ import annotations
+
+import ipaddress
+from collections.abc import Mapping, Sequence
+
+import dns.exception
+import dns.flags
+import dns.message
+import dns.name
+import dns.rcode
+import dns.rdataclass
+import dns.rdatatype
+import dns.rrset
+
+HOST_NAMES = ("host.docker.internal", "gateway.docker.internal")
+"""The names that Docker Desktop has for the computer it runs on."""
+
+_TTL_S = 5
+"""Short: the host may change at any time."""
+
+Hosts = Mapping[str, Sequence[str]]
+"""Addresses by name, in small letters and without a dot at the end."""
+
+
+def question(query: bytes) -> tuple[str, dns.rdatatype.RdataType] | None:
+    """Return the name and type that a query asks for; None if it is no ordinary question."""
+    try:
+        message = dns.message.from_wire(query, question_only=True)
+    except (dns.exception.DNSException, ValueError):
+        return None
+    if message.flags & dns.flags.QR or len(message.question) != 1:
+        return None
+    asked = message.question[0]
+    if asked.rdclass != dns.rdataclass.IN:
+        return None
+    return asked.name.to_text(omit_final_dot=True).lower(), asked.rdtype
+
+
+def answer(query: bytes, hosts: Hosts) -> bytes | None:
+    """Return the answer to a query about a name or address that ``hosts`` has; else None.
+
+    A name without an address of the kind that is asked for has an empty answer, so that
+    no client asks elsewhere (RFC 2308 §2.2).
+    """
+    asked = question(query)
+    if asked is None:
+        return None
+    name, kind = asked
+    if kind == dns.rdatatype.PTR:
+        found = _names_of(name, hosts)
+        if not found:
+            return None
+    elif name in hosts:
+        found = [
+            each
+            for each in hosts[name]
+            if kind == (dns.rdatatype.AAAA if ":" in each else dns.rdatatype.A)
+        ]
+    else:
+        return None
+    message = dns.message.from_wire(query)
+    reply = dns.message.make_response(message, recursion_available=True)
+    if found:
+        owner = message.question[0].name
+        reply.answer.append(dns.rrset.from_text_list(owner, _TTL_S, dns.rdataclass.IN, kind, found))
+    return reply.to_wire()
+
+
+def failure(query: bytes) -> bytes | None:
+    """Return "server failure" for a query; None if it cannot be answered at all."""
+    try:
+        message = dns.message.from_wire(query)
+        reply = dns.message.make_response(message, recursion_available=True)
+    except (dns.exception.DNSException, ValueError):
+        return None
+    reply.set_rcode(dns.rcode.SERVFAIL)
+    return reply.to_wire()
+
+
+def parse_hosts(text: str) -> dict[str, list[str]]:
+    """Read hosts(5): addresses by name.
+
+    Loopback addresses are left out: in a container they are the container's own.
+    """
+    found: dict[str, list[str]] = {}
+    for line in text.splitlines():
+        address, *names = line.partition("#")[0].split() or [""]
+        try:
+            parsed = ipaddress.ip_address(address)
+        except ValueError:
+            continue
+        if parsed.is_loopback or parsed.is_unspecified or parsed.is_multicast:
+            continue
+        for name in names:
+            found.setdefault(name.lower().rstrip("."), []).append(str(parsed))
+    return found
+
+
+def parse_resolvers(text: str) -> list[str]:
+    """Read resolv.conf(5): the addresses of the resolvers, in order."""
+    found = []
+    for line in text.splitlines():
+        words = line.split()
+        if len(words) >= 2 and words[0] == "nameserver":
+            try:
+                ipaddress.ip_address(words[1].partition("%")[0])
+            except ValueError:
+                continue
+            found.append(words[1])
+    return found
+
+
+def _names_of(reverse: str, hosts: Hosts) -> list[str]:
+    for name, addresses in hosts.items():
+        for address in addresses:
+            if ipaddress.ip_address(address).reverse_pointer == reverse:
+                return [name + "."]
+    return []

@@ -1,0 +1,222 @@
+"""The server for the guest's queries of names, between sockets on the loopback."""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import dns.flags
+import dns.message
+import dns.query
+import dns.rcode
+import dns.rrset
+import pytest
+
+from wherry.names.forwarder import NameServer
+from wherry.names.system import SystemNames
+
+
+class Resolver:
+    """A name server on the loopback, by UDP and TCP: records by name and type."""
+
+    def __init__(self) -> None:
+        self.records: dict[tuple[str, str], list[str]] = {}
+        self.asked: list[str] = []
+        while True:
+            self._udp = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+            self._udp.bind(("127.0.0.1", 0))
+            self.address = self._udp.getsockname()
+            try:
+                self._tcp = socket.create_server(self.address)
+                break
+            except OSError:
+                self._udp.close()
+        self._threads = [
+            threading.Thread(target=self._serve_udp), threading.Thread(target=self._serve_tcp)
+        ]  # fmt: skip
+        for thread in self._threads:
+            thread.start()
+
+    def _reply(self, wire: bytes, *, whole: bool) -> bytes:
+        query = dns.message.from_wire(wire)
+        asked = query.question[0]
+        name, kind = asked.name.to_text(), dns.rdatatype.to_text(asked.rdtype)
+        self.asked.append(name)
+        reply = dns.message.make_response(query)
+        found = self.records.get((name, kind))
+        if found is None:
+            reply.set_rcode(dns.rcode.NXDOMAIN)
+        else:
+            reply.answer.append(dns.rrset.from_text_list(asked.name, 60, "IN", kind, found))
+        answer = reply.to_wire()
+        if not whole and len(answer) > 512:
+            reply.answer.clear()
+            reply.flags |= dns.flags.TC
+            answer = reply.to_wire()
+        return answer
+
+    def _serve_udp(self) -> None:
+        while True:
+            wire, client = self._udp.recvfrom(65535)
+            if not wire:
+                return
+            self._udp.sendto(self._reply(wire, whole=False), client)
+
+    def _serve_tcp(self) -> None:
+        while True:
+            connection, _ = self._tcp.accept()
+            with connection:
+                head = connection.recv(2, socket.MSG_WAITALL)
+                if not head:
+                    return
+                wire = connection.recv(int.from_bytes(head, "big"), socket.MSG_WAITALL)
+                answer = self._reply(wire, whole=True)
+                connection.sendall(len(answer).to_bytes(2, "big") + answer)
+
+    def close(self) -> None:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as end:
+            end.sendto(b"", self.address)
+        socket.create_connection(self.address).close()
+        for thread in self._threads:
+            thread.join(5)
+        self._udp.close()
+        self._tcp.close()
+
+
+@pytest.fixture
+def resolver() -> Iterator[Resolver]:
+    made = Resolver()
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def upstreams(resolver: Resolver) -> list[tuple[str, int]]:
+    return [resolver.address]
+
+
+@pytest.fixture
+def hosts() -> dict[str, list[str]]:
+    return {"host.docker.internal": ["10.0.2.2"]}
+
+
+@pytest.fixture
+def server(upstreams: list[tuple[str, int]], hosts: dict[str, list[str]]) -> Iterator[NameServer]:
+    made = NameServer(lambda: hosts, lambda: list(upstreams))
+    made.start()
+    yield made
+    made.close()
+    left = [each.name for each in threading.enumerate() if each.name.startswith("names")]
+    assert not left
+
+
+def ask(
+    server: NameServer, name: str, kind: str = "A", *, tcp: bool = False
+) -> dns.message.Message:
+    query = dns.message.make_query(name, kind)
+    how = dns.query.tcp if tcp else dns.query.udp
+    return how(query, "127.0.0.1", timeout=15, port=server.port)
+
+
+def texts(message: dns.message.Message) -> set[str]:
+    return {item.to_text() for rrset in message.answer for item in rrset}
+
+
+@pytest.mark.parametrize("tcp", [False, True])
+def test_the_host_has_a_name(server: NameServer, resolver: Resolver, tcp: bool) -> None:
+    assert texts(ask(server, "host.docker.internal", tcp=tcp)) == {"10.0.2.2"}
+    assert resolver.asked == []
+
+
+@pytest.mark.parametrize("tcp", [False, True])
+@pytest.mark.parametrize(
+    ("kind", "value"),
+    [
+        ("A", "192.0.2.1"),
+        ("AAAA", "2001:db8::1"),
+        ("PTR", "www.example."),
+        ("SRV", "0 5 443 www.example."),
+        ("TXT", '"some text"'),
+    ],
+)
+def test_all_else_is_asked_at_the_host_s_resolver(
+    server: NameServer, resolver: Resolver, kind: str, value: str, tcp: bool
+) -> None:
+    resolver.records["x.example.", kind] = [value]
+    assert texts(ask(server, "x.example.", kind, tcp=tcp)) == {value}
+
+
+def test_an_unknown_name_stays_unknown(server: NameServer) -> None:
+    assert ask(server, "nobody.example.").rcode() == dns.rcode.NXDOMAIN
+
+
+def test_long_answers_are_cut_by_udp_and_whole_by_tcp(
+    server: NameServer, resolver: Resolver
+) -> None:
+    many = [f"192.0.2.{number}" for number in range(1, 101)]
+    resolver.records["many.example.", "A"] = many
+    assert ask(server, "many.example.").flags & dns.flags.TC
+    assert texts(ask(server, "many.example.", tcp=True)) == set(many)
+
+
+def test_a_dead_resolver_is_passed_over(
+    server: NameServer, resolver: Resolver, upstreams: list[tuple[str, int]]
+) -> None:
+    resolver.records["x.example.", "A"] = ["192.0.2.1"]
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as silent:
+        silent.bind(("127.0.0.1", 0))
+        upstreams.insert(0, silent.getsockname())
+        start = time.monotonic()
+        assert texts(ask(server, "x.example.")) == {"192.0.2.1"}
+        assert time.monotonic() - start < 4
+
+
+def test_while_one_query_waits_others_are_answered(
+    server: NameServer, resolver: Resolver, upstreams: list[tuple[str, int]]
+) -> None:
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as silent:
+        silent.bind(("127.0.0.1", 0))
+        upstreams[:] = [silent.getsockname()]
+        slow = threading.Thread(target=lambda: ask(server, "slow.example."))
+        slow.start()
+        silent.settimeout(5)
+        silent.recv(100)  # it is on its way
+        start = time.monotonic()
+        assert texts(ask(server, "host.docker.internal")) == {"10.0.2.2"}
+        assert time.monotonic() - start < 1
+        slow.join(15)
+        assert not slow.is_alive()
+
+
+def test_without_a_resolver_queries_fail_at_once(
+    server: NameServer, upstreams: list[tuple[str, int]]
+) -> None:
+    upstreams.clear()
+    start = time.monotonic()
+    assert ask(server, "x.example.").rcode() == dns.rcode.SERVFAIL
+    assert time.monotonic() - start < 1
+
+
+def test_nonsense_ends_nothing(server: NameServer) -> None:
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as client:
+        for wire in (b"", b"x", b"\xff" * 600):
+            client.sendto(wire, ("127.0.0.1", server.port))
+    with socket.create_connection(("127.0.0.1", server.port)) as half:
+        half.sendall(b"\0")
+        assert texts(ask(server, "host.docker.internal", tcp=True)) == {"10.0.2.2"}
+
+
+def test_the_system_s_files_are_read_when_they_change(tmp_path: Path) -> None:
+    hosts, resolvers = tmp_path / "hosts", tmp_path / "resolv.conf"
+    system = SystemNames(hosts, resolvers)
+    assert system.resolvers() == []
+    assert system.hosts()["host.docker.internal"] == ["10.0.2.2"]
+    hosts.write_text("192.168.1.9 nas\n")
+    resolvers.write_text("nameserver 192.168.1.1\n")
+    assert system.resolvers() == [("192.168.1.1", 53)]
+    assert system.hosts()["nas"] == ["192.168.1.9"]
+    resolvers.write_text("nameserver 10.8.0.1\nnameserver 192.168.1.1\n")
+    assert system.resolvers() == [("10.8.0.1", 53), ("192.168.1.1", 53)]
