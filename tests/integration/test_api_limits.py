@@ -5,20 +5,25 @@ from __future__ import annotations
 import contextlib
 import json
 import random
+import signal
 import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
 import pytest
 from api_proxy import MakeProxy, Proxy, proxies
+from loopback_sshd import LoopbackSshd
 from stub_engine import Client, eventually, pattern
 
 from wherry.api.hooks import Request, Watch
 from wherry.api.server import Endpoint
+from wherry.platform import current
+from wherry.tunnel.connection import Connection
+from wherry.tunnel.tunnel import Tunnel
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "unit"))
 
@@ -109,20 +114,20 @@ def test_a_slow_reader_takes_no_memory(proxy: Proxy) -> None:
     assert most - before <= 32_000_000
 
 
-def test_200_requests_while_connections_are_cut(proxy: Proxy) -> None:
-    """Each client has a right answer or an error, and then the next request works."""
+def storm(path: Path, cut: Callable[[random.Random], None], every_s: float) -> list[str]:
+    """Send 200 mixed requests while something is cut again and again; return what came of them.
+
+    Each client has a right answer, or an error in time, and nothing else.
+    """
     seed = random.randrange(1 << 30)
     dice = random.Random(seed)
-    proxy.hooks.on("GET", "/chunked", lambda request: Watch(line=lambda line: None))
     over = threading.Event()
     wrong: list[str] = []
     outcomes: list[str] = []
 
-    def cut() -> None:
-        while not over.wait(dice.random() * 0.02):
-            streams = [stream for stream in proxy.streams if not stream._closed]
-            if streams:
-                dice.choice(streams).cut()
+    def cut_on() -> None:
+        while not over.wait(dice.random() * every_s):
+            cut(dice)
 
     def ask(number: int) -> None:
         rolled = random.Random(seed + number)
@@ -130,7 +135,7 @@ def test_200_requests_while_connections_are_cut(proxy: Proxy) -> None:
         size = rolled.choice([10, 5000, 400_000, 3_000_000])
         good = False
         try:
-            with Client(proxy.path, timeout_s=15) as client:
+            with Client(path, timeout_s=15) as client:
                 if kind == "ping":
                     for _ in range(5):
                         client.request("GET", "/_ping")
@@ -161,7 +166,7 @@ def test_200_requests_while_connections_are_cut(proxy: Proxy) -> None:
         except (AssertionError, ConnectionError):
             outcomes.append("broken off")
 
-    cutter = threading.Thread(target=cut)
+    cutter = threading.Thread(target=cut_on)
     cutter.start()
     numbers = iter(range(200))
     lock = threading.Lock()
@@ -175,18 +180,75 @@ def test_200_requests_while_connections_are_cut(proxy: Proxy) -> None:
             ask(number)
 
     workers = [threading.Thread(target=work) for _ in range(8)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
-    over.set()
-    cutter.join()
+    try:
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join()
+    finally:
+        over.set()
+        cutter.join()
     assert not wrong
     assert len(outcomes) == 200
+    return outcomes
+
+
+def test_200_requests_while_connections_are_cut(proxy: Proxy) -> None:
+    """And then the next request works."""
+    proxy.hooks.on("GET", "/chunked", lambda request: Watch(line=lambda line: None))
+
+    def cut(dice: random.Random) -> None:
+        streams = [stream for stream in proxy.streams if not stream._closed]
+        if streams:
+            dice.choice(streams).cut()
+
+    outcomes = storm(proxy.path, cut, 0.02)
     assert min(outcomes.count("good"), 200 - outcomes.count("good")) >= 10, outcomes
     for _ in range(5):
         proxy.ping()
     eventually(lambda: proxy.endpoint.counters.active == 0)
+
+
+@pytest.mark.skipif(not Path("/usr/sbin/sshd").exists(), reason="needs openssh-server")
+def test_200_requests_while_the_tunnel_is_cut(proxy: Proxy, tmp_path: Path) -> None:
+    """A real tunnel to a real sshd, whose sessions are killed; the endpoint recovers by itself."""
+    sshd = LoopbackSshd(tmp_path / "sshd")
+    cuts = 0
+    with contextlib.ExitStack() as stack:
+        stack.callback(sshd.stop)
+        tunnel = Tunnel(
+            lambda watcher: Connection.connect(
+                sshd.address,
+                user=sshd.user,
+                user_key=sshd.keys.user,
+                host_public=sshd.keys.host.public,
+                timeout_s=10,
+                watcher=watcher,
+            )
+        )
+        stack.callback(tunnel.close)
+        tunnel.start()
+        tunnel.wait(10)
+        remote = str(proxy.engine.path)
+        endpoint = Endpoint(
+            current().listen_local(tmp_path / "tunnelled.sock"),
+            lambda: tunnel.begin_unix(remote),
+            try_open=lambda: tunnel.try_begin_unix(remote),
+        )
+        stack.callback(endpoint.close)
+        endpoint.start()
+
+        def cut(dice: random.Random) -> None:
+            nonlocal cuts
+            cuts += bool(sshd.sessions())
+            sshd.signal_sessions(signal.SIGKILL)
+
+        outcomes = storm(tmp_path / "tunnelled.sock", cut, 0.6)
+        assert cuts > 3
+        assert outcomes.count("good") > 20
+        with Client(tmp_path / "tunnelled.sock", timeout_s=15) as client:
+            client.request("GET", "/_ping")
+            assert client.answer()[::2] == (200, b"OK")
 
 
 class PipeLike:
