@@ -97,3 +97,9 @@ prepare_docker_cli() {
         die "there is no docker CLI on PATH; on macOS: brew install docker docker-buildx"
     PATH=$clients:$PATH
 }
+
+# Fetch what the tests with real Docker clients use, into the user's cache, once.
+prepare_clients() {
+    say "Docker clients for the tests (the first time takes a minute)"
+    python "$top/tests/support/downloads.py"
+}

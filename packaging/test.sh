@@ -12,6 +12,7 @@ prepare_python "[test]"
 # Machines of the tests live apart from the user's; images are shared, being expensive.
 prepare_image
 prepare_docker_cli
+prepare_clients
 
 cd "$top"
 exec python -m pytest "$@"

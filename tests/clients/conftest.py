@@ -1,8 +1,4 @@
-"""Fixtures of the tests with real clients; nothing in them is mocked.
-
-A host directory cannot be mounted into a container yet, so no test uses ``-v HOSTPATH:…``;
-where a client needs a workspace in a container, a volume takes its place.
-"""
+"""Fixtures of the tests with real clients; nothing in them is mocked."""
 
 from __future__ import annotations
 
@@ -34,10 +30,8 @@ def clients(all_clients: Clients) -> Iterator[Clients]:
 
     def none_left() -> bool:
         left = all_clients.said("ps", "-aq").split()
-        if left:
-            # One that is being removed already cannot be removed, and is gone soon.
-            all_clients.docker("rm", "-fv", *left, check=False)
-        return not left
+        # One that is being removed already cannot be removed, and is gone soon.
+        return not left or not all_clients.docker("rm", "-fv", *left, check=False).returncode
 
     wait_for(none_left, "the test's containers are gone")
 

@@ -119,7 +119,7 @@ def test_up_watch_and_down(clients: Clients, project: tuple[Path, int]) -> None:
     assert clients.said(*compose, "exec", "-T", "web", "cat", "/data/starts") == "start\nstart"
 
     clients.docker(*compose, "down", "-v", "--rmi", "local")
-    for kind in ("container", "network", "volume", "image"):
+    for kind in ("container", "network", "volume"):
         every = ["-a"] if kind == "container" else []
         label = "label=com.docker.compose.project=harbour"
         assert clients.said(kind, "ls", *every, "-q", "--filter", label) == ""

@@ -1,7 +1,7 @@
 """``@devcontainers/cli``, which is what an IDE does to open a project in a container.
 
-The workspace is a volume, as the specification allows (``workspaceMount``), since a host
-directory cannot be mounted yet. Features are left out: they make the client build with a
+The workspace is the host's directory, mounted as the client mounts it by default. Features are
+left out: they make the client build with a
 ``# syntax=`` line, for which BuildKit pulls a frontend from Docker Hub.
 """
 
@@ -21,19 +21,17 @@ def test_up_and_exec(clients: Clients, node: dict[str, str], debian: str, tmp_pa
     configuration = {
         "name": "small",
         "build": {"dockerfile": "Dockerfile"},
-        "workspaceMount": "source=devcontainer-work,target=/workspaces/small,type=volume",
-        "workspaceFolder": "/workspaces/small",
         "remoteUser": "dev",
         "containerEnv": {"FROM_CONTAINER": "one"},
         "remoteEnv": {"FROM_REMOTE": "${containerEnv:FROM_CONTAINER}-two"},
         "postCreateCommand": "echo made by $(id -un) >created",
     }
     workspace = write_tree(
-        tmp_path,
+        tmp_path / "small",
         {
             ".devcontainer/devcontainer.json": json.dumps(configuration),
-            ".devcontainer/Dockerfile": f"FROM {debian}\n"
-            "RUN useradd -m -s /bin/bash dev && install -d -o dev /workspaces/small\n",
+            ".devcontainer/Dockerfile": f"FROM {debian}\nRUN useradd -m -s /bin/bash dev\n",
+            "main.c": "int main;\n",
         },
     )
     devcontainer = Path(node["NODE_PATH"]) / ".bin" / "devcontainer"
@@ -48,11 +46,13 @@ def test_up_and_exec(clients: Clients, node: dict[str, str], debian: str, tmp_pa
     assert up["remoteUser"] == "dev"
     assert up["remoteWorkspaceFolder"] == "/workspaces/small"
 
-    script = "pwd; id -un; cat created; echo $FROM_REMOTE"
+    # What a command made in the container is on the host, and the other way round.
+    assert (workspace / "created").read_text() == "made by dev\n"
+    (workspace / "main.c").write_text("int changed;\n")
+    script = "pwd; id -un; cat main.c; echo $FROM_REMOTE"
     said = run("exec", *where, "bash", "-c", script).splitlines()
-    assert said == ["/workspaces/small", "dev", "made by dev", "one-two"]
+    assert said == ["/workspaces/small", "dev", "int changed;", "one-two"]
 
     again = json.loads(run("up", *where).splitlines()[-1])
     assert again["containerId"] == up["containerId"]
     clients.docker("rm", "-f", up["containerId"])
-    clients.docker("volume", "rm", "devcontainer-work")

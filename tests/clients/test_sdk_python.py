@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import os
 import socket
@@ -17,7 +18,12 @@ from docker.errors import BuildError, ContainerError, NotFound
 from docker.models.containers import Container
 from docker_clients import Clients
 
-pytestmark = [pytest.mark.vm, pytest.mark.timeout(300)]
+pytestmark = [
+    pytest.mark.vm,
+    pytest.mark.timeout(300),
+    # The SDK leaves the connections of exec_run and of streams to the garbage collector.
+    pytest.mark.filterwarnings("ignore:unclosed <socket:ResourceWarning"),
+]
 
 
 @pytest.fixture
@@ -26,6 +32,8 @@ def sdk(clients: Clients) -> Iterator[docker.DockerClient]:
     made = docker.from_env(environment=clients.env, timeout=120)
     yield made
     made.close()
+    # Here, where it is known whose they are, and not in another test.
+    gc.collect()
 
 
 @pytest.fixture

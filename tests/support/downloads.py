@@ -68,6 +68,13 @@ def debian_root() -> Path:
     return _cached(f"debian-{_digest(' '.join(argv).encode())}.tar.gz", make)
 
 
+def main() -> None:
+    """Fill the cache, so that no test waits for a download."""
+    node_modules()
+    if shutil.which("mmdebstrap") is not None:
+        debian_root()
+
+
 def _digest(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()[:12]
 
@@ -97,3 +104,7 @@ def _run(argv: list[str | Path], directory: Path) -> None:
     )
     if done.returncode != 0:
         raise RuntimeError(f"{argv} ended with {done.returncode}:\n{done.stdout}\n{done.stderr}")
+
+
+if __name__ == "__main__":
+    main()
