@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 
 import pytest
@@ -35,15 +34,5 @@ def sandbox(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sandbox]:
 def machine(sandbox: Sandbox, guest_image: Image) -> Sandbox:
     """The one machine, named ``default``, that all tests share; it runs and has busybox."""
     sandbox.wherry("start", "--cpus", "2", "--memory", "2GiB")
-    busybox = sandbox.wherry("shell", "--", "cat", "/usr/bin/busybox").stdout
-    context = sandbox.home / "busybox-image"
-    context.mkdir()
-    (context / "busybox").write_bytes(busybox)
-    (context / "busybox").chmod(0o755)
-    (context / "Dockerfile").write_text(
-        "FROM scratch\nCOPY busybox /bin/busybox\n"
-        'RUN ["/bin/busybox", "--install", "-s", "/bin"]\nCMD ["sh"]\n'
-    )
-    sandbox.docker("build", "-q", "-t", "busybox", str(context))
-    shutil.rmtree(context)
+    sandbox.add_busybox()
     return sandbox

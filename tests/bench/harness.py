@@ -16,7 +16,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -125,7 +125,7 @@ def main(bench: Bench, title: str) -> None:
 
     with tempfile.TemporaryDirectory(prefix="relay") as name:
         results = compare(bench, Path(name), options)
-    print_table(bench, results)
+    print_table(bench.sides, results)
     if options.json:
         write_atomic(options.json, json.dumps(results, indent=2).encode() + b"\n", mode=0o644)
     else:
@@ -164,21 +164,9 @@ def compare(bench: Bench, directory: Path, options: argparse.Namespace) -> dict[
         results: dict[str, Any] = {"runs": options.runs, "size_mb": options.size, "measures": {}}
         if options.only in "memory":
             results["memory"] = bench.memory(paths["ours"], psutil.Process(ours.pid))
-        for name, (unit, more, measure) in bench.measures(options.size * MB).items():
-            if options.only not in name:
-                continue
-            found: dict[str, list[float]] = {side: [] for side in bench.sides}
-            for run in range(options.runs):
-                for side in bench.sides if run % 2 else bench.sides[::-1]:
-                    found[side].append(measure(paths[side]))
-            ratios = [a / b for a, b in zip(found["ours"], found["ssh"], strict=True)]
-            results["measures"][name] = {
-                "unit": unit,
-                "more_is_better": more,
-                **{side: statistics.median(found[side]) for side in bench.sides},
-                "ratio": statistics.median(ratios),
-                "samples": found,
-            }
+        results["measures"] = alternate(
+            bench.measures(options.size * MB), paths, options.runs, options.only
+        )
         return results
     finally:
         for program in programs:
@@ -190,11 +178,38 @@ def compare(bench: Bench, directory: Path, options: argparse.Namespace) -> dict[
         sshd.stop()
 
 
-def print_table(bench: Bench, results: dict[str, Any]) -> None:
-    columns = "".join(f" {'ssh -L' if side == 'ssh' else side:>9}" for side in bench.sides)
+def alternate(
+    measures: Measures, paths: dict[str, Path], runs: int, only: str = ""
+) -> dict[str, Any]:
+    """Measure each side in turns, and return medians and the median of the pairs' ratios.
+
+    :param paths: the socket of each side; the first and the last of a pair change places.
+    """
+    results: dict[str, Any] = {}
+    sides = list(paths)
+    for name, (unit, more, measure) in measures.items():
+        if only not in name:
+            continue
+        found: dict[str, list[float]] = {side: [] for side in sides}
+        for run in range(runs):
+            for side in sides if run % 2 else sides[::-1]:
+                found[side].append(measure(paths[side]))
+        ratios = [a / b for a, b in zip(found["ours"], found["ssh"], strict=True)]
+        results[name] = {
+            "unit": unit,
+            "more_is_better": more,
+            **{side: statistics.median(found[side]) for side in sides},
+            "ratio": statistics.median(ratios),
+            "samples": found,
+        }
+    return results
+
+
+def print_table(sides: Sequence[str], results: dict[str, Any]) -> None:
+    columns = "".join(f" {'ssh -L' if side == 'ssh' else side:>9}" for side in sides)
     print(f"{'':24}{columns} {'':5} {'ratio':>6}")
     for name, found in results["measures"].items():
-        columns = "".join(f" {found[side]:9.0f}" for side in bench.sides)
+        columns = "".join(f" {found[side]:9.0f}" for side in sides)
         print(f"{name:24}{columns} {found['unit']:5} {found['ratio']:5.2f}x")
     for name, value in results.get("memory", {}).items():
         print(f"{name:30} {value:9.1f}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -75,6 +76,20 @@ class Sandbox:
             timeout=timeout,
             input=input,
         )
+
+    def add_busybox(self) -> None:
+        """Make the image ``busybox`` of the guest's own, which is static."""
+        busybox = self.wherry("shell", "--", "cat", "/usr/bin/busybox").stdout
+        context = self.home / "busybox-image"
+        context.mkdir()
+        (context / "busybox").write_bytes(busybox)
+        (context / "busybox").chmod(0o755)
+        (context / "Dockerfile").write_text(
+            "FROM scratch\nCOPY busybox /bin/busybox\n"
+            'RUN ["/bin/busybox", "--install", "-s", "/bin"]\nCMD ["sh"]\n'
+        )
+        self.docker("build", "-q", "-t", "busybox", str(context))
+        shutil.rmtree(context)
 
     def stop_all(self) -> None:
         """Leave nothing running, whatever the tests did."""
