@@ -11,6 +11,7 @@ import stat
 
 from wherry_sync import handles, kernel, records
 from wherry_sync.apply import Applier, Policy, no_fault
+from wherry_sync.build import Builder
 from wherry_sync.cache import load, save
 from wherry_sync.entry import Leaf, split
 from wherry_sync.ignore import NOTHING, Ignore
@@ -61,9 +62,12 @@ class LocalEndpoint:
         # Directories that we have changed since the last scan. A watch may not have told of them
         # yet; a scan that did not look there would take our own work for somebody's undoing it.
         self._touched: set[str] = set()
+        self._checkpoint = checkpoint
         self._stage = Stage(stage)
         try:
-            granularity_ns = records.granularity_ns(self._stage.fd, self._stage.name("part"))
+            self._granularity_ns = granularity_ns = records.granularity_ns(
+                self._stage.fd, self._stage.name("part")
+            )
             self._scanner = Scanner(ignore, granularity_ns=granularity_ns)
             known = load(cache, trust) if cache is not None else None
             if known is not None:
@@ -164,6 +168,31 @@ class LocalEndpoint:
             yield from self._applier.apply(fd, operations, name)
             self._applier.finish_in_place(fd, name)
         self._stage.discard_contents()
+
+    def build(
+        self,
+        operations: Sequence[Operation],
+        contents: Iterable[tuple[int, int, Iterable[bytes]]],
+        *,
+        verify: bool = True,
+    ) -> list[Result]:
+        """Make what was not there, of contents that come now; see :mod:`wherry_sync.build`.
+
+        :param verify: whether contents have to be found to be what they are announced as.
+        """
+        self._touched.update(split(operation.path)[0] for operation in operations)
+        builder = Builder(
+            self._stage,
+            self._scanner,
+            self._policy,
+            self._checkpoint,
+            verify=verify,
+            granularity_ns=self._granularity_ns,
+        )
+        with self._opened() as (fd, _):
+            results = builder.build(fd, operations, contents)
+        self._stage.discard_contents()
+        return results
 
     def pin(self, path: str) -> None:
         """Keep a file's inode from now on, as a mount refers to it: rewrite it in place."""

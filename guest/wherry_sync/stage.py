@@ -8,6 +8,7 @@ between the two. What is in it:
 ``c-DIGEST``    contents received and verified, waiting to be placed
 ``t-N``         one file between stage and tree: about to be placed, or just displaced
 ``journal``     the operation that is under way: path, before, after, and how
+``b-N``         files and directories being built; see :mod:`wherry_sync.build`
 ``rescued-N``   what somebody wrote at the last moment, for the user to have;
                 ``rescued-N.path`` says where it was
 =============== ==================================================================
@@ -20,8 +21,10 @@ about each ``t-N`` by that rule, with the journal; the rest but rescued files is
 from __future__ import annotations
 
 import os
+import shutil
+import stat
 
-from wherry_sync import hashing, kernel
+from wherry_sync import handles, hashing, kernel
 from wherry_sync.entry import FILE, LINK, Leaf, file, link
 
 TYPE_CHECKING = False
@@ -181,10 +184,20 @@ class Stage:
             pass
 
     def discard_contents(self) -> None:
-        """Remove all contents that were received and not taken."""
+        """Remove all contents that were received and not taken, and what was not placed."""
         for name in self._names():
             if name.startswith(("c-", "part-")):
                 self.discard(name)
+            elif name.startswith("b-"):
+                self.discard_tree(name)
+
+    def discard_tree(self, name: str) -> None:
+        """Remove a file or a directory of ours with all that is in it; missing is well."""
+        status = handles.status(self.fd, name)
+        if status is not None and stat.S_ISDIR(status.st_mode):
+            shutil.rmtree(name, dir_fd=self.fd)
+        else:
+            self.discard(name)
 
     # Not losing what was displaced
 
@@ -300,3 +313,5 @@ class Stage:
                 or (name.endswith(".path") and name.removesuffix(".path") not in names)
             ):
                 self.discard(name)
+            elif name.startswith("b-"):
+                self.discard_tree(name)

@@ -15,13 +15,16 @@ SyncMissing leaves                                           numbers of leaves
 SyncRead    paths                                            (contents)
 SyncStage   leaves, then contents                            numbers of leaves
 SyncApply   operations                                       results
+SyncBuild   operations, then contents                        results
 SyncRescued                                                  name, path, leaf
 =========== ================================================ ==========================
 
 A bulk frame of :data:`CONTENTS` is a piece of a row of files: each begins with a key, which is
 its number in the list that was asked for or the leaf that it shall be, and its time of
 modification; then come its bytes and its end. Small files share a frame, and no file is
-announced with a size, as files change.
+announced with a size, as files change. Who finds half-way that a file has changed says so, and
+its bytes are for nothing. A bulk frame of :data:`PACKED` is the same, compressed by zstd (RFC
+8878), after the length that it has then; the host makes such frames if the agent can read them.
 
 What comes from the guest is hostile until checked: the checks are here, and what fails them is
 a :class:`~wherry_wire.frames.WireError`, which ends the connection.
@@ -44,6 +47,7 @@ from wherry_sync.entry import (
     Leaf,
     name_problem,
 )
+from wherry_sync.stage import Damaged
 from wherry_wire.frames import MAX_PAYLOAD_BYTES, Frame, WireError
 
 TYPE_CHECKING = False
@@ -55,6 +59,7 @@ if TYPE_CHECKING:
 
 ROWS = 0x80
 CONTENTS = 0x81
+PACKED = 0x82
 
 MAX_ROWS = 4_000_000
 """Entries of one tree, and rows of one list."""
@@ -182,16 +187,28 @@ def pack_number(number: int) -> bytes:
     return _LENGTH.pack(number)
 
 
-def contents(files: Iterable[tuple[bytes, int, Iterable[bytes]]]) -> Iterator[bytes]:
+def plain(payload: bytes) -> bytes:
+    """Return the bulk frame of a piece of contents as it is."""
+    return Frame(CONTENTS, 0, payload).encode()
+
+
+def contents(
+    files: Iterable[tuple[bytes, int, Iterable[bytes]]],
+    frame: Callable[[bytes], bytes] = plain,
+) -> Iterator[bytes]:
     """Yield the bulk frames of files.
 
-    :param files: the key, the time of modification in ns, and the contents of each.
+    :param files: the key, the time of modification in ns, and the contents of each, which may
+        raise :class:`~wherry_sync.stage.Damaged` for "not that file, after all".
+    :param frame: makes the frame of a piece of contents.
     """
     buffer = bytearray()
     for key, mtime_ns, chunks in files:
         chunk = b""
         first = True
-        for following in chunks:
+        for following in _whole(chunks):
+            if following is None:
+                break
             for start in range(0, len(following), CHUNK_BYTES):
                 # The last piece comes with the end, so that a small file takes one header.
                 if chunk:
@@ -203,9 +220,15 @@ def contents(files: Iterable[tuple[bytes, int, Iterable[bytes]]]) -> Iterator[by
                     buffer += chunk
                     first = False
                     if len(buffer) >= _CONTENTS_FULL_BYTES:
-                        yield Frame(CONTENTS, 0, bytes(buffer)).encode()
+                        yield frame(bytes(buffer))
                         buffer.clear()
                 chunk = following[start : start + CHUNK_BYTES]
+        else:
+            following = b""
+        if following is None:
+            if not first:
+                buffer += _DATA.pack(b"X", 0)
+            continue
         buffer += (
             _BEGIN.pack(b"W", len(key), mtime_ns, len(chunk)) + key
             if first
@@ -213,10 +236,18 @@ def contents(files: Iterable[tuple[bytes, int, Iterable[bytes]]]) -> Iterator[by
         )
         buffer += chunk
         if len(buffer) >= _CONTENTS_FULL_BYTES:
-            yield Frame(CONTENTS, 0, bytes(buffer)).encode()
+            yield frame(bytes(buffer))
             buffer.clear()
     if buffer:
-        yield Frame(CONTENTS, 0, bytes(buffer)).encode()
+        yield frame(bytes(buffer))
+
+
+def _whole(chunks: Iterable[bytes]) -> Iterator[bytes | None]:
+    """Yield a file's chunks, and None where it turns out not to be that file."""
+    try:
+        yield from chunks
+    except Damaged:
+        yield None
 
 
 class Contents:
@@ -247,16 +278,21 @@ class Contents:
             else:
                 pieces = self._pieces(first)
                 yield key, mtime_ns, pieces
-                for _ in pieces:
+                try:
+                    for _ in pieces:
+                        pass
+                except Damaged:
                     pass
 
     def _pieces(self, first: bytes) -> Iterator[bytes]:
         yield first
         while True:
             tag = self._tag()
-            if tag not in (b"D", b"E"):
+            if tag not in (b"D", b"E", b"X"):
                 raise WireError("contents end within a file")
             _, length = self._unpack(_DATA)
+            if tag == b"X":
+                raise Damaged("the file has changed")
             yield self._take(length)
             if tag == b"E":
                 return

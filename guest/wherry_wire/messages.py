@@ -309,6 +309,7 @@ class SyncOpened(Message):
 
     boot_id: str
     fresh: bool  # there was no copy before: whatever was remembered of one holds no more
+    packed: bool  # contents may come compressed
 
 
 class SyncScan(Message):
@@ -347,6 +348,12 @@ class SyncStage(Message):
     """Request: take the contents that follow, up to :class:`SyncEnd`."""
 
     TYPE = 0x29
+
+
+class SyncBuild(Message):
+    """Request: make what the rows before it say, of the contents that follow, up to the end."""
+
+    TYPE = 0x35
 
 
 class SyncEnd(Message):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import random
 import shutil
 import sys
@@ -16,6 +15,7 @@ from sync_trees import read, write
 from wherry.sync.core.reconcile import GUEST, HOST
 from wherry.sync.core.rules import parse
 from wherry.sync.core.safety import Halt
+from wherry_sync import kernel
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="directory descriptors")
 
@@ -212,14 +212,14 @@ def test_what_is_rescued_ends_with_the_conflicts(pair: Pair) -> None:
 
 def test_one_path_that_fails_holds_up_no_other(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
     write(pair.host, {"bad": {}, "ok": "1"})
-    original = os.mkdir
+    original = kernel.rename_exclusive
 
-    def mkdir(path: str, *arguments: int, **options: int) -> None:
-        if path == "bad":
+    def rename(old_fd: int, old: str, new_fd: int, new: str) -> bool:
+        if new == "bad":
             raise PermissionError(13, "Permission denied")
-        original(path, *arguments, **options)
+        return original(old_fd, old, new_fd, new)
 
-    monkeypatch.setattr(os, "mkdir", mkdir)
+    monkeypatch.setattr(kernel, "rename_exclusive", rename)
     outcome = pair.run()
     assert [(problem.path, problem.reason) for problem in outcome.failed] == [
         ("bad", "permission denied")

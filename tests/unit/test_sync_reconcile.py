@@ -37,7 +37,7 @@ def carry_out(found: Reconciliation, host: Entry | None, guest: Entry | None) ->
     for side, before in ((0, host), (1, guest)):
         now = before
         todo = plan(found.decisions, lambda d, side=side: (d.host, d.guest)[side])  # type: ignore[misc]
-        for operation in todo.operations:
+        for operation in (*todo.operations, *todo.builds):
             there = lookup(now, operation.path)
             if isinstance(operation.before, Directory):
                 assert isinstance(there, Directory), operation
@@ -274,7 +274,8 @@ def test_16_another_case_is_a_deletion_and_then_a_creation(old: object, new: obj
     if isinstance(old, dict):
         before, now = {"Foo": old}, {"foo": new}  # type: ignore[dict-item]
     found = reconcile(tree(before), tree(before), tree(now), MACOS)
-    operations = plan(found.decisions, lambda d: d.host).operations
+    todo = plan(found.decisions, lambda d: d.host)
+    operations = (*todo.operations, *todo.builds)
     gone = [operation.path.split("/")[0] for operation in operations if operation.after is None]
     assert [operation.path.split("/")[0] for operation in operations] == [
         *gone, *["foo"] * (len(operations) - len(gone)),

@@ -75,6 +75,23 @@ class Endpoint(Protocol):
         it was or as it shall be. Staged contents are gone afterwards.
         """
 
+    def build(
+        self,
+        operations: Sequence[Operation],
+        contents: Iterable[tuple[int, int, Iterable[bytes]]],
+        *,
+        verify: bool = True,
+    ) -> list[Result]:
+        """Make what was not there, of contents that come at the same time; return the results.
+
+        All of it appears when all contents have come, each new directory at once. Idempotent:
+        what is there already is stale. See :class:`wherry_sync.build.Builder`.
+
+        :param operations: a directory before what is in it, and all of that right after it.
+        :param contents: of those operations that :func:`wherry_sync.build.needed` names, in
+            their order: the number, the time of modification in ns, and the bytes.
+        """
+
     def flush(self) -> None:
         """Return when all that was in the tree at the call is on the disk. Idempotent."""
 

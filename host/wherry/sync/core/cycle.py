@@ -16,7 +16,7 @@ A path whose contents moved away under way is left out and comes up again in the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from wherry.sync.core import safety
@@ -36,9 +36,10 @@ from wherry.sync.core.store import Store
 from wherry.sync.core.traits import Traits
 from wherry.sync.endpoint import Endpoint
 from wherry_sync.apply import no_fault
+from wherry_sync.build import needed
 from wherry_sync.diff import diff, shallow
 from wherry_sync.entry import FILE, Entry, Leaf, lookup, share, updated
-from wherry_sync.operation import DONE, FAILED, Operation
+from wherry_sync.operation import DONE, FAILED, Operation, Result
 from wherry_sync.scan import Snapshot
 from wherry_sync.stage import Gone
 
@@ -225,7 +226,9 @@ class Cycle:
             undone |= self._transfer(side, plans[side], outcome)
         for side in (HOST, GUEST):
             operations = [found for found in plans[side].operations if found.path not in undone]
-            undone |= self._apply(side, operations, outcome)
+            undone |= self._note(self._ends[side].apply(operations) if operations else (), outcome)
+        for side in (HOST, GUEST):
+            undone |= self._note(self._build(side, plans[side].builds), outcome)
         return {
             decision.path: decision.result for decision in decisions if decision.path not in undone
         }
@@ -263,11 +266,28 @@ class Cycle:
             self._checkpoint("transfer")
             yield leaf, mtime_ns, chunks
 
-    def _apply(self, side: int, operations: list[Operation], outcome: Outcome) -> set[str]:
-        undone: set[str] = set()
+    def _build(self, side: int, operations: Sequence[Operation]) -> Iterable[Result]:
+        """Have one side make what is new, while the other one sends it."""
         if not operations:
-            return undone
-        for result in self._ends[side].apply(operations):
+            return ()
+        wanted = []
+        numbers: dict[int, int] = {}
+        for number in needed(operations):
+            after = operations[number].after
+            assert isinstance(after, Leaf)
+            # By identity: several files may be alike.
+            own = Leaf(after)
+            numbers[id(own)] = number
+            wanted.append((operations[number].path, own))
+        contents = (
+            (numbers[id(leaf)], mtime_ns, chunks)
+            for leaf, mtime_ns, chunks in self._watched(self._ends[1 - side].read_all(wanted))
+        )
+        return self._ends[side].build(operations, contents)
+
+    def _note(self, results: Iterable[Result], outcome: Outcome) -> set[str]:
+        undone: set[str] = set()
+        for result in results:
             path = result.operation.path
             if result.status != DONE:
                 undone.add(path)

@@ -7,11 +7,11 @@ in another case takes it, and contents that a deletion removes were staged befor
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable
 from dataclasses import dataclass
 
 from wherry.sync.core.reconcile import Decision
-from wherry_sync.entry import Entry, Leaf, is_file
+from wherry_sync.entry import Directory, Entry, Leaf, is_file
 from wherry_sync.operation import Operation
 
 
@@ -30,9 +30,14 @@ class Want:
 
 @dataclass(frozen=True, slots=True)
 class SidePlan:
-    """What one side has to do."""
+    """What one side has to do.
+
+    :ivar builds: what is new, to be made after the operations.
+    :ivar wants: of the operations.
+    """
 
     operations: tuple[Operation, ...]
+    builds: tuple[Operation, ...]
     wants: tuple[Want, ...]
 
 
@@ -52,12 +57,13 @@ def plan(decisions: Iterable[Decision], side: Callable[[Decision], Operation | N
 
     :param side: gives a decision's operation of that side.
     """
-    operations = ordered(found for decision in decisions if (found := side(decision)) is not None)
+    everything = ordered(found for decision in decisions if (found := side(decision)) is not None)
     leaving = {
         before.digest: operation.path
-        for operation in operations
+        for operation in everything
         if (before := _file(operation.before)) is not None
     }
+    operations, builds = _split(everything, leaving)
     wants: dict[bytes, Want] = {}
     for operation in operations:
         before, after = _file(operation.before), _file(operation.after)
@@ -65,7 +71,46 @@ def plan(decisions: Iterable[Decision], side: Callable[[Decision], Operation | N
             continue
         want = Want(after, operation.path, leaving.get(after.digest))
         wants.setdefault(after.digest, want)
-    return SidePlan(operations, tuple(wants.values()))
+    return SidePlan(tuple(operations), tuple(builds), tuple(wants.values()))
+
+
+def _split(
+    operations: Iterable[Operation], leaving: Container[bytes]
+) -> tuple[list[Operation], list[Operation]]:
+    """Return the operations that change something, and those that make something new.
+
+    A new directory is built with all that is in it or not at all: where contents for it are to
+    be had on the same side, as when a directory was renamed, all of it is an operation like
+    others.
+    """
+    changes: list[Operation] = []
+    builds: list[Operation] = []
+    group: list[Operation] = []
+    top = ""
+    building = True
+
+    def end_group() -> None:
+        (builds if building else changes).extend(group)
+        group.clear()
+
+    for operation in operations:
+        path, after = operation.path, operation.after
+        if operation.before is not None or after is None or not path:
+            end_group()
+            building, top = False, ""
+            changes.append(operation)
+            continue
+        if not top or not path.startswith(top):
+            end_group()
+            building, top = True, f"{path}/" if isinstance(after, Directory) else ""
+        if isinstance(after, Leaf) and is_file(after) and after.digest in leaving:
+            building = False
+        group.append(operation)
+        if not top:
+            end_group()
+            building = True
+    end_group()
+    return changes, builds
 
 
 def _file(entry: Entry | None) -> Leaf | None:
