@@ -493,3 +493,22 @@ def test_a_prepared_stream_that_nobody_takes_is_closed(
         wait_for(lambda: server.ended == 1, "the stream is kept for ever")
         wait_for(lambda: not connection._transport._channels.values(), "the channel is kept")
         assert echoes(connection, path)
+
+
+def test_data_does_not_wait_for_the_acknowledgement_of_an_opening(
+    connection: Connection, tmp_path: Path
+) -> None:
+    """sshd sends by Nagle's algorithm, and a system acknowledges after 40 ms."""
+    times = []
+    with unix_server(tmp_path / "s", echo) as path:
+        stream = connection.open_unix(path)
+        for _ in range(15):
+            start = time.monotonic()
+            connection.prepare_unix(path)
+            stream.sendall(b"x")
+            assert stream.recv(1) == b"x"
+            times.append(time.monotonic() - start)
+            other = connection.open_unix(path)
+            other.close()
+        stream.close()
+    assert sorted(times)[len(times) // 2] < 0.03

@@ -27,8 +27,8 @@ def test_the_version_is_one_that_was_read() -> None:
 # Methods of ours that paramiko does not know; every other method of ours is an override.
 OURS = {
     FastPacketizer: {
-        "_fill", "_has_packet", "_next_packet", "_sealed", "_send_sealed", "_take_data",
-        "_want_rekey_in", "send_data", "send_now",
+        "_acknowledge_now", "_fill", "_has_packet", "_next_packet", "_sealed", "_send_sealed",
+        "_take_data", "_want_rekey_in", "send_data", "send_now",
     },
     StreamChannel: {
         "_acknowledge", "_raise_failure", "_take_window", "_tell_end", "_wait_active",
