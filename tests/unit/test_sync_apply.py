@@ -420,11 +420,11 @@ def test_50_a_full_disk_leaves_the_file_as_it_was(
 
 def test_the_next_scan_looks_where_we_have_changed_something(place: Place) -> None:
     """A watch may tell of it later; what is not seen would pass for deleted by somebody else."""
-    place.one("a", None, "1")
-    found = place.end.scan(())
-    assert lookup(found.root, "a") == text("1")
-    place.one("a", "1", None)
-    assert lookup(place.end.scan(()).root, "a") is None
+    place.do(Operation("d", None, EMPTY))
+    place.do(Operation("d/a", None, text("1")))
+    assert lookup(place.end.scan(()).root, "d/a") == text("1")
+    place.do(Operation("d/a", text("1"), None))
+    assert lookup(place.end.scan(()).root, "d/a") is None
 
 
 # The stage

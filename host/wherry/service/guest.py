@@ -17,6 +17,9 @@ log = logging.getLogger(__name__)
 
 _CLOCK_THRESHOLD_S = 0.5
 _START_TIMEOUT_S = 60.0
+_SYNC_TIMEOUT_S = 20.0
+"""Requests wait for this: after the start of a machine or an outage the agent comes soon."""
+
 _JOIN_S = 5.0
 
 SYNC_DIRECTORY = "/data/sync"
@@ -79,7 +82,7 @@ class Guest:
             raise WherryError("the agent in the guest is not running yet")
         return agent
 
-    def open_sync(self, timeout_s: float = _START_TIMEOUT_S) -> Stream:
+    def open_sync(self, timeout_s: float = _SYNC_TIMEOUT_S) -> Stream:
         """Open a connection for a synchronised root.
 
         :raises WherryError: there is no agent, and none comes in time.

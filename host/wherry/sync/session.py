@@ -51,6 +51,7 @@ log = logging.getLogger(__name__)
 _TRIES = 3
 _SETTLE_S = 0.01
 _FLUSH_S = 5.0
+_FLUSH_LATEST_S = 30.0
 _CHECK_S = 900.0
 _POLL_S = 5.0
 """How often everything is looked at where the host's changes cannot be watched."""
@@ -363,7 +364,8 @@ class Session:
         with self._lock:
             deadline = time.monotonic() + self._patience(connected)
             while not self._closing:
-                if self._tickets or self._host_changed or (self._guest_changed and connected):
+                changed = self._host_changed or self._guest_changed
+                if self._tickets or (changed and connected):
                     break
                 if self._calls:
                     return True
@@ -408,9 +410,9 @@ class Session:
             tickets, self._tickets = self._tickets, []
             host_changed, self._host_changed = self._host_changed, False
             guest_changed, self._guest_changed = self._guest_changed, False
-        due = self._unflushed_since and time.monotonic() - self._unflushed_since >= _FLUSH_S
+        waited_s = time.monotonic() - self._unflushed_since if self._unflushed_since else 0.0
         first = self._status.rounds == 0
-        if not (tickets or host_changed or guest_changed or first) and due:
+        if not (tickets or host_changed or guest_changed or first) and waited_s >= _FLUSH_S:
             self._flush(cycle, host)
             return
         self._rewatch()
@@ -432,6 +434,9 @@ class Session:
             raise
         self._report(outcome, len(list(conflicts)))
         self._finish(tickets, self._failure(outcome))
+        if waited_s >= _FLUSH_LATEST_S:
+            # It never becomes calm.
+            self._flush(cycle, host)
 
     def _rounds(self, cycle: Cycle, full: bool) -> Outcome:
         assert self._remote is not None
