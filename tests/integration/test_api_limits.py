@@ -233,7 +233,7 @@ def test_200_requests_while_the_tunnel_is_cut(proxy: Proxy, tmp_path: Path) -> N
         endpoint = Endpoint(
             current().listen_local(tmp_path / "tunnelled.sock"),
             lambda: tunnel.begin_unix(remote),
-            try_open=lambda: tunnel.try_begin_unix(remote),
+            prepare=lambda: tunnel.prepare_unix(remote),
         )
         stack.callback(endpoint.close)
         endpoint.start()
