@@ -342,6 +342,7 @@ class _Root:
             ignore=Ignore([(str(text), bool(ignores)) for text, ignores in rules]),
             policy=Policy(request.file_mode, request.directory_mode),
             single=request.single,
+            durable=False,
             cache=f"{self._directory}/stage/{request.root}.cache",
             trust=_ORDERED if request.ordered else system.boot_id(),
         )

@@ -35,6 +35,7 @@ class LocalEndpoint:
     :param stage: the directory for what is on its way; on the root's filesystem, and not in
         the tree unless its name begins with :data:`~wherry_sync.entry.TEMPORARY_PREFIX`.
     :param boot: id of this boot of this machine, as :attr:`boot` gives it back.
+    :param durable: see :class:`~wherry_sync.stage.Stage`.
     :param single: whether the root is a file; None for what is there.
     :param cache: file with what an earlier endpoint knew of the tree; see :meth:`save_cache`.
     :param trust: the token that it must have been saved with; see :mod:`wherry_sync.cache`.
@@ -51,6 +52,7 @@ class LocalEndpoint:
         policy: Policy | None = None,
         checkpoint: Callable[[str], None] = no_fault,
         single: bool | None = None,
+        durable: bool = True,
         cache: str | None = None,
         trust: str = "",
     ) -> None:
@@ -63,7 +65,7 @@ class LocalEndpoint:
         # yet; a scan that did not look there would take our own work for somebody's undoing it.
         self._touched: set[str] = set()
         self._checkpoint = checkpoint
-        self._stage = Stage(stage)
+        self._stage = Stage(stage, durable)
         try:
             self._granularity_ns = granularity_ns = records.granularity_ns(
                 self._stage.fd, self._stage.name("part")

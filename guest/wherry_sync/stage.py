@@ -70,10 +70,13 @@ class Stage:
     """The staging directory of one tree; one thread uses it at a time.
 
     :param path: made if missing, with access for its owner alone.
+    :param durable: whether a write in place has to be finished after a loss of power. In the
+        guest it has not: nothing that is there then is believed.
     :raises OSError: it cannot be made or read.
     """
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, durable: bool = True) -> None:
+        self._durable = durable
         os.makedirs(path, 0o700, exist_ok=True)
         self.fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         self._number = 0
@@ -210,7 +213,7 @@ class Stage:
         fields = (path.encode(), before or b"", after or b"", b"in place" if in_place else b"")
         data = b"".join(len(field).to_bytes(4, "big") + field for field in fields)
         os.pwrite(self._journal, len(data).to_bytes(4, "big") + data, 0)
-        if in_place:
+        if in_place and self._durable:
             assert after is not None
             contents = self.open_contents(after)
             try:

@@ -49,6 +49,9 @@ STALL_S = 60.0
 _KNOWN = 4096
 """Containers that are remembered, so that the engine need not be asked about them."""
 
+_ENGINE_SOCKETS = ("/var/run/docker.sock", "/run/docker.sock")
+"""Who mounts these wants the engine that the container runs in, whatever is shared."""
+
 _SLICE_S = 1.0
 _QUESTION_S = 10.0
 _ENDINGS = (b'"die"', b'"exec_die"', b'"stop"', b'"kill"', b'"destroy"', b'"oom"')
@@ -172,7 +175,7 @@ class Mounts:
         return [*sources.of_inspected(container), *self._named(names)]
 
     def _is_shared(self, path: str) -> bool:
-        return any(
+        return path not in _ENGINE_SOCKETS and any(
             path == root or path.startswith("/" if root == "/" else f"{root}/")
             for root in self._shared
         )

@@ -412,6 +412,8 @@ class RemoteEndpoint:
                 if not data:
                     raise self._lost(None)
                 self._guard.heard()
+                # That the guest is at work is progress.
+                self._progress(0)
                 try:
                     self._frames = self._decoder.feed(data)
                 except WireError as error:
