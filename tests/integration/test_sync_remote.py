@@ -25,8 +25,9 @@ from wherry.sync.core.cycle import Cycle
 from wherry.sync.core.keep import Keep
 from wherry.sync.core.reconcile import HOST
 from wherry.sync.core.store import Store
+from wherry.sync.model import Paths, Root
 from wherry.sync.remote import Place, RemoteEndpoint
-from wherry.sync.session import Paths, Root, Session
+from wherry.sync.session import Session
 from wherry_sync.local import LocalEndpoint
 from wherry_wire.frames import Frame
 from wherry_wire.messages import Done, SyncScanned, pack

@@ -36,6 +36,7 @@ from wherry.api.http import ResponseHead
 from wherry.core.errors import WherryError
 from wherry.service import engine
 from wherry.sync import sources
+from wherry.sync.barrier import hold
 from wherry.sync.roots import Roots
 from wherry.sync.session import Session
 from wherry.sync.sources import Source
@@ -43,16 +44,12 @@ from wherry.tunnel.tunnel import Tunnel
 
 log = logging.getLogger(__name__)
 
-STALL_S = 60.0
-"""How long a synchronisation that somebody waits for may make no progress."""
-
 _KNOWN = 4096
 """Containers that are remembered, so that the engine need not be asked about them."""
 
 _ENGINE_SOCKETS = ("/var/run/docker.sock", "/run/docker.sock")
 """Who mounts these wants the engine that the container runs in, whatever is shared."""
 
-_SLICE_S = 1.0
 _QUESTION_S = 10.0
 _ENDINGS = (b'"die"', b'"exec_die"', b'"stop"', b'"kill"', b'"destroy"', b'"oom"')
 
@@ -288,7 +285,7 @@ class Mounts:
         if container is None:
             # Made before this service began: whatever it is, all roots are more than enough.
             self._bring(request, self._roots.all())
-            return Watch(end=lambda whole: self._hold(request, self._roots.all(), fresh=False))
+            return Watch(end=lambda whole: hold(self._roots.all(), fresh=False, wait=request.wait))
         if not self._mounted(container):
             return None
         self._bring(request, self._sessions(container))
@@ -338,31 +335,16 @@ class Mounts:
         :raises Refusal: that is not possible.
         """
         try:
-            self._hold(request, [each for each in sessions if each is not None], fresh=True)
+            hold([each for each in sessions if each is not None], fresh=True, wait=request.wait)
         except WherryError as error:
             raise Refusal(500, str(error)) from error
 
     def _fetch(self, request: Request, name: str, *, known: bool = False) -> None:
         """Have what is in the guest now on the host; a failure is logged."""
         try:
-            self._hold(request, self._sessions(name, known=known), fresh=False)
+            hold(self._sessions(name, known=known), fresh=False, wait=request.wait)
         except WherryError as error:
             log.warning("%s", error)
-
-    def _hold(self, request: Request, sessions: Iterable[Session], *, fresh: bool) -> None:
-        """Wait for a barrier of each session, all at once.
-
-        :raises WherryError: one does not hold.
-        """
-        asked = [(session, session.ask(fresh=fresh)) for session in dict.fromkeys(sessions)]
-        for session, ticket in asked:
-            while not request.wait(ticket.done, _SLICE_S):
-                if session.idle_s > STALL_S:
-                    raise WherryError(
-                        f"the synchronisation of {session.root.path} makes no progress",
-                        hint="see: wherry sync status",
-                    )
-            ticket.check()
 
 
 def _json(data: bytes | None) -> dict[str, Any]:

@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from wherry.core.bridge import in_thread
 from wherry.core.errors import UsageError, WherryError
 from wherry.core.files import write_atomic
+from wherry.sync.barrier import hold
 from wherry.sync.core.keep import Keep, Kept
 from wherry.sync.roots import Roots
 from wherry.sync.session import Session
 from wherry_sync.entry import LINK
-
-STALL_S = 60.0
-"""How long a flush may make no progress."""
-
-_SLICE_S = 1.0
 
 
 def handlers(
@@ -71,7 +67,7 @@ def _add(roots: Roots, path: str) -> dict[str, Any]:
         raise UsageError(f"{path} does not exist")
     session = roots.require(path)
     roots.keep(str(session.root.path))
-    _wait([session])
+    hold([session], fresh=True)
     return describe(session)
 
 
@@ -86,20 +82,8 @@ def _flush(roots: Roots, path: str | None = None) -> list[dict[str, Any]]:
         if session is None:
             raise WherryError(f"{path} is not synchronised", hint="see: wherry sync list")
         sessions = [session]
-    _wait(sessions)
+    hold(sessions, fresh=True)
     return [describe(session) for session in sessions]
-
-
-def _wait(sessions: Iterable[Session]) -> None:
-    asked = [(session, session.ask(fresh=True)) for session in sessions]
-    for session, ticket in asked:
-        while not ticket.done.wait(_SLICE_S):
-            if session.idle_s > STALL_S:
-                raise WherryError(
-                    f"the synchronisation of {session.root.path} makes no progress",
-                    hint="see: wherry sync status",
-                )
-        ticket.check()
 
 
 def _conflicts(roots: Roots) -> list[dict[str, Any]]:

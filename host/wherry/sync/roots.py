@@ -19,8 +19,9 @@ from wherry.sync.core import rules
 from wherry.sync.core.reconcile import GUEST
 from wherry.sync.core.store import Store
 from wherry.sync.core.traits import Traits
+from wherry.sync.model import Paths, Root
 from wherry.sync.remote import Place
-from wherry.sync.session import Connect, Paths, Root, Session
+from wherry.sync.session import Connect, Session
 
 log = logging.getLogger(__name__)
 

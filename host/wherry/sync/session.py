@@ -1,23 +1,7 @@
 """One root, kept equal by a thread of its own.
 
 The thread does rounds of :class:`~wherry.sync.core.cycle.Cycle`: when a watch saw something, when
-somebody needs a *barrier*, and now and then all the same.
-
-Why a barrier holds. :meth:`Session.ask` takes a number; the thread looks at the last number
-before the scans of a round begin, and a round answers all numbers up to that one. So both scans
-begin after the barrier was asked for, and
-
-* the host's scan looks at every file's status if it has to be ``fresh``, whatever a watch has
-  seen or lost: what a finished system call had done before the question is in what it reads.
-  Where the system queues a change's event within the system call, as Linux does, the watch is
-  *exact* and it is enough to look where it points;
-* the guest's scan looks where the guest's watch saw changes. The kernel puts an event into the
-  watch's queue within the system call that it is about, and the agent empties the queue when the
-  scan begins; a queue that ran over makes it a full scan.
-
-Then the differences are applied, and the barrier's answer comes after the last operation's
-result. Where something moved away under a round, up to :data:`_TRIES` more rounds follow. A
-halted root, a lost connection and a path that could not be written fail the barrier by name.
+somebody needs a *barrier* (:mod:`wherry.sync.barrier`), and now and then all the same.
 
 The disk: rounds do not wait for it. What was applied is pending in the store until both disks
 were flushed, which the thread does when things have calmed down.
@@ -31,16 +15,16 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import closing
-from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, TypeVar
 
 from wherry.core.errors import WherryError
+from wherry.sync.barrier import Ticket
 from wherry.sync.core.cycle import Cycle, Outcome
 from wherry.sync.core.keep import Keep
-from wherry.sync.core.reconcile import GUEST, HOST, Problem
+from wherry.sync.core.reconcile import GUEST, HOST
 from wherry.sync.core.store import Store
 from wherry.sync.core.traits import Traits
+from wherry.sync.model import Paths, Root, Status
 from wherry.sync.remote import Place, RemoteEndpoint
 from wherry.sync.watch import HostWatch
 from wherry_sync.apply import Policy
@@ -67,74 +51,6 @@ _ORDERED = "ended in order"
 
 T = TypeVar("T")
 Connect = Callable[[Place, bool, Callable[[int], None]], RemoteEndpoint]
-
-
-@dataclass(frozen=True)
-class Root:
-    """What is kept equal.
-
-    :ivar number: in the store.
-    :ivar path: on the host: a directory, or a file if :attr:`place` is ``single``.
-    """
-
-    number: int
-    path: Path
-    place: Place
-
-
-@dataclass(frozen=True)
-class Paths:
-    """Where a session keeps what it knows.
-
-    :ivar state: a directory of its own.
-    :ivar database: which all roots of a machine share.
-    """
-
-    state: Path
-    database: Path
-
-
-@dataclass
-class Status:
-    """How a root is; a copy that does not change.
-
-    :ivar state: connecting, scanning, sending, watching, halted, disconnected.
-    :ivar bytes_moved: contents that were sent or received since the session began.
-    :ivar problems: paths that are not equal on both sides, and why.
-    """
-
-    root: Root
-    state: str
-    reason: str = ""
-    rounds: int = 0
-    bytes_moved: int = 0
-    problems: list[Problem] = field(default_factory=list)
-    conflicts: int = 0
-    watch_problem: str = ""
-
-
-class Ticket:
-    """One barrier: :attr:`done` is set when it holds, or when it failed."""
-
-    def __init__(self, number: int, fresh: bool) -> None:
-        self.number = number
-        self.fresh = fresh
-        self.done = threading.Event()
-        self.tried = False
-        self._error: WherryError | None = None
-
-    def finish(self, error: WherryError | None) -> None:
-        """Let whoever waits go on."""
-        self._error = error
-        self.done.set()
-
-    def check(self) -> None:
-        """Return when the barrier held.
-
-        :raises WherryError: it did not; the message names the path.
-        """
-        if self._error is not None:
-            raise WherryError(self._error.message, hint=self._error.hint) from self._error
 
 
 class Session:

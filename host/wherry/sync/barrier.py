@@ -1,0 +1,81 @@
+"""The wait that makes both sides of roots equal before something goes on.
+
+Why a barrier holds. :meth:`Session.ask` takes a number; the thread looks at the last number
+before the scans of a round begin, and a round answers all numbers up to that one. So both scans
+begin after the barrier was asked for, and
+
+* the host's scan looks at every file's status if it has to be ``fresh``, whatever a watch has
+  seen or lost: what a finished system call had done before the question is in what it reads.
+  Where the system queues a change's event within the system call, as Linux does, the watch is
+  *exact* and it is enough to look where it points;
+* the guest's scan looks where the guest's watch saw changes. The kernel puts an event into the
+  watch's queue within the system call that it is about, and the agent empties the queue when the
+  scan begins; a queue that ran over makes it a full scan.
+
+Then the differences are applied, and the barrier's answer comes after the last operation's
+result. Where something moved away under a round, up to three more rounds follow. A
+halted root, a lost connection and a path that could not be written fail the barrier by name.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING
+
+from wherry.core.errors import WherryError
+
+if TYPE_CHECKING:
+    from wherry.sync.session import Session
+
+STALL_S = 60.0
+"""How long a synchronisation that somebody waits for may make no progress."""
+
+_SLICE_S = 1.0
+
+
+class Ticket:
+    """One barrier: :attr:`done` is set when it holds, or when it failed."""
+
+    def __init__(self, number: int, fresh: bool) -> None:
+        self.number = number
+        self.fresh = fresh
+        self.done = threading.Event()
+        self.tried = False
+        self._error: WherryError | None = None
+
+    def finish(self, error: WherryError | None) -> None:
+        """Let whoever waits go on."""
+        self._error = error
+        self.done.set()
+
+    def check(self) -> None:
+        """Return when the barrier held.
+
+        :raises WherryError: it did not; the message names the path.
+        """
+        if self._error is not None:
+            raise WherryError(self._error.message, hint=self._error.hint) from self._error
+
+
+def hold(
+    sessions: Iterable[Session],
+    *,
+    fresh: bool,
+    wait: Callable[[threading.Event, float], bool] = threading.Event.wait,
+) -> None:
+    """Wait for a barrier of each session, all at once.
+
+    :param fresh: see :meth:`Session.ask <wherry.sync.session.Session.ask>`.
+    :param wait: waits for an event for some seconds, and tells whether it was set.
+    :raises WherryError: one does not hold, or makes no progress.
+    """
+    asked = [(session, session.ask(fresh=fresh)) for session in dict.fromkeys(sessions)]
+    for session, ticket in asked:
+        while not wait(ticket.done, _SLICE_S):
+            if session.idle_s > STALL_S:
+                raise WherryError(
+                    f"the synchronisation of {session.root.path} makes no progress",
+                    hint="see: wherry sync status",
+                )
+        ticket.check()
