@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import signal
+import socket
+import time
 
 import pytest
 from docker_clients import Clients, wait_for
@@ -84,12 +86,18 @@ def test_a_client_that_leaves_closes_its_stream_in_the_engine(
     clients.docker(
         "run", "-d", "--name", "quiet", "busybox", "sh", "-c", "echo ready; sleep 100000"
     )
-    before = clients.engine_connections()
-    with clients.started(*arguments) as live:
-        wait_for(lambda: clients.engine_connections() > before, "the stream is open")
-        live.process.send_signal(leaves_by)
-        live.wait(30)
-        wait_for(lambda: clients.engine_connections() <= before, "the stream is closed", 20)
+    with socket.socket(socket.AF_UNIX) as idle:
+        # It gets the stream that is held ready; another is made after the next answer, and both
+        # count as long as they live, which is longer than this waits.
+        idle.connect(clients.socket)
+        before = clients.engine_connections()
+        with clients.started(*arguments) as live:
+            wait_for(lambda: clients.engine_connections() > before, "the stream is open")
+            time.sleep(2)
+            opened = clients.engine_connections()
+            live.process.send_signal(leaves_by)
+            live.wait(30)
+            wait_for(lambda: clients.engine_connections() < opened, "the stream is closed", 20)
     assert clients.said("inspect", "-f", "{{.State.Running}}", "quiet") == "true"
 
 
