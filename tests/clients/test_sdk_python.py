@@ -144,7 +144,8 @@ def test_events_are_followed_from_another_thread(
     sdk: docker.DockerClient, clients: Clients
 ) -> None:
     """Closing the stream ends the thread that reads it."""
-    events = sdk.events(decode=True, since=clients.engine_time_s(), filters={"type": "container"})
+    filters = {"type": "container", "label": "followed"}
+    events = sdk.events(decode=True, since=clients.engine_time_s(), filters=filters)
     seen: list[str] = []
     started = threading.Event()
 
@@ -156,7 +157,7 @@ def test_events_are_followed_from_another_thread(
 
     thread = threading.Thread(target=read)
     thread.start()
-    sdk.containers.run("busybox", ["true"], remove=True)
+    sdk.containers.run("busybox", ["true"], remove=True, labels=["followed"])
     assert started.wait(60)
     events.close()
     thread.join(20)
