@@ -90,6 +90,8 @@ def test_a_client_that_leaves_closes_its_stream_in_the_engine(
         # It gets the stream that is held ready; another is made after the next answer, and both
         # count as long as they live, which is longer than this waits.
         idle.connect(clients.socket)
+        # Those of the command before are closing.
+        time.sleep(2)
         before = clients.engine_connections()
         with clients.started(*arguments) as live:
             wait_for(lambda: clients.engine_connections() > before, "the stream is open")
