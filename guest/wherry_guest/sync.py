@@ -62,8 +62,11 @@ from wherry_wire.messages import (
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
+    from typing import TypeVar
 
     from wherry_sync.entry import Entry
+
+    T = TypeVar("T")
 
 _SOCKET = "/run/wherry/sync-%d.sock"
 _READ_BYTES = 256 * 1024
@@ -171,6 +174,8 @@ class Roots:
             )
             self._listener = listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
             os.makedirs(os.path.dirname(path), 0o700, exist_ok=True)
+            # An earlier agent may have had our number.
+            _remove(path)
             listener.bind(path)
             listener.listen(16)
             _thread.start_new_thread(self._accept, (listener, request.directory, watcher))
@@ -195,9 +200,19 @@ def serve(connection: socket.socket, directory: str, watcher: Watcher | None) ->
         except (_Ended, OSError):
             pass
         except WireError as error:
-            root.say(failure(f"the protocol was broken: {error}"))
+            try:
+                root.say(failure(f"the protocol was broken: {error}"))
+            except OSError:
+                pass
         finally:
             root.close()
+
+
+def _remove(path: str) -> None:
+    try:
+        os.unlink(path)
+    except FileNotFoundError:
+        pass
 
 
 class _Root:
@@ -219,6 +234,7 @@ class _Root:
         self._unsettled: set[str] = set()
         self._files_read = 0
         self._lock_fd = -1
+        self._marker = ""
 
     def close(self) -> None:
         """Release what it holds."""
@@ -323,13 +339,15 @@ class _Root:
         self._path, self._single = request.path, request.single
         tree = f"{self._directory}/tree{request.path}"
         stage = f"{self._directory}/stage/{request.root}"
-        fresh = not os.path.lexists(tree)
-        os.makedirs(os.path.dirname(tree), 0o755, exist_ok=True)
-        if not request.single:
-            os.makedirs(tree, request.directory_mode, exist_ok=True)
-            if fresh:
-                os.chmod(tree, request.directory_mode)
         self._lock(f"{stage}.lock")
+        self._marker = f"{stage}.known"
+        if not os.path.lexists(tree):
+            # What the host remembers of a copy is of another one.
+            _remove(self._marker)
+        os.makedirs(os.path.dirname(tree), 0o755, exist_ok=True)
+        if not request.single and not os.path.isdir(tree):
+            os.mkdir(tree)
+            os.chmod(tree, request.directory_mode)
         if self._watcher is not None:
             # Before the first scan, so that nothing falls in between.
             self._watcher.add(tree, request.root)
@@ -346,7 +364,11 @@ class _Root:
             cache=f"{self._directory}/stage/{request.root}.cache",
             trust=_ORDERED if request.ordered else system.boot_id(),
         )
-        return SyncOpened(boot_id=system.boot_id(), fresh=fresh, packed=packing.available())
+        return SyncOpened(
+            boot_id=system.boot_id(),
+            fresh=not os.path.exists(self._marker),
+            packed=packing.available(),
+        )
 
     def _lock(self, path: str) -> None:
         """Have the root for us alone: an earlier connection may still be at work on it.
@@ -366,6 +388,10 @@ class _Root:
                 time.sleep(_LOCK_STEP_S)
 
     def _scan(self, request: SyncScan) -> SyncScanned:
+        if not self._scanned:
+            # The host goes on only when it has forgotten an earlier copy, on its disk. Marked any
+            # sooner, a copy that is empty because it is new could pass for one that was emptied.
+            os.close(os.open(self._marker, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600))
         changes = self._watcher.take(self._tree) if self._watcher is not None else None
         if request.full or not self._scanned or self._watcher is None:
             snapshot = self._end.scan(rewritten=changes.files if changes is not None else ())
@@ -417,6 +443,17 @@ class _Root:
                 continue
             yield wire.pack_number(number), mtime_ns, chunks
 
+    def _receive(self, next_frame: Callable[[], bytes | None], work: Callable[[], T]) -> T:
+        """Do what reads contents; when the disk fails, read them to their end before saying so."""
+        try:
+            return work()
+        except OSError as error:
+            if self._is_cut(error):
+                raise
+            while next_frame() is not None:
+                pass
+            raise
+
     def _arriving(self) -> Callable[[], bytes | None]:
         """Return what gives one piece of contents after the other, and None after the last."""
         ended = False
@@ -439,18 +476,14 @@ class _Root:
     def _stage(self, request: SyncStage) -> Done:
         refused: list[bytes] = []
         next_frame = self._arriving()
-        try:
+
+        def take() -> None:
             for key, mtime_ns, chunks in wire.Contents(next_frame):
                 leaf = wire.parse_leaf(key)
                 if not self._end.stage_all([(leaf, mtime_ns, chunks)]):
                     refused.append(leaf.digest)
-        except OSError as error:
-            if self._is_cut(error):
-                raise
-            # The disk is full, say. What is on its way has to be read before that can be said.
-            while next_frame() is not None:
-                pass
-            raise
+
+        self._receive(next_frame, take)
         self._send(wire.rows((digest,) for digest in refused))
         return Done()
 
@@ -466,15 +499,10 @@ class _Root:
             (wire.parse_number(key, len(operations)), mtime_ns, chunks)
             for key, mtime_ns, chunks in wire.Contents(next_frame)
         )
-        try:
-            # The host has found them to be right when it read them.
-            results = self._end.build(operations, contents, verify=False)
-        except OSError as error:
-            if self._is_cut(error):
-                raise
-            while next_frame() is not None:
-                pass
-            raise
+        # The host has found them to be right when it read them.
+        results = self._receive(
+            next_frame, lambda: self._end.build(operations, contents, verify=False)
+        )
         self._tell(results)
         return Done()
 

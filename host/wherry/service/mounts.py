@@ -27,12 +27,11 @@ import logging
 import shlex
 import stat
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from wherry.api.hooks import DEFAULT_BODY_LIMIT_BYTES, Hooks, Refusal, Request, Watch
-from wherry.api.http import ResponseHead
 from wherry.core.errors import WherryError
 from wherry.service import engine
 from wherry.sync import sources
@@ -223,21 +222,16 @@ class Mounts:
     # Barriers
 
     def _before(self, request: Request) -> None:
-        self._bring(request, self._sessions(request.params["id"]))
+        self._bring(request, self._sessions(self._mounted(request.params["id"])))
 
     def _around(self, request: Request) -> Watch | None:
         self._before(request)
         return self._after(request)
 
     def _after(self, request: Request) -> Watch | None:
-        id = request.params["id"]
-        if not self._mounted(id):
-            return None
-
-        def answered(head: ResponseHead) -> None:
-            self._fetch(request, id)
-
-        return Watch(head=answered)
+        # Asked now and not when the answer comes: the container may be gone by then.
+        mounted = self._mounted(request.params["id"])
+        return Watch(head=lambda head: self._fetch(request, mounted)) if mounted else None
 
     def _remove(self, request: Request) -> Watch | None:
         watch = self._after(request)
@@ -247,29 +241,26 @@ class Mounts:
         return watch
 
     def _wait(self, request: Request) -> Watch | None:
-        id = request.params["id"]
-        if not self._mounted(id):
-            return None
-        return Watch(line=lambda line: self._fetch(request, id))
+        mounted = self._mounted(request.params["id"])
+        return Watch(line=lambda line: self._fetch(request, mounted)) if mounted else None
 
     def _until_end(self, request: Request) -> Watch | None:
-        id = request.params["id"]
-        if not self._mounted(id):
-            return None
-        return Watch(end=lambda whole: self._fetch(request, id) if whole else None)
+        mounted = self._mounted(request.params["id"])
+        return Watch(end=lambda whole: self._fetch(request, mounted)) if mounted else None
 
     def _events(self, request: Request) -> Watch | None:
         def event(line: bytes) -> None:
             if any(word in line for word in _ENDINGS):
                 id = _json(line).get("Actor", {}).get("ID", "")
-                self._fetch(request, str(id), known=True)
+                self._fetch(request, self._mounted(str(id), known=True))
 
         return Watch(line=event)
 
     def _create_exec(self, request: Request) -> Watch | None:
         container = request.params["id"]
         # The docker CLI shows why this is refused, but not why the start is.
-        self._bring(request, [each for each in self._sessions(container) if each.is_troubled])
+        sessions = self._sessions(self._mounted(container))
+        self._bring(request, (each for each in sessions if each.is_troubled))
 
         def created(line: bytes) -> None:
             id = _json(line).get("Id")
@@ -286,10 +277,11 @@ class Mounts:
             # Made before this service began: whatever it is, all roots are more than enough.
             self._bring(request, self._roots.all())
             return Watch(end=lambda whole: hold(self._roots.all(), fresh=False, wait=request.wait))
-        if not self._mounted(container):
+        mounted = self._mounted(container)
+        if not mounted:
             return None
-        self._bring(request, self._sessions(container))
-        return Watch(end=lambda whole: self._fetch(request, container))
+        self._bring(request, self._sessions(mounted))
+        return Watch(end=lambda whole: self._fetch(request, mounted))
 
     def _rename(self, request: Request) -> None:
         with self._lock:
@@ -310,13 +302,14 @@ class Mounts:
             found = [] if known else self._inspect(name)
         return [source for source in found if self._is_shared(source.path)]
 
-    def _sessions(self, name: str, *, known: bool = False) -> list[Session]:
-        """Return the sessions of what a container mounts, begun again if need be."""
-        return [
-            self._roots.require(source.path, read_only=source.read_only)
-            for source in self._mounted(name, known=known)
-            if Path(source.path).exists() or self._roots.holding(source.path)
-        ]
+    def _sessions(self, mounted: Iterable[Source]) -> Iterator[Session]:
+        """Yield the sessions of what a container mounts, begun again if need be.
+
+        :raises WherryError: in the iterator: one cannot be begun.
+        """
+        for source in mounted:
+            if Path(source.path).exists() or self._roots.holding(source.path):
+                yield self._roots.require(source.path, read_only=source.read_only)
 
     def _inspect(self, name: str) -> list[Source]:
         try:
@@ -339,10 +332,10 @@ class Mounts:
         except WherryError as error:
             raise Refusal(500, str(error)) from error
 
-    def _fetch(self, request: Request, name: str, *, known: bool = False) -> None:
+    def _fetch(self, request: Request, mounted: Iterable[Source]) -> None:
         """Have what is in the guest now on the host; a failure is logged."""
         try:
-            hold(self._sessions(name, known=known), fresh=False, wait=request.wait)
+            hold(self._sessions(mounted), fresh=False, wait=request.wait)
         except WherryError as error:
             log.warning("%s", error)
 

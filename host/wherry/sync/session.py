@@ -433,9 +433,8 @@ class Session:
             status.watch_problem = (self._watch.problem or "") if self._watch is not None else ""
         for path in outcome.conflicts:
             log.warning("%s: both sides changed %s; the guest's is kept", self.root.path, path)
-        if not self._failures and failure is None:
-            return
-        self._failures = 0 if failure is None else self._failures
+        if failure is None:
+            self._failures = 0
 
     def _drop(self, error: Exception) -> None:
         """Give the connection up; the next try is later each time."""
