@@ -452,3 +452,34 @@ def test_a_hostile_file_does_not_lead_out_of_the_root(tmp_path: Path) -> None:
         store.close()
         ours.close()
         end.close()
+
+
+def test_a_host_that_ends_before_it_has_forgotten_an_earlier_copy_deletes_nothing(
+    pair: Pair,
+) -> None:
+    for name in "abc":
+        (pair.host / name).write_text(name)
+    pair.barrier()
+    pair.session.close()
+    for part in ("tree", "stage"):
+        shutil.rmtree(pair.guest.directory / part)
+    # It has opened the new copy, and that is all.
+    RemoteEndpoint(Stream(pair.guest.connect()), pair.place).close()
+    pair.open()
+    pair.barrier()
+    assert read(pair.host) == read(pair.there) == {"a": "a", "b": "b", "c": "c"}
+
+
+def test_a_copy_that_was_made_for_one_inside_is_a_new_one(pair: Pair) -> None:
+    """The disk of the guest is another one; a root in the root is opened first."""
+    (pair.host / "d").mkdir()
+    for name in ("a", "b", "d/c"):
+        (pair.host / name).write_text(name)
+    pair.barrier()
+    pair.session.close()
+    for part in ("tree", "stage"):
+        shutil.rmtree(pair.guest.directory / part)
+    RemoteEndpoint(Stream(pair.guest.connect()), Place("r2", str(pair.host / "d"))).close()
+    pair.open()
+    pair.barrier()
+    assert read(pair.host) == read(pair.there) == {"a": "a", "b": "b", "d": {"c": "d/c"}}
