@@ -187,11 +187,10 @@ class Roots:
             _thread.start_new_thread(serve, (connection, directory, watcher))
 
 
-def serve(connection: socket.socket, directory: str, watcher: Watcher | None) -> None:
+def serve(connection: socket.socket, directory: str, watcher: Watcher) -> None:
     """Serve one root until the host closes the connection.
 
     :param directory: where copies and stages are.
-    :param watcher: None to look at everything in every scan.
     """
     with connection:
         root = _Root(connection, directory, watcher)
@@ -216,7 +215,7 @@ def _remove(path: str) -> None:
 
 
 class _Root:
-    def __init__(self, connection: socket.socket, directory: str, watcher: Watcher | None) -> None:
+    def __init__(self, connection: socket.socket, directory: str, watcher: Watcher) -> None:
         self._connection = connection
         self._directory = directory
         self._watcher = watcher
@@ -239,7 +238,7 @@ class _Root:
     def close(self) -> None:
         """Release what it holds."""
         self._ended = True
-        if self._watcher is not None and self._tree:
+        if self._tree:
             self._watcher.remove(self._tree)
         if self._endpoint is not None:
             self._endpoint.close()
@@ -348,10 +347,9 @@ class _Root:
         if not request.single and not os.path.isdir(tree):
             os.mkdir(tree)
             os.chmod(tree, request.directory_mode)
-        if self._watcher is not None:
-            # Before the first scan, so that nothing falls in between.
-            self._watcher.add(tree, request.root)
-            self._tree = tree
+        # Before the first scan, so that nothing falls in between.
+        self._watcher.add(tree, request.root)
+        self._tree = tree
         rules = json.loads(request.rules)
         self._endpoint = LocalEndpoint(
             tree,
@@ -392,8 +390,8 @@ class _Root:
             # The host goes on only when it has forgotten an earlier copy, on its disk. Marked any
             # sooner, a copy that is empty because it is new could pass for one that was emptied.
             os.close(os.open(self._marker, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600))
-        changes = self._watcher.take(self._tree) if self._watcher is not None else None
-        if request.full or not self._scanned or self._watcher is None:
+        changes = self._watcher.take(self._tree)
+        if request.full or not self._scanned:
             snapshot = self._end.scan(rewritten=changes.files if changes is not None else ())
         elif changes is None:
             snapshot = self._end.scan((), self._unsettled)

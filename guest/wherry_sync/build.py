@@ -29,6 +29,7 @@ import stat
 import time
 
 from wherry_sync import handles, hashing, kernel
+from wherry_sync.apply import with_executable
 from wherry_sync.entry import LINK, Directory, Leaf, is_file, name_problem, split
 from wherry_sync.operation import DONE, FAILED, STALE, Operation, Result, Stale
 from wherry_sync.stage import Damaged, Stage
@@ -303,8 +304,7 @@ class Builder:
         if given is None:
             raise Stale("its contents did not come")
         mtime_ns, chunks = given
-        mode = self._policy.file_mode
-        mode = mode | (mode & 0o444) >> 2 if leaf.executable else mode & ~0o111
+        mode = with_executable(self._policy.file_mode, leaf.executable)
         descriptor = os.open(name, _NEW, mode, dir_fd=fd)
         try:
             self._fill(descriptor, leaf, chunks)

@@ -73,9 +73,10 @@ def serve(path: str) -> None:
 
 def relay(tunnel: Tunnel, directory: Path) -> list[Any]:
     """The proxy, and a plain relay beside it."""
+    from plain_relay import Relay
+
     from wherry.api.server import Endpoint
     from wherry.platform import current
-    from wherry.relay.relay import Relay
 
     remote = str(directory / "server.sock")
     profile = os.environ.get("API_PROFILE")

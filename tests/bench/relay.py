@@ -55,8 +55,9 @@ def serve(path: str) -> None:
 
 def relay(tunnel: Tunnel, directory: Path) -> list[Any]:
     """Our relay."""
+    from plain_relay import Relay
+
     from wherry.platform import current
-    from wherry.relay.relay import Relay
 
     listener = current().listen_local(directory / "ours.sock")
     remote = str(directory / "server.sock")

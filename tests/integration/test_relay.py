@@ -18,9 +18,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from loopback_sshd import Handler, LoopbackSshd, echo, unix_server
+from plain_relay import Relay
 
 from wherry.platform import current
-from wherry.relay.relay import Relay
 from wherry.tunnel.connection import Connection
 from wherry.tunnel.tunnel import State, Tunnel
 

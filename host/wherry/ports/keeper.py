@@ -151,10 +151,6 @@ class PortKeeper:
             if self._reserved.pop(token, None):
                 await self._apply()
 
-    def drop_reservation(self, token: object) -> None:
-        """Forget a reservation whose container runs by now: nothing changes by that."""
-        self._reserved.pop(token, None)
-
     async def verify(self, ask: Callable[[], Awaitable[Iterable[Forward]]]) -> None:
         """Make again what QEMU no longer has, and try again what could not be made.
 

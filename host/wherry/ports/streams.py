@@ -16,7 +16,7 @@ from functools import partial
 from wherry.core.errors import TunnelError
 from wherry.ports.conflicts import open_socket
 from wherry.ports.desired import Forward
-from wherry.relay.pump import Pump
+from wherry.relay.relay import Relays
 from wherry.relay.workers import Workers
 from wherry.tunnel.stream import DrainWrite, Sink, Stream
 
@@ -37,14 +37,13 @@ class StreamRelays:
 
     def __init__(self) -> None:
         self._workers = Workers("port")
+        self._relays = Relays(self._workers, limit=CONNECTION_LIMIT)
         self._selector = selectors.DefaultSelector()
         self._wake, self._alarm = socket.socketpair()
         self._selector.register(self._wake, selectors.EVENT_READ)
         self._jobs: queue.SimpleQueue[Callable[[], object]] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._listeners: dict[Forward, socket.socket] = {}
-        self._pumps: set[Pump] = set()
-        self._active = 0
         self._closing = False
         self._thread = threading.Thread(target=self._run, name="ports-accept", daemon=True)
         self._thread.start()
@@ -87,12 +86,7 @@ class StreamRelays:
         self._closing = True
         self._do(lambda: None)
         self._thread.join(_CLOSE_TIMEOUT_S)
-        with self._lock:
-            pumps = list(self._pumps)
-        for pump in pumps:
-            pump.abort()
-        if not self._workers.close(_CLOSE_TIMEOUT_S):
-            _logger.warning("a connection did not end within %g s", _CLOSE_TIMEOUT_S)
+        self._relays.close()
 
     def _do(self, job: Callable[[], object]) -> None:
         """Have the accepting thread do something, since it alone uses the selector."""
@@ -133,44 +127,14 @@ class StreamRelays:
             # Out of descriptors, as a rule: one of the connections will end.
             threading.Event().wait(_PAUSE_S)
             return
-        with self._lock:
-            full = self._active >= CONNECTION_LIMIT
-            self._active += not full
-        if full:
-            connection.close()
-            return
         try:
             connection.setblocking(True)
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            self._workers.spawn(partial(self._serve, connection, open_stream, pushes))
+            local = connection if pushes else _Blocking(connection)
+            self._workers.spawn(partial(self._relays.serve, local, open_stream))
         except (OSError, RuntimeError) as error:
             _logger.warning("a connection could not be relayed: %s", error)
             connection.close()
-            with self._lock:
-                self._active -= 1
-
-    def _serve(self, connection: socket.socket, open_stream: OpenStream, pushes: bool) -> None:
-        """Relay one connection; the body of a worker's job."""
-        pump: Pump | None = None
-        try:
-            try:
-                remote = open_stream()
-            except TunnelError as error:
-                _logger.info("a connection was not relayed: %s", error)
-                connection.close()
-                return
-            local = connection if pushes else _Blocking(connection)
-            pump = Pump(local, remote, self._workers.spawn)
-            with self._lock:
-                self._pumps.add(pump)
-            if self._closing:
-                pump.abort()
-            pump.run()
-        finally:
-            with self._lock:
-                self._active -= 1
-                if pump is not None:
-                    self._pumps.discard(pump)
 
 
 def to_local(port: int) -> OpenStream:

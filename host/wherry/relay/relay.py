@@ -1,4 +1,4 @@
-"""A listener whose connections go to a Unix socket in the guest."""
+"""Connections that are relayed, each to a stream of its own; whoever listens hands them over."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from wherry.core.errors import TunnelError
-from wherry.platform.base import LocalListener, LocalStream
-from wherry.relay.acceptors import Acceptors
+from wherry.platform.base import LocalStream
 from wherry.relay.pump import Pump
 from wherry.relay.workers import Workers
 from wherry.tunnel.stream import Stream
@@ -36,43 +35,30 @@ class Counters:
     bytes_down: int
 
 
-class Relay:
-    """Accepts connections and relays each to a stream of its own.
+class Relays:
+    """Relays connections, each to a stream of its own.
 
-    :param listener: owned from now on: :meth:`close` closes it.
-    :param open_stream: makes the guest's side of a connection; may wait, in a thread
-        of that connection; raises TunnelError when there is none.
-    :param prepare: called after a connection, in a worker: the next one may come soon.
+    :param workers: for the second thread of a connection; closed with this.
     :param limit: connections at once; more are closed at once.
     :param on_limit: called for each of those.
     """
 
     def __init__(
         self,
-        listener: LocalListener,
-        open_stream: Callable[[], Stream],
+        workers: Workers,
         *,
-        prepare: Callable[[], None] = lambda: None,
         limit: int = CONNECTION_LIMIT,
         on_limit: Callable[[], None] = lambda: None,
-        name: str = "relay",
     ) -> None:
-        self._open_stream = open_stream
-        self._prepare = prepare
         self._limit = limit
         self._on_limit = on_limit
-        self._workers = Workers(name)
-        self._acceptors = Acceptors(listener, self._workers, self._serve)
+        self._workers = workers
         self._lock = threading.Lock()
         self._pumps: set[Pump] = set()
         self._active = 0
         self._connections = self._refused = self._failed = 0
         self._bytes_up = self._bytes_down = 0
         self._closing = False
-
-    def start(self) -> None:
-        """Begin to accept."""
-        self._acceptors.start()
 
     @property
     def counters(self) -> Counters:
@@ -88,18 +74,22 @@ class Relay:
             )
 
     def close(self) -> None:
-        """Stop listening, end every connection and thread; safe to call twice."""
+        """End every connection and thread; safe to call twice."""
         with self._lock:
             self._closing = True
             pumps = list(self._pumps)
-        self._acceptors.close()
         for pump in pumps:
             pump.abort()
         if not self._workers.close(_CLOSE_TIMEOUT_S):
             _logger.warning("a connection did not end within %g s", _CLOSE_TIMEOUT_S)
 
-    def _serve(self, local: LocalStream) -> None:
-        """Relay one connection, unless there are too many."""
+    def serve(self, local: LocalStream, open_stream: Callable[[], Stream]) -> None:
+        """Relay one connection until it has ended, unless there are too many.
+
+        :param local: owned from now on.
+        :param open_stream: makes the other side of it; may wait; raises TunnelError when there
+            is none.
+        """
         with self._lock:
             full = self._active >= self._limit
             if full:
@@ -114,7 +104,7 @@ class Relay:
         pump: Pump | None = None
         try:
             try:
-                remote = self._open_stream()
+                remote = open_stream()
             except TunnelError as error:
                 _logger.info("a connection was not relayed: %s", error)
                 local.close()
@@ -135,4 +125,3 @@ class Relay:
                     self._pumps.discard(pump)
                     self._bytes_up += pump.bytes_up
                     self._bytes_down += pump.bytes_down
-        self._prepare()
