@@ -47,6 +47,19 @@ class Stream:
         self._connection.close()
 
 
+class NoWatcher:
+    """All scans here are full ones."""
+
+    def add(self, tree: str, root: str) -> None:
+        pass
+
+    def remove(self, tree: str) -> None:
+        pass
+
+    def take(self, tree: str) -> None:
+        pass
+
+
 class Pair:
     """A host's directory, and its copy behind a connection."""
 
@@ -57,7 +70,9 @@ class Pair:
         self.guest = directory / "guest" / "tree" / "copy"
         ours, theirs = socket.socketpair()
         self.stream = Stream(ours)
-        self.agent = threading.Thread(target=serve, args=(theirs, f"{directory}/guest", None))
+        self.agent = threading.Thread(
+            target=serve, args=(theirs, f"{directory}/guest", NoWatcher())
+        )
         self.agent.start()
         self.remote = RemoteEndpoint(self.stream, Place("r1", "/copy"))
         self.local = LocalEndpoint(os.fspath(self.host), f"{directory}/stage", "boot")
