@@ -244,7 +244,7 @@ def test_an_accelerator_that_crashes_is_told_with_its_reason(trials: Trials) -> 
 
 
 def test_another_qemu_or_processor_is_tried_anew(trials: Trials) -> None:
-    trials.choose(kvm=HANGS, tcg=BOOTS)
+    trials.choose(kvm=CRASHES, tcg=BOOTS)
     assert trials.choose(version="9.0.0", kvm=BOOTS, tcg=BOOTS).accelerator == "kvm"
     trials.host.cpu_model = lambda: "Another Processor"
     assert trials.choose(version="9.0.0", kvm=BOOTS, tcg=BOOTS).accelerator == "kvm"
@@ -276,12 +276,10 @@ def test_when_nothing_boots_the_next_start_tries_again(trials: Trials) -> None:
 @pytest.mark.parametrize("damage", ["", "[]", "{", '{"QEMU 7.2.0, x86_64 on A Processor": 5}'])
 def test_a_damaged_cache_is_made_anew(damage: str, trials: Trials) -> None:
     trials.cache.write_text(damage)
-    assert trials.choose(kvm=HANGS, tcg=BOOTS).accelerator == "tcg"
+    assert trials.choose(kvm=CRASHES, tcg=BOOTS).accelerator == "tcg"
     (kept,) = json.loads(trials.cache.read_text()).values()
-    assert {name: found["problem"] for name, found in kept.items()} == {
-        "kvm": "the trial boot did not leave the kernel within 0.5 s",
-        "tcg": None,
-    }
+    assert kept["kvm"]["problem"].startswith("the trial boot failed: ")
+    assert kept["tcg"]["problem"] is None
 
 
 def test_a_failure_is_believed_for_a_day(trials: Trials, monkeypatch: pytest.MonkeyPatch) -> None:

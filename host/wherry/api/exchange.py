@@ -77,10 +77,7 @@ class Exchange:
         :raises MalformedAnswer: they are not the answer's.
         """
         self.answered = True
-        reader = self._reader
-        reader.receive(data)
-        while reader.next() is not None:
-            pass
+        self._reader.follow(data)
 
     def release(self, data: memoryview) -> Iterator[memoryview | bytes]:
         """Show bytes of the answer to the watches; yield them when they may be passed on.

@@ -11,6 +11,9 @@ Ranges = list[tuple[int, int]]
 _SIZE_LINE = re.compile(rb"([0-9A-Fa-f]{1,15})(?:;[\t\x20-\x7e\x80-\xff]*)?\r\n")
 """A chunk's size and extensions (RFC 9112 §7.1); the size fits in 63 bits."""
 
+_NEXT_CHUNK = re.compile(rb"\r\n([0-9A-Fa-f]{1,15})\r\n")
+"""What is between two chunks as Go writes them: 32 KiB each, so it is there often."""
+
 _TRAILER_LINE = re.compile(rb"[-!#$%&'*+.^_`|~0-9A-Za-z]+:[\t\x20-\x7e\x80-\xff]*\r\n")
 
 _WINDOW_BYTES = 32
@@ -103,6 +106,12 @@ class Chunked:
                 self._left -= step
                 position += step
                 continue
+            if self._reads == self._data_end and not self._line:
+                match = _NEXT_CHUNK.match(data, position)
+                if match is not None and (left := int(match[1], 16)):
+                    self._left = left
+                    position = match.end()
+                    continue
             # Between chunks there are only short lines, so a small copy is searched.
             window = bytes(data[position : position + _WINDOW_BYTES])
             end = window.find(b"\n") + 1

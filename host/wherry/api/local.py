@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 
 from wherry.platform.base import LocalStream
+from wherry.relay.pump import SEND_BUFFER_BYTES
 from wherry.tunnel.inbox import rest_of
 
 _LOOK_AGAIN_MS = 1000
@@ -27,14 +28,22 @@ class LocalEnd:
         self._stream = stream
         self.socket: socket.socket | None = None
         """The stream, if it can be polled (a named pipe cannot)."""
+        self._poller: select.poll | None = None
         if isinstance(stream, socket.socket) and hasattr(select, "poll"):
             self.socket = stream
+            self._poller = select.poll()
+            self._poller.register(stream, select.POLLIN)
+            stream.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
 
     def receive_into(self, buffer: memoryview) -> int:
         """Wait for bytes and return how many came; 0 at the end of the client's stream.
 
         :raises OSError: the client is gone.
         """
+        if self._poller is not None:
+            # A thread that waits in recv(2) is woken whenever the client has read some of
+            # what is sent to it; one that polls for input is not (unix_write_space in Linux).
+            self._poller.poll()
         return self._stream.recv_into(buffer)
 
     def send_some(self, parts: list[memoryview]) -> int:

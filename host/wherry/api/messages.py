@@ -191,6 +191,23 @@ class AnswerReader(_Reader):
             raise MalformedAnswer("bytes that nobody asked for")
         return None
 
+    def follow(self, data: memoryview) -> None:
+        """Take bytes that nobody wants to see.
+
+        :raises MalformedAnswer: these bytes are not an answer, or more than one.
+        """
+        body = self._body
+        if body is not None and not body.done:
+            try:
+                data = data[body.feed(data) :]
+            except MalformedBody as error:
+                raise MalformedAnswer(str(error)) from error
+            if not data:
+                return
+        self.receive(data)
+        while self.next() is not None:
+            pass
+
     def _next_head(self) -> ResponseHead | None:
         if not self._data:
             return None

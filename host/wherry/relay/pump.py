@@ -32,8 +32,9 @@ _LOOK_AGAIN_MS = 1000
 _NOW = getattr(socket, "MSG_DONTWAIT", 0)
 """Makes one call not wait. The socket itself blocks: its reader then wakes with its bytes."""
 
-_SEND_BUFFER_BYTES = 256 * 1024
-"""One read's worth of packets: with less (macOS: 8 KiB) a worker is woken for each read."""
+SEND_BUFFER_BYTES = 256 * 1024
+"""Of a local program's socket: one read's worth of packets. With less (macOS: 8 KiB) a
+worker is woken for each read."""
 
 
 class Pump:
@@ -66,7 +67,7 @@ class Pump:
         """Relay until both directions have ended or one side is gone; close both sides."""
         try:
             if self._socket is not None:
-                self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER_BYTES)
+                self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
                 self._remote.deliver_to(self)
             else:
                 self._spawn(self._copy_down)
@@ -102,7 +103,14 @@ class Pump:
         """Send what the local side sends until it ends."""
         local, remote = self._local, self._remote
         buffer = memoryview(bytearray(_FIRST_BUFFER_BYTES))
-        while count := local.recv_into(buffer):
+        # A thread that waits in recv(2) is woken whenever the program has read some of what
+        # is sent to it; one that polls for input is not (unix_write_space in Linux).
+        poller = _poller(local, select.POLLIN) if self._socket is not None else None
+        while True:
+            if poller is not None:
+                poller.poll()
+            if not (count := local.recv_into(buffer)):
+                return
             remote.sendall(buffer[:count])
             self.bytes_up += count
             if count == len(buffer) < _FULL_BUFFER_BYTES:
