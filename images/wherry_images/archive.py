@@ -23,6 +23,7 @@ APT_HELPER = "/usr/lib/apt/apt-helper"
 APT_TIMEOUT_S = 600
 # Enough to hide the round trips of small packages, few enough to be a polite client.
 PARALLEL_DOWNLOADS = 4
+DOWNLOAD_ATTEMPTS = 3
 
 
 # A line of sources.list or the URIs field of a .sources file.
@@ -185,12 +186,18 @@ def _fetch_one(package: LockedPackage, cache: Path, mirror: str) -> bool:
     url = f"{archive_url(package.archive, mirror)}/{package.path}"
     target = cache / package.file_name
     partial = target.with_suffix(".partial")
-    try:
-        _apt([APT_HELPER, "download-file", url, str(partial), f"SHA256:{package.sha256}"])
-    except WherryError as error:
-        partial.unlink(missing_ok=True)
-        if "404" not in error.message:
-            raise
-        return False
+    command = [APT_HELPER, "download-file", url, str(partial), f"SHA256:{package.sha256}"]
+    # apt 3 cannot try again by itself: it refuses the file that its first attempt has left.
+    command += ["-o", "Acquire::Retries=0"]
+    for left in reversed(range(DOWNLOAD_ATTEMPTS)):
+        try:
+            _apt(command)
+            break
+        except WherryError as error:
+            partial.unlink(missing_ok=True)
+            if "404" in error.message:
+                return False
+            if not left:
+                raise
     partial.replace(target)
     return True

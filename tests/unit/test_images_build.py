@@ -162,6 +162,18 @@ def test_a_network_failure_is_not_taken_for_a_lost_package(
         )
 
 
+def test_a_download_that_breaks_off_is_tried_again_without_what_it_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # As apt 3 does it, whose own second attempt fails with "File exists".
+    breaks = f'set -C; echo half >"$3" || exit 100; [ "$(wc -l <{tmp_path}/calls)" = 3 ]'
+    monkeypatch.setattr(archive, "APT_HELPER", fake_apt_helper(tmp_path, breaks))
+    cache = tmp_path / "cache"
+    archive.fetch([package("a")], cache, mirror="http://m.example/debian", progress=print)
+    assert [file.suffix for file in cache.iterdir()] == [".deb"]
+    assert len((tmp_path / "calls").read_text().splitlines()) == 3
+
+
 def test_a_cached_package_is_not_fetched_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
