@@ -262,6 +262,17 @@ def test_a_guest_that_powers_off_by_itself_stops_the_machine(host: FakeHost) -> 
     host.at_rest()
 
 
+def test_a_guest_that_powers_off_while_no_service_runs(host: FakeHost) -> None:
+    host.good("start")
+    config = host.directory / "ssh_config"
+    config.write_text(host.good("ssh-config"))
+    kill(host.status()["service_pid"])
+    subprocess.run(["ssh", "-F", config, "wherry-default", "poweroff"], check=False)
+    host.good("start")
+    assert "its guest has powered off" in host.service_log()
+    assert host.status()["state"] == "running"
+
+
 def test_a_guest_that_does_not_power_off_is_ended_with_its_bound(host: FakeHost) -> None:
     host.behave(deaf=True)
     host.make()

@@ -202,14 +202,14 @@ def test_55_a_file_written_through_a_mapping_is_told_when_its_writer_is_dead(pla
         writer.stdout.close()
 
 
-def test_a_process_that_has_ended_has_been_told_of_1500_times(place: Place) -> None:
+def test_a_process_that_has_ended_has_been_told_of_300_times(place: Place) -> None:
     """Half of them by a store to a mapping alone, which the death itself has to tell."""
     (place.root / "d").mkdir()
     for name in range(10):
         (place.root / "d" / str(name)).write_bytes(bytes(8))
     place.drain()
     missed = []
-    for number in range(1500):
+    for number in range(300):
         name = str(number % 10)
         child = os.fork()
         if child == 0:

@@ -24,7 +24,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 HERE = Path(sys.argv[0]).resolve().parent
 
@@ -114,6 +114,8 @@ class Machine:
         self._firmware = {each["name"]: each["file"] for each in values(argv, "-fw_cfg")}
         self._client: socket.socket | None = None
         self._lock = threading.Lock()
+        self._status = "running"
+        self._waits = "-no-shutdown" in argv
         self._forwards: dict[str, str] = {}
 
     def run(self) -> int:
@@ -191,8 +193,11 @@ class Machine:
         said = control.recv(100).decode() or "guest-panic"
         self._end(said)
 
-    def _end(self, reason: str) -> NoReturn:
+    def _end(self, reason: str) -> None:
         self._send({"event": "SHUTDOWN", "data": {"guest": "guest" in reason, "reason": reason}})
+        if "guest" in reason and self._waits:
+            self._status = "shutdown"
+            return
         with contextlib.suppress(FileNotFoundError):
             os.unlink(self._qmp_path)  # noqa: PTH108
         os._exit(0)
@@ -230,7 +235,8 @@ class Machine:
         if command in ("qmp_capabilities", "quit"):
             return {}
         if command == "query-status":
-            return {"status": "running", "running": True, "singlestep": False}
+            running = self._status == "running"
+            return {"status": self._status, "running": running, "singlestep": False}
         if command == "human-monitor-command":
             return self._human(arguments["command-line"])
         return None

@@ -83,6 +83,7 @@ def test_the_whole_command_line(
         "-initrd", "/m/image/initrd",
         "-append", f"quiet{randomisation} console={serial}",
         "-name", "wherry-dev",
+        "-no-shutdown",
         "-rtc", "base=utc",
         "-chardev", "file,id=console,path=/m/console.log",
         "-serial", "chardev:console",

@@ -441,6 +441,30 @@ def test_copies_volumes_and_endings_wait_as_well(
     assert (source / "late").read_text() == "late\n"
 
 
+def test_the_command_line(machine: Sandbox, source: Path) -> None:
+    def roots() -> dict[str, str]:
+        found = json.loads(machine.wherry("sync", "list", "--json").stdout)
+        return {each["path"]: each["state"] for each in found}
+
+    (source / "f").write_text("f")
+    machine.wherry("sync", "add", str(source))
+    assert roots()[str(source)] == "watching"
+    (source / "f").write_text("again")
+    machine.wherry("sync", "flush", str(source))
+    assert said(machine.wherry("shell", "--", "cat", f"{source}/f")) == "again"
+    assert str(source) in said(machine.wherry("sync", "status"))
+    machine.wherry("sync", "remove", str(source))
+    assert str(source) not in roots()
+    for arguments, status, text in (
+        (("flush", "/nowhere"), 1, b"/nowhere is not synchronised; see: wherry sync list"),
+        (("add", "/nowhere"), 2, b"/nowhere does not exist"),
+        (("resolve", "9.9", "--discard"), 1, b"there is no conflict 9.9"),
+    ):
+        done = machine.wherry("sync", *arguments, check=False)
+        assert (done.returncode, done.stderr.count(b"\n")) == (status, 1)
+        assert text in done.stderr
+
+
 def test_a_directory_and_one_in_it_share_their_files(
     machine: Sandbox, source: Path, box: str
 ) -> None:

@@ -112,6 +112,9 @@ def arguments(spec: MachineSpec) -> list[str]:
     )
     result += [
         "-name", f"wherry-{spec.name}",
+        # A guest that powered off is ended by us, who have then read why: what QEMU says
+        # just before it ends by itself can be lost with the connection.
+        "-no-shutdown",
         "-rtc", "base=utc",
         "-chardev", f"file,id=console,path={_escape(spec.console_log)}",
         "-serial", "chardev:console",

@@ -35,6 +35,7 @@ class QemuDriver:
         self._guest_shut_down = False
         self._panicked = False
         self._exit: asyncio.Task[Exit] | None = None
+        self._quitting: asyncio.Task[None] | None = None
 
     @property
     def identity(self) -> ProcessIdentity | None:
@@ -64,6 +65,9 @@ class QemuDriver:
         """Connect to the monitor of a QEMU that runs already."""
         self._socket = spec.qmp_socket
         await self._control(QemuProcess.adopt(identity, self._log), spec, timeout_s)
+        if (await self.monitor.execute("query-status"))["status"] == "shutdown":
+            await self.stop(timeout_s=timeout_s)
+            raise WherryError("its guest has powered off")
 
     async def _control(self, process: QemuProcess, spec: MachineSpec, timeout_s: float) -> None:
         monitor = Monitor(spec.name, self._on_event)
@@ -113,14 +117,10 @@ class QemuDriver:
         process, self._stopping = self._process, True
         if process is None:
             return
-        if process.alive and self._monitor is not None:
-            try:
-                await self._monitor.execute("quit", timeout_s=min(_QUIT_TIMEOUT_S, timeout_s))
-                await asyncio.wait_for(self.wait(), timeout_s)
-            except (WherryError, TimeoutError):
-                pass  # what did not listen is killed
         if process.alive:
-            process.kill()
+            await self._quit(timeout_s)
+        if self._quitting is not None:
+            await self._quitting
         if self._monitor is not None:
             await self._monitor.close()
         if self._exit is not None:
@@ -136,10 +136,24 @@ class QemuDriver:
         ):
             # -no-reboot turns the reset after a kernel panic into a shutdown.
             self._panicked = True
+        if name == "SHUTDOWN" and self._quitting is None:
+            # QEMU waits for that (-no-shutdown).
+            self._quitting = asyncio.create_task(self._quit(_QUIT_TIMEOUT_S), name="qemu quit")
+
+    async def _quit(self, timeout_s: float) -> None:
+        """Ask QEMU to end, then kill it."""
+        if self._process is None or self._monitor is None:
+            return
+        try:
+            await self._monitor.execute("quit", timeout_s=min(_QUIT_TIMEOUT_S, timeout_s))
+            await asyncio.wait_for(self.wait(), timeout_s)
+        except (WherryError, TimeoutError):
+            pass  # what did not listen is killed
+        if self._process.alive:
+            self._process.kill()
 
     async def _await_exit(self, process: QemuProcess) -> Exit:
         reason = await process.wait()
-        await asyncio.sleep(0)  # let the last events of the monitor in first
         if self._panicked and not self._stopping:
             return Exit(False, "the guest's kernel crashed or reset")
         if self._guest_shut_down or self._stopping:
