@@ -200,10 +200,19 @@ def test_without_a_resolver_queries_fail_at_once(
     assert time.monotonic() - start < 1
 
 
-def test_nonsense_ends_nothing(server: NameServer) -> None:
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as client:
-        for wire in (b"", b"x", b"\xff" * 600):
-            client.sendto(wire, ("127.0.0.1", server.port))
+def test_nonsense_is_asked_nowhere_and_ends_nothing(
+    server: NameServer, upstreams: list[tuple[str, int]]
+) -> None:
+    response = dns.message.make_response(dns.message.make_query("x.example.", "A")).to_wire()
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as upstream:
+        upstream.bind(("127.0.0.1", 0))
+        upstreams[:] = [upstream.getsockname()]
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as client:
+            for wire in (b"", b"x", b"\xff" * 600, response):
+                client.sendto(wire, ("127.0.0.1", server.port))
+        upstream.settimeout(0.5)
+        with pytest.raises(TimeoutError):
+            upstream.recv(100)
     with socket.create_connection(("127.0.0.1", server.port)) as half:
         half.sendall(b"\0")
         assert texts(ask(server, "host.docker.internal", tcp=True)) == {"10.0.2.2"}

@@ -7,7 +7,7 @@ import dns.rcode
 import dns.rdatatype
 import pytest
 
-from wherry.names.zone import answer, failure, parse_hosts, parse_resolvers, question
+from wherry.names.zone import answer, failure, is_query, parse_hosts, parse_resolvers, question
 
 HOSTS = {"host.docker.internal": ["10.0.2.2"], "nas.lan": ["192.168.1.9", "fd00::9"]}
 
@@ -53,12 +53,14 @@ def test_an_answer_is_the_query_s() -> None:
 @pytest.mark.parametrize("wire", [b"", b"\0" * 5, b"\xff" * 40, b"\0" * 12])
 def test_what_is_no_query_is_not_answered(wire: bytes) -> None:
     assert question(wire) is None
+    assert not is_query(wire)
     assert answer(wire, HOSTS) is None
 
 
 def test_answers_are_not_taken_for_questions() -> None:
     reply = dns.message.make_response(dns.message.from_wire(query("nas.lan"))).to_wire()
     assert question(reply) is None
+    assert not is_query(reply)
 
 
 def test_a_failure_answers_the_query() -> None:

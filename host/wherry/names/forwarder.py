@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Sequence
 from functools import partial
 
-from wherry.names.zone import Hosts, answer, failure
+from wherry.names.zone import Hosts, answer, failure, is_query
 from wherry.relay.workers import Workers
 
 _TRY_S = 2.0
@@ -133,6 +133,8 @@ class NameServer:
         known = answer(query, self._hosts())
         if known is not None:
             return known
+        if not is_query(query):
+            return None
         end = time.monotonic() + _TOTAL_S
         for address in self._resolvers():
             left = end - time.monotonic()

@@ -26,16 +26,18 @@ Hosts = Mapping[str, Sequence[str]]
 
 def question(query: bytes) -> tuple[str, dns.rdatatype.RdataType] | None:
     """Return the name and type that a query asks for; None if it is no ordinary question."""
-    try:
-        message = dns.message.from_wire(query, question_only=True)
-    except (dns.exception.DNSException, ValueError):
-        return None
-    if message.flags & dns.flags.QR or len(message.question) != 1:
+    message = _query(query)
+    if message is None:
         return None
     asked = message.question[0]
     if asked.rdclass != dns.rdataclass.IN:
         return None
     return asked.name.to_text(omit_final_dot=True).lower(), asked.rdtype
+
+
+def is_query(wire: bytes) -> bool:
+    """Return whether a resolver has to be asked this; nonsense and answers are not passed on."""
+    return _query(wire) is not None
 
 
 def answer(query: bytes, hosts: Hosts) -> bytes | None:
@@ -110,6 +112,15 @@ def parse_resolvers(text: str) -> list[str]:
                 continue
             found.append(words[1])
     return found
+
+
+def _query(wire: bytes) -> dns.message.Message | None:
+    try:
+        message = dns.message.from_wire(wire, question_only=True)
+    except (dns.exception.DNSException, ValueError):
+        return None
+    # One question is all that a query may have (RFC 9619).
+    return message if len(message.question) == 1 and not message.flags & dns.flags.QR else None
 
 
 def _names_of(reverse: str, hosts: Hosts) -> list[str]:
