@@ -230,7 +230,7 @@ def test_malformed_answers(data: bytes) -> None:
         read_answer(data)
 
 
-@settings(max_examples=1500, deadline=timedelta(milliseconds=500))
+@settings(max_examples=4 * settings().max_examples, deadline=timedelta(seconds=5))
 @given(st.data())
 def test_any_bytes_are_a_request_or_refused_or_begun(data: st.DataObject) -> None:
     """What is accepted, h11 reads the same way from the raw bytes; all else raises one error."""

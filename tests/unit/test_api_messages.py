@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import h11
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from wherry.api.exchange import Exchange, Outcome
@@ -80,7 +80,6 @@ def split(draw: st.DrawFn, data: bytes) -> list[bytes]:
 split_up = st.composite(split)
 
 
-@settings(max_examples=400, deadline=None)
 @given(st.data())
 def test_requests(data: st.DataObject) -> None:
     sent = data.draw(st.lists(requests(), min_size=1, max_size=4))
@@ -104,7 +103,6 @@ def test_requests(data: st.DataObject) -> None:
     assert not reader.begun
 
 
-@settings(max_examples=400, deadline=None)
 @given(st.data())
 def test_answers(data: st.DataObject) -> None:
     answer = data.draw(answers())
@@ -127,7 +125,6 @@ def test_answers(data: st.DataObject) -> None:
     assert reader.done
 
 
-@settings(max_examples=400, deadline=None)
 @given(st.data())
 def test_watched_answers(data: st.DataObject) -> None:
     """Each byte goes on once, in order; a line after it was shown, the end after ``end``."""
@@ -167,7 +164,6 @@ def test_watched_answers(data: st.DataObject) -> None:
     assert seen == ["head", "end"]
 
 
-@settings(max_examples=200, deadline=None)
 @given(requests())
 def test_the_generator_makes_what_h11_reads(message: Message) -> None:
     connection = h11.Connection(h11.SERVER)

@@ -237,7 +237,6 @@ def test_the_sample_is_good() -> None:
 
 
 @given(st.integers(0, len(SAMPLE) - 1), st.integers(1, 255))
-@settings(deadline=None)
 def test_a_damaged_file_is_ignored(offset: int, difference: int) -> None:
     data = bytearray(SAMPLE)
     data[offset] ^= difference
@@ -245,14 +244,13 @@ def test_a_damaged_file_is_ignored(offset: int, difference: int) -> None:
 
 
 @given(st.integers(0, len(SAMPLE) - 1), st.binary(max_size=5))
-@settings(deadline=None)
 def test_a_truncated_or_longer_file_is_ignored(size: int, more: bytes) -> None:
     assert cache.decode(SAMPLE[:size], "t") is None
     assert cache.decode(SAMPLE + b"\0" + more, "t") is None
 
 
 @given(st.integers(START, len(SAMPLE)), st.integers(0, 8), st.binary(max_size=8))
-@settings(deadline=None, max_examples=500, suppress_health_check=[HealthCheck.too_slow])
+@settings(suppress_health_check=[HealthCheck.too_slow])
 def test_nonsense_with_a_good_checksum_is_ignored_or_well_formed(
     offset: int, removed: int, put: bytes
 ) -> None:

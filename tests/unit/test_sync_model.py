@@ -277,7 +277,7 @@ class Model(RuleBasedStateMachine):
 
 TestModel = Model.TestCase
 TestModel.settings = (
-    settings(max_examples=60, stateful_step_count=40, deadline=None)
+    settings(max_examples=40, stateful_step_count=40, deadline=None)
     if settings.get_current_profile_name() == "default"
     else settings(deadline=None)
 )
