@@ -41,8 +41,9 @@ class Connection:
     """Serves one client.
 
     :param local: the client.
-    :param open_stream: makes the engine's side; called once, at the start, so that it
-        opens while the client's first request is on its way.
+    :param open_stream: makes the engine's side; called at the start, so that it opens while
+        the client's first request is on its way, and again for a request that finds that
+        stream ended before anything was sent on it.
     :param hooks: the endpoint's.
     :param spawn: runs helpers in other threads.
     :param prepare: called in one of these when there has been an answer.
@@ -61,9 +62,12 @@ class Connection:
         self._open_stream = open_stream
         self._hooks = hooks
         self._remote: Stream | None = None
-        self._down = Downstream(self._local, spawn, self.abort, prepare)
+        self._spawn = spawn
+        self._prepare = prepare
+        self._down = self._new_down()
         self._reader = RequestReader()
         self._method = ""
+        self._answered = False
         self._buffer = memoryview(bytearray(_FIRST_BUFFER_BYTES))
         self._gone = threading.Event()
         self._last_active = time.monotonic()
@@ -130,6 +134,9 @@ class Connection:
             remote.close()
         self._down.attach(remote)
 
+    def _new_down(self) -> Downstream:
+        return Downstream(self._local, self._spawn, self.abort, self._prepare)
+
     def _serve(self) -> None:
         """Read requests and send them on, until the client's stream ends or becomes raw."""
         reader = self._reader
@@ -176,10 +183,17 @@ class Connection:
         """Ask the hooks about a request and send its head on."""
         self.requests += 1
         self._method = head.method
+        self._answered = False
+        if self._down.over and not self.bytes_up:
+            # It ended while the client had nothing to ask, as when the engine restarts.
+            self._down.finish()
+            self._down = self._new_down()
+            self._open()
         self._last_active = time.monotonic()
         raw, watches = head.raw, list[Watch]()
         match = self._hooks.match(head)
         try:
+            self._down.require()
             if match is not None:
                 self._down.prepare()
                 raw = self._ask(head, match, watches)
@@ -190,6 +204,7 @@ class Connection:
                 raise
             self._local.send_all([render(error, close=False, body=head.method != "HEAD")])
             return
+        self._answered = True
         if head.length != 0 and not self._reader.between and len(raw) < _JOINED_BYTES:
             piece = self._next()
             if isinstance(piece, Piece):
@@ -284,6 +299,8 @@ class Connection:
             # refusal unless the answer has begun: then that breaks off.
             self._down.break_off(refusal)
             return
+        if self._answered and not self._reader.between:
+            return  # by the engine, before it had all of the request: one answer is enough
         try:
             self._local.send_all([render(refusal, close=True, body=self._method != "HEAD")])
             self._local.linger()

@@ -70,6 +70,7 @@ class Downstream:
         self._refusal: Refusal | None = None
         self._told = False
         self._hung_up = False
+        self._lost = False
         # Held by whoever writes to the client in place of the sink. Draining may find the
         # end and pass it on, hence the kind of lock.
         self.draining = threading.RLock()
@@ -89,7 +90,7 @@ class Downstream:
         if self._local.socket is not None:
             remote.deliver_to(self)
         else:
-            self._spawn_or(self._copy, self._abort)
+            self._spawn_or(self._copy)
 
     def open_failed(self, error: TunnelError) -> None:
         """Learn that there is no stream at all."""
@@ -128,6 +129,14 @@ class Downstream:
                     raise ClientGone
             return self.settled
 
+    def require(self) -> None:
+        """Do nothing if there is an engine.
+
+        :raises Refusal: there is none.
+        """
+        if self._over:
+            raise self._no_engine()
+
     def prepare(self) -> None:
         """Keep the client's connection, should the engine's end: a request is there."""
         with self._news:
@@ -139,8 +148,7 @@ class Downstream:
         :raises Refusal: there is no engine to send it to.
         """
         with self._lock:
-            if self._over:
-                raise self._no_engine()
+            self.require()
             self._exchange = exchange
             self._settled = Outcome.PENDING
             self._preparing = False
@@ -148,8 +156,12 @@ class Downstream:
     def break_off(self, refusal: Refusal) -> None:
         """End the request that is pending; its client gets ``refusal`` if it got nothing yet."""
         assert self._remote is not None
+        exchange = self._exchange
         self._refusal = refusal
         self._remote.close()  # which tells us of the end
+        if exchange is not None and exchange.answered:
+            # A worker may be waiting for the client to take more of what breaks off.
+            self._local.hang_up()
         self.await_end()
 
     def await_end(self) -> None:
@@ -189,7 +201,9 @@ class Downstream:
             count = self._local.send_some(parts)
         except OSError:
             # Not closed here: the thread that calls this holds the stream's lock.
-            self._spawn_or(self._abort, _nothing)
+            if not self._lost:
+                self._lost = True
+                self._spawn_or(self._abort)
             raise
         self.bytes += count
         if not raw:
@@ -198,7 +212,7 @@ class Downstream:
 
     def stalled(self) -> None:
         """Have a worker write what :meth:`write` did not take."""
-        self._spawn_or(self._drain, _nothing)
+        self._spawn_or(self._drain)
 
     def ended(self, error: TunnelError | None) -> None:
         """Pass the end on to the client, once those who watch it have seen it."""
@@ -212,7 +226,7 @@ class Downstream:
                 self._news.notify_all()
                 return
         if exchange is not None and exchange.watched:
-            self._spawn_or(lambda: self._end(exchange, error), self._tell)
+            self._spawn_or(lambda: self._end(exchange, error))
         else:
             self._end(exchange, error)
 
@@ -252,18 +266,21 @@ class Downstream:
                 self._news.notify_all()
             if self._answered is not None:
                 answered, self._answered = self._answered, None
-                self._spawn_or(answered, _nothing)
+                self._spawn_or(answered, needed=False)
 
     def _give_up(self, reason: str) -> None:
         _logger.warning("the engine's answer is not understood: %s", reason)
-        self._spawn_or(self._abort, _nothing)
+        self._spawn_or(self._abort)
 
-    def _spawn_or(self, job: Callable[[], None], otherwise: Callable[[], object]) -> None:
-        """Have a worker do a job; there is none when the endpoint is being closed."""
+    def _spawn_or(self, job: Callable[[], None], *, needed: bool = True) -> None:
+        """Have a worker do a job; hang up if there is none, since the system has no more."""
         try:
             self._spawn(job)
-        except RuntimeError:
-            otherwise()
+        except RuntimeError as error:
+            if needed:
+                _logger.warning("a connection ends, as there is no thread for it: %s", error)
+                self._tell()
+                self._local.hang_up()
 
     def _tell(self) -> bool:
         """Say that the end was dealt with; return whether nothing can be sent any more."""
@@ -359,7 +376,8 @@ class Downstream:
                 self._local.send_all([data])
                 self.bytes += len(data)
         except Refusal as refusal:
-            self._local.send_all([render(refusal, close=True)])
+            body = exchange.request.method != "HEAD"
+            self._local.send_all([render(refusal, close=True, body=body)])
             raise ConnectionAbortedError from refusal
         except MalformedAnswer as error:
             _logger.warning("the engine's answer is not understood: %s", error)

@@ -40,7 +40,7 @@ class Exchange:
     def __init__(self, request: RequestHead, watches: list[Watch]) -> None:
         self.request = request
         self.answered = False
-        """Whether the client has got any of the answer."""
+        """Whether the client has got any of the answer itself; a 100 or 102 is none."""
         self._heads = [watch.head for watch in watches if watch.head]
         self._lines = [watch.line for watch in watches if watch.line]
         self._ends = [watch.end for watch in watches if watch.end]
@@ -76,8 +76,8 @@ class Exchange:
 
         :raises MalformedAnswer: they are not the answer's.
         """
-        self.answered = True
         self._reader.follow(data)
+        self.answered = self._reader.begun
 
     def release(self, data: memoryview) -> Iterator[memoryview | bytes]:
         """Show bytes of the answer to the watches; yield them when they may be passed on.
@@ -96,7 +96,7 @@ class Exchange:
                 self._show_head(item)
                 if reader.done:
                     self.finish(complete=True)
-            self.answered = True
+                self.answered = True
             yield item.raw
 
     def finish(self, *, complete: bool) -> None:

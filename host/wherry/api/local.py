@@ -8,10 +8,11 @@ import time
 from collections.abc import Callable
 
 from wherry.platform.base import LocalStream
+from wherry.platform.hangup import hangs_up
 from wherry.relay.pump import SEND_BUFFER_BYTES
 from wherry.tunnel.inbox import rest_of
 
-_LOOK_AGAIN_MS = 1000
+_LOOK_AGAIN_S = 1.0
 _LINGER_S = 1.0
 _LINGER_BYTES = 64 * 1024
 _NOW = getattr(socket, "MSG_DONTWAIT", 0)
@@ -26,6 +27,7 @@ class LocalEnd:
 
     def __init__(self, stream: LocalStream) -> None:
         self._stream = stream
+        self._hung_up = False
         self.socket: socket.socket | None = None
         """The stream, if it can be polled (a named pipe cannot)."""
         self._poller: select.poll | None = None
@@ -77,12 +79,12 @@ class LocalEnd:
 
     def is_gone(self) -> bool:
         """Whether the client has closed the connection, and not its own direction alone."""
-        return self.socket is not None and _hangs_up(self.socket, 0)
+        return self._hung_up or (self.socket is not None and hangs_up(self.socket, 0.0))
 
     def await_end(self, ended: Callable[[], bool]) -> None:
         """Wait until ``ended``, or until a client with a socket is gone."""
         assert self.socket is not None
-        while not ended() and not _hangs_up(self.socket, _LOOK_AGAIN_MS):
+        while not (ended() or self._hung_up or hangs_up(self.socket, _LOOK_AGAIN_S)):
             pass
 
     def end_writing(self) -> None:
@@ -91,7 +93,17 @@ class LocalEnd:
 
     def hang_up(self) -> None:
         """End both directions and wake whoever waits here; from any thread."""
+        self._hung_up = True
         self._shut(socket.SHUT_RDWR)
+
+    def await_request(self) -> None:
+        """Wait a moment for the client to ask for anything.
+
+        An answer that comes before that is none to Go's clients (``net/http`` logs it as
+        unsolicited, and fails the request that was about to be sent).
+        """
+        if self.socket is not None:
+            _poll(self.socket, select.POLLIN, _LINGER_S * 1000)
 
     def linger(self) -> None:
         """End writing, and read for a moment what the client still sends.
@@ -123,9 +135,3 @@ def _poll(stream: LocalStream, events: int, timeout_ms: float | None) -> int:
     poller = select.poll()
     poller.register(stream.fileno(), events)
     return sum(found for _, found in poller.poll(timeout_ms))
-
-
-def _hangs_up(stream: LocalStream, timeout_ms: float) -> bool:
-    # Nothing is asked for: a poll tells of a hang-up all the same (poll(2)), and on Linux
-    # that is the end of both directions, not of one.
-    return bool(_poll(stream, 0, timeout_ms) & (select.POLLHUP | select.POLLERR))

@@ -170,6 +170,11 @@ class AnswerReader(_Reader):
         return self._body is not None and self._body.done
 
     @property
+    def begun(self) -> bool:
+        """Whether any of the answer itself has come."""
+        return self._body is not None or bool(self._begun)
+
+    @property
     def ends_with_stream(self) -> bool:
         """Whether the end of the stream is the answer's proper end."""
         return self.done or isinstance(self._body, UntilEnd)

@@ -158,7 +158,7 @@ class Endpoint:
                 )
 
     def _refuse(self, end: LocalEnd) -> None:
-        """Answer 503, or hang up when too many are being refused already."""
+        """Answer its request with 503, or hang up when too many are being refused already."""
         with self._lock:
             self._ended = replace(self._ended, refused=self._ended.refused + 1)
             crowded = len(self._refusing) >= _REFUSERS
@@ -169,6 +169,7 @@ class Endpoint:
             return
         message = f"wherry: there are already {self._limit} connections to the engine"
         try:
+            end.await_request()
             end.send_all([render(Refusal(503, message), close=True)])
             end.linger()
         except OSError:

@@ -20,6 +20,7 @@ from collections.abc import Callable
 
 from wherry.core.errors import TunnelError
 from wherry.platform.base import LocalStream
+from wherry.platform.hangup import hangs_up
 from wherry.tunnel.inbox import rest_of
 from wherry.tunnel.stream import Stream
 
@@ -28,7 +29,7 @@ Spawn = Callable[[Callable[[], None]], None]
 
 _FIRST_BUFFER_BYTES = 16 * 1024
 _FULL_BUFFER_BYTES = 128 * 1024
-_LOOK_AGAIN_MS = 1000
+_LOOK_AGAIN_S = 1.0
 _NOW = getattr(socket, "MSG_DONTWAIT", 0)
 """Makes one call not wait. The socket itself blocks: its reader then wakes with its bytes."""
 
@@ -54,6 +55,7 @@ class Pump:
         self._spawn = spawn
         self._head = head
         self._down_done = threading.Event()
+        self._aborted = False
         self._draining = threading.Lock()
         self._socket: socket.socket | None = None
         if isinstance(local, socket.socket) and hasattr(select, "poll"):
@@ -91,6 +93,7 @@ class Pump:
 
     def abort(self) -> None:
         """End both directions at once; from any thread; :meth:`run` then returns soon."""
+        self._aborted = True
         self._remote.close()
         try:
             self._local.shutdown(socket.SHUT_RDWR)
@@ -122,13 +125,9 @@ class Pump:
         if self._socket is None:
             self._down_done.wait()
             return
-        # Nothing is asked for: a poll tells of a hang-up all the same (poll(2)), and on
-        # Linux that is the local program's end, not its half-close.
-        poller = _poller(self._socket, 0)
-        while not self._down_done.is_set():
-            for _, events in poller.poll(_LOOK_AGAIN_MS):
-                if events & (select.POLLHUP | select.POLLERR) and not self._down_done.is_set():
-                    return
+        while not (self._down_done.is_set() or self._aborted):
+            if hangs_up(self._socket, _LOOK_AGAIN_S):
+                return
 
     # -- from the guest: the Sink ----------------------------------------------------------
 
@@ -169,8 +168,9 @@ class Pump:
         try:
             self._spawn(job)
         except RuntimeError:
-            # The relay is being closed, which closes this connection too.
-            pass
+            # The relay is being closed, or the system has no more threads: so this ends.
+            self._aborted = True
+            self.hung_up()
 
     def _drain(self) -> None:
         with self._draining:

@@ -60,6 +60,10 @@ _PARKED_BYTES = 16 * 1024
 LOST = "the connection to the guest was lost"
 
 
+class _TooLate(TunnelError):
+    """A deadline of ours has passed; the channel itself could go on."""
+
+
 class StreamChannel(Channel):  # type: ignore[misc]  # paramiko ships no types
     """A channel as a :class:`wherry.tunnel.stream.Stream`.
 
@@ -119,7 +123,15 @@ class StreamChannel(Channel):  # type: ignore[misc]  # paramiko ships no types
 
         :param deadline: until when, on the monotonic clock, it may take.
         """
-        view = memoryview(data)
+        try:
+            self._send_all(memoryview(data), waiting, deadline)
+        except _TooLate as error:
+            self._abandon(error)
+            raise
+
+    def _send_all(
+        self, view: memoryview, waiting: Callable[[], None] | None, deadline: float | None
+    ) -> None:
         if not self.active and len(view) <= _PARKED_BYTES and self._park(view):
             return
         while view:
@@ -139,12 +151,16 @@ class StreamChannel(Channel):  # type: ignore[misc]  # paramiko ships no types
 
     def shutdown_write(self) -> None:
         """See :meth:`Stream.shutdown_write`."""
+        late: TunnelError | None = None
         with self.lock:
             try:
                 self._wait_active()
-            except TunnelError:
-                return  # there is no other side left to learn of the end
-            message = self._send_eof()
+                message = self._send_eof()
+            except TunnelError as error:
+                # There is no other side left to learn of the end, or none to wait for.
+                message, late = None, error
+        if isinstance(late, _TooLate):
+            self._abandon(late)
         if message is not None:
             self._post(message)
 
@@ -163,6 +179,13 @@ class StreamChannel(Channel):  # type: ignore[misc]  # paramiko ships no types
         self._tell_end()
         self.in_buffer.detach()
         self.in_stderr_buffer.detach()
+
+    def _abandon(self, error: TunnelError) -> None:
+        """Close it because of ``error``, so that whoever reads it learns of that too."""
+        with self.lock:
+            if self._failure is None:
+                self._failure = error
+        self.close()
 
     def close_now(self) -> bool:
         """Close a stream that nobody has used, unless that would wait; tell if it is closed."""
@@ -348,7 +371,7 @@ class StreamChannel(Channel):  # type: ignore[misc]  # paramiko ships no types
         while not self.active and not self.closed:
             left = self.open_deadline - time.monotonic()
             if left <= 0:
-                raise TunnelError(f"the guest did not open {self.target} in time")
+                raise _TooLate(f"the guest did not open {self.target} in time")
             self.out_buffer_cv.wait(left)
         if self.closed:
             raise self._failure or TunnelError(f"{self.target} closed the stream")
@@ -386,7 +409,7 @@ class StreamChannel(Channel):  # type: ignore[misc]  # paramiko ships no types
         while not self.out_window_size:
             left = None if deadline is None else deadline - time.monotonic()
             if left is not None and left <= 0:
-                raise TunnelError(f"{self.target} did not take the data in time")
+                raise _TooLate(f"{self.target} did not take the data in time")
             if waiting is not None:
                 waiting()
                 left = _LOOK_S if left is None else min(left, _LOOK_S)

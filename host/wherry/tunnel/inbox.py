@@ -9,6 +9,9 @@ from wherry.core.errors import TunnelError
 from wherry.tunnel.stream import DrainWrite, Sink
 
 _PARTS_AT_ONCE = 8
+_JOINED_BYTES = 16 * 1024
+"""Small parts wait together up to this: a program that writes byte by byte would otherwise
+cost four hundred times the window."""
 
 
 class Inbox:
@@ -27,9 +30,10 @@ class Inbox:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._ready = threading.Condition(self._lock)
-        self._chunks: deque[memoryview] = deque()
+        self._chunks: deque[bytes | bytearray | memoryview] = deque()
         self._closed = False
         self._sink: Sink | None = None
+        self._detached = False
         self._draining = False
         self._told = 0
 
@@ -45,6 +49,8 @@ class Inbox:
         taken = 0
         stalled: Sink | None = None
         with self._lock:
+            if self._detached:
+                return sum(map(len, parts))
             sink = self._sink
             if sink is not None and not self._draining:
                 try:
@@ -58,12 +64,20 @@ class Inbox:
                     return taken
                 self._draining = True
                 stalled = sink
-            self._chunks.extend(memoryview(bytes(part)) for part in parts)
+            for part in parts:
+                self._keep(part)
             if sink is None:
                 self._ready.notify()
         if stalled is not None:
             stalled.stalled()
         return taken
+
+    def _keep(self, part: memoryview) -> None:
+        tail = self._chunks[-1] if self._chunks else None
+        if isinstance(tail, bytearray) and len(tail) + len(part) <= _JOINED_BYTES:
+            tail += part
+        else:
+            self._chunks.append(bytearray(part) if len(part) < _JOINED_BYTES else bytes(part))
 
     def close(self) -> None:
         """Let readers see the end once the bytes are taken; :meth:`tell_end` tells the sink."""
@@ -83,14 +97,26 @@ class Inbox:
             if sink is None or not self._closed or self._draining:
                 return
             self._told = 2 if gone else max(told, 1)
+            self._forget_sink()
         if told < 1:
             sink.ended(error)
         if gone and told < 2:
             sink.hung_up()
 
     def detach(self) -> None:
-        """Write to no sink any more; when this returns no write is under way."""
+        """Write to no sink any more, and drop what waits for one.
+
+        When this returns no write is under way but a drainer's, whose end the sink is told.
+        """
         with self._lock:
+            self._detached = True
+            if self._sink is not None:
+                self._chunks.clear()
+                self._forget_sink()
+
+    def _forget_sink(self) -> None:
+        """Let go of a sink that needs us no more, whose buffers are large."""
+        if self._detached and self._told == 2:
             self._sink = None
 
     def read_into(self, buffer: memoryview) -> int:
@@ -101,13 +127,13 @@ class Inbox:
                 self._ready.wait()
             while self._chunks and count < len(buffer):
                 chunk = self._chunks[0]
-                part = chunk[: len(buffer) - count]
+                part = memoryview(chunk)[: len(buffer) - count]
                 buffer[count : count + len(part)] = part
                 count += len(part)
                 if len(part) == len(chunk):
                     self._chunks.popleft()
                 else:
-                    self._chunks[0] = chunk[len(part) :]
+                    self._chunks[0] = memoryview(chunk)[len(part) :]
         return count
 
     def read(self, size: int) -> bytes:
@@ -121,8 +147,8 @@ class Inbox:
             if len(chunk) <= size:
                 self._chunks.popleft()
                 return bytes(chunk)
-            self._chunks[0] = chunk[size:]
-            return bytes(chunk[:size])
+            self._chunks[0] = memoryview(chunk)[size:]
+            return bytes(memoryview(chunk)[:size])
 
     def attach(self, sink: Sink) -> None:
         """Write to ``sink`` from now on; it is told to drain first if bytes wait."""
@@ -142,9 +168,9 @@ class Inbox:
             if not self._chunks:
                 self._draining = False
                 return False
-            parts = [self._chunks.popleft()]
+            parts = [memoryview(self._chunks.popleft())]
             while self._chunks and len(parts) < _PARTS_AT_ONCE:
-                parts.append(self._chunks.popleft())
+                parts.append(memoryview(self._chunks.popleft()))
         taken.append(sum(map(len, parts)))
         try:
             write(parts)

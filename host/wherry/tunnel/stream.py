@@ -69,7 +69,8 @@ class Stream(Protocol):
     def close(self) -> None:
         """End both directions at once; safe to call twice and from any thread.
 
-        When this returns, the sink is not written any more.
+        When this returns, the sink is not written any more, but by its owner's thread in
+        :meth:`drain`, which then ends; the sink is told of the end after that.
         """
 
     def deliver_to(self, sink: Sink, /) -> None:

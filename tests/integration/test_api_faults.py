@@ -1,0 +1,245 @@
+"""The endpoint when something fails midway: nobody waits for ever, each gets one answer."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+from api_proxy import MakeProxy, Proxy, proxies
+from loopback_sshd import LoopbackSshd
+from stub_engine import Client, StubEngine, eventually, pattern
+
+from wherry.api.answers import Refusal
+from wherry.api.hooks import Request, Watch
+from wherry.api.http import ResponseHead
+from wherry.api.server import Endpoint
+from wherry.core.errors import TunnelError
+from wherry.platform import current
+from wherry.tunnel.connection import Connection
+from wherry.tunnel.inbox import Inbox
+from wherry.tunnel.tunnel import Tunnel
+
+OPEN_S = 1.0
+CHUNKED = "Transfer-Encoding: chunked"
+BAD_CHUNK = b"5\nbad\r\n"
+
+
+@pytest.fixture
+def make_proxy(tmp_path: Path) -> Iterator[MakeProxy]:
+    with proxies(tmp_path) as make:
+        yield make
+
+
+@pytest.fixture
+def proxy(make_proxy: MakeProxy) -> Proxy:
+    return make_proxy()
+
+
+@pytest.fixture
+def sshd(tmp_path: Path) -> Iterator[LoopbackSshd]:
+    made = LoopbackSshd(tmp_path / "sshd")
+    yield made
+    made.stop()
+
+
+@pytest.fixture
+def through_ssh(tmp_path: Path, sshd: LoopbackSshd) -> Iterator[Path]:
+    """An endpoint over a real sshd, whose streams may take a second to open; its path."""
+    engine = StubEngine(tmp_path / "engine.sock")
+    tunnel = Tunnel(
+        lambda watcher: Connection.connect(
+            sshd.address,
+            user=sshd.user,
+            user_key=sshd.keys.user,
+            host_public=sshd.keys.host.public,
+            watcher=watcher,
+        )
+    )
+    tunnel.start()
+    tunnel.wait(20)
+    path = tmp_path / "docker.sock"
+    endpoint = Endpoint(
+        current().listen_local(path),
+        lambda: tunnel.begin_unix(str(engine.path), timeout_s=OPEN_S),
+    )
+    endpoint.start()
+    yield path
+    endpoint.close()
+    tunnel.close()
+    engine.stop()
+
+
+def test_a_guest_that_is_silent_for_longer_than_opening_may_take(
+    through_ssh: Path, sshd: LoopbackSshd
+) -> None:
+    sshd.signal_sessions(signal.SIGSTOP)
+    try:
+        with Client(through_ssh) as client:
+            client.request("GET", "/_ping")
+            status, _, body = client.answer()
+            assert status == 503
+            assert "in time" in json.loads(body)["message"]
+            assert client.rest() == b""
+    finally:
+        sshd.signal_sessions(signal.SIGCONT)
+    with Client(through_ssh) as client:
+        client.request("GET", "/_ping")
+        assert client.answer()[0] == 200
+
+
+def test_a_bad_body_ends_an_answer_that_nobody_reads(through_ssh: Path) -> None:
+    with Client(through_ssh) as client:
+        client.request("POST", "/bytes?n=30000000", CHUNKED)
+        client.until(b"\r\n\r\n")
+        time.sleep(0.5)  # the answer fills all buffers, and a worker waits for room
+        client.send(BAD_CHUNK)
+        assert len(client.rest()) < 30_000_000
+    with Client(through_ssh) as client:
+        client.request("GET", "/_ping")
+        assert client.answer()[0] == 200
+
+
+def test_a_bad_body_while_the_answer_is_held(proxy: Proxy) -> None:
+    def hold(head: ResponseHead) -> None:
+        time.sleep(0.5)
+
+    proxy.hooks.on("POST", "/bytes", lambda request: Watch(head=hold))
+    with proxy.client() as client:
+        client.request("POST", "/bytes?n=30", CHUNKED)
+        time.sleep(0.2)
+        client.send(BAD_CHUNK)
+        assert client.rest().count(b"HTTP/1.1 ") == 1
+    proxy.ping()
+
+
+# -- one answer for each request ---------------------------------------------------------------
+
+
+def test_a_stream_that_ended_before_it_was_used_is_replaced(proxy: Proxy) -> None:
+    with proxy.client() as idle:
+        eventually(lambda: len(proxy.streams) == 1)
+        proxy.engine.stop()
+        proxy.engine.start()
+        proxy.ping()
+        idle.request("GET", "/_ping")
+        assert idle.answer()[0] == 200
+    proxy.problem = TunnelError("an outage")
+    with proxy.client() as early:
+        time.sleep(0.1)
+        proxy.problem = None
+        early.request("GET", "/_ping")
+        assert early.answer()[0] == 200
+    eventually(lambda: proxy.endpoint.counters.active == 0)
+
+
+def test_a_refused_first_request_keeps_no_dead_stream(proxy: Proxy) -> None:
+    def refuse(request: Request) -> None:
+        raise Refusal(409, "not now")
+
+    proxy.hooks.on("POST", "/echo", refuse, body_limit=100)
+    with proxy.client() as client:
+        client.request("POST", "/echo", body=b"x")
+        assert client.answer()[0] == 409
+        proxy.engine.stop()
+        proxy.engine.start()
+        client.request("GET", "/_ping")
+        assert client.answer()[0] == 200
+
+
+def test_hooks_are_not_asked_when_there_is_no_engine(proxy: Proxy) -> None:
+    asked = []
+    proxy.hooks.on("POST", "/echo", lambda request: asked.append(request), body_limit=100)
+    proxy.problem = TunnelError("an outage")
+    with proxy.client() as client:
+        client.request("POST", "/echo", body=b"x")
+        assert client.answer()[0] == 503
+    assert not asked
+
+
+@pytest.mark.parametrize(
+    ("spoil", "status"),
+    [(lambda proxy, client: client.send(BAD_CHUNK), 400),
+     (lambda proxy, client: proxy.engine.cut_all(), 502)],
+)  # fmt: skip
+def test_a_100_is_no_answer(
+    proxy: Proxy, spoil: Callable[[Proxy, Client], None], status: int
+) -> None:
+    with proxy.client() as client:
+        client.request("POST", "/echo", "Expect: 100-continue", CHUNKED)
+        assert client.until(b"\r\n\r\n").startswith(b"HTTP/1.1 100 ")
+        spoil(proxy, client)
+        assert client.answer()[0] == status
+        assert client.rest() == b""
+
+
+def test_a_request_that_was_answered_early_gets_no_second_answer(proxy: Proxy) -> None:
+    with proxy.client() as client:
+        client.request("POST", "/_ping", CHUNKED)
+        assert client.answer()[0] == 200
+        client.send(BAD_CHUNK)
+        assert client.rest() == b""
+
+
+def test_a_watch_that_refuses_a_head_sends_no_body(proxy: Proxy) -> None:
+    def refuse(head: ResponseHead) -> None:
+        raise Refusal(500, "no")
+
+    proxy.hooks.on("HEAD", "/bytes", lambda request: Watch(head=refuse))
+    with proxy.client() as client:
+        client.request("HEAD", "/bytes?n=3")
+        assert client.answer(method="HEAD")[0] == 500
+        assert client.rest() == b""
+
+
+@pytest.mark.skipif(shutil.which("docker") is None, reason="needs the docker CLI")
+def test_go_s_client_understands_that_there_are_too_many(make_proxy: MakeProxy) -> None:
+    proxy = make_proxy(limit=0)
+    env = {**os.environ, "DOCKER_HOST": f"unix://{proxy.path}"}
+    for _ in range(5):
+        done = subprocess.run(["docker", "ps"], env=env, capture_output=True, text=True)
+        assert "there are already 0 connections" in done.stderr
+        assert "nsolicited" not in done.stderr
+
+
+# -- what the system has no more of ---------------------------------------------------------------
+
+
+def test_without_a_thread_the_client_is_hung_up_on(proxy: Proxy) -> None:
+    def full(job: Callable[[], None]) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with proxy.client() as client:
+        client.request("GET", "/_ping")
+        client.answer()
+        for connection in proxy.endpoint._connections:
+            connection._down._spawn = full
+        client.request("GET", "/bytes?n=30000000")
+        time.sleep(0.3)
+        assert len(client.rest()) < 30_000_000
+    eventually(lambda: proxy.endpoint.counters.active == 0)
+    proxy.ping()
+
+
+@pytest.mark.parametrize("size", [1, 8, 60, 5000])
+def test_a_window_of_small_packets_takes_little_more_than_its_bytes(size: int) -> None:
+    window = 2 << 20
+    data = pattern(window)
+    process = psutil.Process()
+    before = process.memory_info().rss
+    inbox = Inbox()
+    for at in range(0, window, size):
+        inbox.feed([memoryview(data)[at : at + size]])
+    assert process.memory_info().rss - before < 4 * window
+    inbox.close()
+    found = bytearray()
+    while part := inbox.read(1 << 20):
+        found += part
+    assert found == data
