@@ -15,6 +15,8 @@ from wherry_wire.messages import (
     ClockReport,
     ClockSet,
     Done,
+    EngineReport,
+    EngineSet,
     HealthReport,
     HealthRequest,
     HealthWatch,
@@ -32,6 +34,8 @@ from wherry_wire.messages import (
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from wherry_guest.sync import Roots
 
 
@@ -45,6 +49,8 @@ class Agent:
         self._roots: Roots | None = None
         self.leads_names = False
         """Whether queries of names go to the host."""
+        self.finish: Callable[[], None] = lambda: None
+        """Called at the end of the session, for what must not be left half done."""
         session.answer(Hello, self.hello)
         session.answer(HealthRequest, self.health, slow=True)
         session.answer(HealthWatch, self.watch)
@@ -52,6 +58,7 @@ class Agent:
         session.answer(Trim, self.trim, slow=True)
         session.answer(NetworkSet, self.set_network, slow=True)
         session.answer(ListenersRequest, self.listeners, slow=True)
+        session.answer(EngineSet, self.set_engine, slow=True)
         session.answer(PowerOff, self.power_off, slow=True)
         session.answer(SyncListen, self.listen)
 
@@ -139,6 +146,20 @@ class Agent:
             network.lead_names(request.names_port)
         return Done()
 
+    def set_engine(self, request: EngineSet) -> EngineReport:
+        """Have the engine work with other settings."""
+        # Rarely needed, and what is imported at the start makes it slower.
+        from wherry_guest import engine_settings
+
+        self.finish = engine_settings.finish
+        try:
+            applied, note = engine_settings.change(
+                request.settings, request.live, self._settings.engine_socket
+            )
+        except engine_settings.Refused as error:
+            return EngineReport(applied=False, refused=str(error), note="")
+        return EngineReport(applied=applied, refused="", note=note)
+
     def listen(self, request: SyncListen) -> SyncListening:
         """Be ready for the connections of synchronised roots."""
         if self._roots is None:
@@ -170,6 +191,7 @@ def main() -> int:
         print(f"wherry agent: {error}", file=sys.stderr)
         return 1
     finally:
+        agent.finish()
         if agent.leads_names:
             network.lead_names_back()
     return 0

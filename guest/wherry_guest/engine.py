@@ -18,12 +18,26 @@ def ping(path: str, timeout_s: float) -> str:
     :param timeout_s: bound of the whole exchange, in seconds.
     :raises OSError: it did not answer in time, or its answer was not "200".
     """
+    return parse(_ask(path, "/_ping", timeout_s))
+
+
+def get(path: str, target: str, timeout_s: float) -> bytes:
+    """Return the body of the engine's answer to a GET request.
+
+    :raises OSError: as :func:`ping`.
+    """
+    answer = _ask(path, target, timeout_s)
+    parse(answer)
+    return answer.partition(b"\r\n\r\n")[2]
+
+
+def _ask(path: str, target: str, timeout_s: float) -> bytes:
     deadline = time.monotonic() + timeout_s
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as engine:
         engine.settimeout(timeout_s)
         engine.connect(path)
         # With HTTP/1.0 the answer ends where the connection does (RFC 1945, 7.2.2).
-        engine.sendall(b"GET /_ping HTTP/1.0\r\nHost: docker\r\n\r\n")
+        engine.sendall(f"GET {target} HTTP/1.0\r\nHost: docker\r\n\r\n".encode())
         answer = b""
         while len(answer) <= _ANSWER_BYTES_MAX:
             remaining_s = deadline - time.monotonic()
@@ -34,7 +48,7 @@ def ping(path: str, timeout_s: float) -> str:
             if not data:
                 break
             answer += data
-    return parse(answer)
+    return answer
 
 
 def parse(answer: bytes) -> str:

@@ -47,7 +47,10 @@ def allow_host(open: bool) -> None:
         if open and _run([program, "-w", "-S", _CHAIN]) != 0:
             continue  # it never was closed
         _restore(program, "filter", [] if open else _close(address))
-        for chain in ("FORWARD", "OUTPUT"):
+        # The engine puts its rules before all others whenever it starts, but goes through
+        # this chain of the user's first; it has none when it makes no rules.
+        user_s = _run([program, "-w", "-S", "DOCKER-USER"]) == 0
+        for chain in ("DOCKER-USER" if user_s else "FORWARD", "OUTPUT"):
             _jump(program, "filter", chain)
 
 

@@ -261,6 +261,25 @@ class NetworkSet(Message):
     host_open: bool  # whether containers may connect to services on the host's loopback
 
 
+class EngineSet(Message):
+    """Request: have the engine work with these settings."""
+
+    TYPE = 0x1D
+
+    settings: str  # the text of daemon.json
+    live: bool  # running containers can go on under them
+
+
+class EngineReport(Message):
+    """Reply to :class:`EngineSet`."""
+
+    TYPE = 0x1E
+
+    applied: bool  # false: they are refused, or containers would have to be stopped for them
+    refused: str  # why, in the engine's words; empty when they are not
+    note: str  # what the user should know; empty for nothing
+
+
 class SyncListen(Message):
     """Request: be ready for the connections of synchronised roots."""
 

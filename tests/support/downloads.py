@@ -27,6 +27,7 @@ TIMEOUT_S = 900
 DEBIAN_SUITE = "trixie"
 DEBIAN_PACKAGES = ("docker-registry", "openssh-client")
 """A registry to push to and to pull from, and what uses an agent's keys in a build."""
+HOST_PACKAGES = ("docker-registry", "tinyproxy-bin")
 DEBIAN_WITHOUT = (
     "/usr/share/doc/*",
     "/usr/share/info/*",
@@ -68,11 +69,29 @@ def debian_root() -> Path:
     return _cached(f"debian-{_digest(' '.join(argv).encode())}.tar.gz", make)
 
 
+def debian_programs() -> Path:
+    """A registry and a proxy of this computer's own Debian, unpacked and not installed.
+
+    Installed, they would be started as services of the system.
+    """
+
+    def make(target: Path) -> None:
+        target.mkdir()
+        _run(["apt-get", "-qq", "download", *HOST_PACKAGES], target)
+        for package in target.glob("*.deb"):
+            _run(["dpkg-deb", "-x", package, "."], target)
+            package.unlink()
+
+    return _cached(f"programs-{_digest(' '.join(HOST_PACKAGES).encode())}", make) / "usr" / "bin"
+
+
 def main() -> None:
     """Fill the cache, so that no test waits for a download."""
     node_modules()
     if shutil.which("mmdebstrap") is not None:
         debian_root()
+    if shutil.which("apt-get") is not None:
+        debian_programs()
 
 
 def _digest(data: bytes) -> str:

@@ -36,8 +36,10 @@ class Sandbox:
             "DOCKER_CONFIG": str(self.docker_config),
             "WHERRY_DEFAULT_SOCKET": str(directory / "default.sock"),
         }
-        self.env.pop("DOCKER_HOST", None)
-        self.env.pop("DOCKER_CONTEXT", None)
+        for name in [*self.env]:
+            # What the user has set for other programs is no part of a test.
+            if name in ("DOCKER_HOST", "DOCKER_CONTEXT") or name.lower().endswith("_proxy"):
+                del self.env[name]
 
     def wherry(
         self,

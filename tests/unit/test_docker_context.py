@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from wherry.core.errors import WherryError
-from wherry.service import docker_context
+from wherry.service import docker_config, docker_context
 
 SOCKET = "unix:///run/user/1000/a place/docker.sock"
 
@@ -169,4 +169,4 @@ def test_making_it_again_writes_only_what_changed(directory: Path) -> None:
 def test_the_users_directory_is_the_clis(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("DOCKER_CONFIG")
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert docker_context.config_directory() == tmp_path / ".docker"
+    assert docker_config.directory() == tmp_path / ".docker"

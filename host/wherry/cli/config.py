@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import click
@@ -60,34 +60,46 @@ def show(name: str, as_json: bool) -> None:
 @machine_option
 def get(key: str, name: str) -> None:
     """Print the value of KEY."""
-    values: Mapping[str, Any] = effective(name)
-    table, _, leaf = key.partition(".")
-    if key in values:
-        click.echo(_text(values[key]))
-    elif isinstance(values.get(table), Mapping) and leaf in values[table]:
-        click.echo(_text(values[table][leaf]))
-    else:
-        raise UsageError(f"no setting is named {key}", hint="see: wherry config show")
+    from wherry.config.load import read_values, split_key
+    from wherry.service import machine
+
+    values = effective(name)
+    if key in _PROXIES:
+        # Asked for by its name, it is given with its password.
+        written = read_values(machine.require(layout(), name).config)
+        values[key] = written.get(key, values[key])
+    value: Any = values
+    for part in [key] if key in values else split_key(key):
+        if not isinstance(value, Mapping) or part not in value:
+            raise UsageError(f"no setting is named {key}", hint="see: wherry config show")
+        value = value[part]
+    click.echo(_text(value))
 
 
 @config.command("set")
-@click.argument("key")
-@click.argument("value")
+@click.argument("pairs", metavar="KEY VALUE [KEY VALUE]...", nargs=-1, required=True)
 @machine_option
-def set_(key: str, value: str, name: str) -> None:
-    """Set KEY to VALUE; a running machine takes it at its next start."""
-    _change(name, key, value)
+def set_(pairs: tuple[str, ...], name: str) -> None:
+    """Set KEY to VALUE; a running machine takes most at its next start.
+
+    The engine takes engine.* and proxy.* at once. VALUE is written as in TOML, or as a plain
+    text; a list of texts as words with commas between them. ENGINE.TABLE.KEY reaches into a
+    table.
+    """
+    if len(pairs) % 2:
+        raise UsageError(f"{pairs[-1]} has no value", hint="wherry config set KEY VALUE")
+    _change(name, dict(zip(pairs[::2], pairs[1::2], strict=True)))
 
 
 @config.command()
-@click.argument("key")
+@click.argument("keys", metavar="KEY...", nargs=-1, required=True)
 @machine_option
-def unset(key: str, name: str) -> None:
+def unset(keys: tuple[str, ...], name: str) -> None:
     """Return KEY to its default."""
-    _change(name, key, None)
+    _change(name, dict.fromkeys(keys))
 
 
-def _change(name: str, key: str, value: str | None) -> None:
+def _change(name: str, changes: Mapping[str, str | None]) -> None:
     from wherry.cli.status import status_of
     from wherry.service import machine
     from wherry.vm import disk
@@ -96,17 +108,93 @@ def _change(name: str, key: str, value: str | None) -> None:
     where = layout()
     paths = machine.require(where, name)
     with machine.locked(where, name):
-        if key == "disk":
+        if "disk" in changes:
             # Refused here, not at the next start: a disk cannot shrink.
-            _refuse_shrinking(where, paths, value, disk, programs)
-        wanted = machine.reconfigure(where, paths, {key: value})
+            _refuse_shrinking(where, paths, changes["disk"], disk, programs)
         running = status_of(where, paths)["state"] == "running"
-        if key == "endpoint.default_socket":
+        engine = _Engine(where, paths, changes.keys(), running=running)
+        wanted = machine.reconfigure(where, paths, changes, check=engine.try_)
+        engine.tell(wanted)
+        rest = {key for key in changes if _table(key) not in _TABLES}
+        if "endpoint.default_socket" in rest:
             # Within the lock: no stop may come between.
             _apply_default_socket(where, paths, wanted.default_socket, running=running)
-            return
-    if running:
+            rest.discard("endpoint.default_socket")
+    if running and rest:
         click.echo(f"It takes effect at the next start: wherry restart {name}", err=True)
+
+
+_TABLES = ("engine", "proxy")
+_PROXIES = ("proxy.http", "proxy.https")
+
+
+def _table(key: str) -> str:
+    return key.partition(".")[0]
+
+
+class _Engine:
+    """What a change of settings means for the engine, while it runs.
+
+    :param keys: those that change.
+    """
+
+    def __init__(self, where: Any, paths: Any, keys: Iterable[str], *, running: bool) -> None:
+        self._where = where
+        self._paths = paths
+        self._changed = {_table(key) for key in keys}.intersection(_TABLES)
+        self._running = running
+        self._done: Mapping[str, Any] | None = None
+
+    def try_(self, config: Any) -> None:
+        """Have the engine take its part of the settings.
+
+        :raises WherryError: it refuses them.
+        """
+        from wherry.cli.progress import stages
+        from wherry.control.client import call
+        from wherry.service import proxies
+
+        if not self._running or not self._changed:
+            return
+        # The environment of this command counts for what is about proxies alone.
+        found = None
+        if "proxy" in self._changed:
+            found = proxies.for_engine(proxies.for_guest(config.proxy, proxies.system()))
+        params = {"engine": config.engine, "proxies": found}
+        with stages() as show:
+            self._done = call(
+                self._where.platform,
+                self._paths.control_socket,
+                "engine_settings",
+                params,
+                on_event=show,
+            )
+
+    def tell(self, config: Any) -> None:
+        """Say what became of it, and do what is left to do."""
+        from wherry.service import docker_proxies, proxies
+
+        if "proxy" in self._changed:
+            try:
+                docker_proxies.update(self._paths, config, proxies.system())
+            except WherryError as error:
+                click.echo(f"wherry: warning: {error}", err=True)
+        restart = f"wherry restart {self._paths.name}"
+        if self._changed and not self._running:
+            click.echo("The engine checks it at the machine's next start.", err=True)
+        elif self._done is not None:
+            later = self._done["later"]
+            if set(self._done["keys"]) - set(later):
+                click.echo("The engine has started anew with it; containers went on.", err=True)
+            if later:
+                which = ", ".join(later)
+                click.echo(
+                    f"Containers run, and would have to be stopped for: {which}. "
+                    f"It takes effect at the next start: {restart}",
+                    err=True,
+                )
+            if self._done["note"]:
+                click.echo(f"wherry: warning: {self._done['note']}", err=True)
 
 
 def _apply_default_socket(where: Any, paths: Any, wanted: bool, *, running: bool) -> None:
@@ -147,24 +235,35 @@ def _refuse_shrinking(where: Any, paths: Any, value: str | None, disk: Any, prog
 @name_argument
 def edit(name: str) -> None:
     """Open the settings of machine NAME in $EDITOR, and check them afterwards."""
-    from wherry.config.load import parse
+    from wherry.cli.status import status_of
+    from wherry.config.load import parse, read_values
+    from wherry.config.model import build
     from wherry.core.files import write_atomic
     from wherry.service import machine
 
-    paths = machine.require(layout(), name)
+    where = layout()
+    paths = machine.require(where, name)
     before = paths.config.read_text(encoding="utf-8") if paths.config.exists() else ""
     after = click.edit(before, extension=".toml")
     if after is None or after == before:
         click.echo("Nothing changed.")
         return
     try:
-        parse(after, paths.config)
+        with machine.locked(where, name):
+            old = read_values(paths.config)
+            new = parse(after, paths.config)
+            running = status_of(where, paths)["state"] == "running"
+            changed = {key for key in old.keys() | new.keys() if old.get(key) != new.get(key)}
+            engine = _Engine(where, paths, changed, running=running)
+            wanted = build(new, where.platform)
+            engine.try_(wanted)
+            write_atomic(paths.config, after.encode())
+            engine.tell(wanted)
     except WherryError:
         kept = paths.config.with_name("config.toml.rejected")
-        kept.write_text(after, encoding="utf-8")
+        write_atomic(kept, after.encode())
         click.echo(f"Not saved; what you wrote is in {kept}", err=True)
         raise
-    write_atomic(paths.config, after.encode())
 
 
 @config.command()

@@ -67,8 +67,9 @@ def start_machine(
     An interrupt ends what this call began: a machine it made is removed again.
     """
     from wherry.cli.progress import stages
+    from wherry.config.load import load
     from wherry.control.client import call
-    from wherry.service import docker_context, launch, machine
+    from wherry.service import docker_context, docker_proxies, launch, machine, proxies
 
     paths = where.machine(name)
     made = launched = False
@@ -93,6 +94,10 @@ def start_machine(
                 where.platform, paths.control_socket, "wait_running", on_event=show
             )
         docker_context.create(paths.docker_context, status["docker_host"], name)
+        try:
+            docker_proxies.update(paths, load(paths.config, where.platform), proxies.system())
+        except WherryError as error:
+            click.echo(f"wherry: warning: {error}", err=True)
         if use:
             docker_context.use(paths.docker_context)
         # It is done: an interrupt between here and the end of the program would be
@@ -199,7 +204,7 @@ def restart(name: str) -> None:
 @click.option("--yes", "-y", is_flag=True, help="Do not ask.")
 def delete(name: str, yes: bool) -> None:
     """Remove machine NAME: its images, containers, volumes and settings."""
-    from wherry.service import docker_context, machine
+    from wherry.service import docker_context, docker_proxies, machine
     from wherry.service.default_socket import DefaultSocket
 
     where = layout()
@@ -222,6 +227,8 @@ def delete(name: str, yes: bool) -> None:
                 f"machine {name} cannot be stopped, so it is not removed: {error.message}",
                 hint=error.hint,
             ) from error
+        with contextlib.suppress(WherryError):  # somebody else's stay
+            docker_proxies.remove(paths)
         machine.delete(paths)
         docker_context.remove(paths.docker_context)
         try:

@@ -17,6 +17,7 @@ _WORDS = {
     "boot": "Booting the guest",
     "tunnel": "Connecting over SSH",
     "engine": "Waiting for the engine",
+    "settings": "Starting the engine with its new settings",
     "stop": "Stopping the engine and its containers",
 }
 

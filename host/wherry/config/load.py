@@ -9,10 +9,11 @@ from __future__ import annotations
 import difflib
 import re
 import tomllib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from wherry.config import engine_keys
 from wherry.config.model import SETTINGS, Config, build
 from wherry.core.errors import ConfigError, UsageError
 from wherry.core.files import write_atomic
@@ -86,8 +87,8 @@ def edit(
 ) -> None:
     """Set keys, or remove those whose new value is None, and keep the rest as it is.
 
-    :param changes: values by dotted key, not yet parsed; ``engine.KEY`` reaches into
-        the engine's table.
+    :param changes: values by dotted key, not yet parsed; ``engine.KEY`` and
+        ``engine.TABLE.KEY`` reach into the engine's table.
     :param check: called with all values as they would be; what it raises keeps the file.
     :raises UsageError: a key or value is wrong; the file is then unchanged.
     :raises ConfigError: the file itself is malformed.
@@ -101,54 +102,70 @@ def edit(
     except FileNotFoundError:
         document = tomlkit.document()
     for key, raw in changes.items():
-        value = _checked(key, raw)
-        *tables, leaf = _split(key)
-        holder: Any = document
-        for table in tables:
-            if table not in holder:
-                if value is None:
-                    break
-                holder.add(table, tomlkit.table())
-            holder = holder[table]
-        else:
-            if value is None:
-                holder.pop(leaf, None)
-            else:
-                holder[leaf] = value
+        parts = split_key(key)
+        _put(document, parts, _checked(key, parts, raw))
     text = tomlkit.dumps(document)
     check(parse(text, path))
     write_atomic(path, text.encode())
 
 
-def _checked(key: str, raw: Any) -> Any:
+def _put(holder: Any, path: list[str], value: Any) -> None:
+    """Set what a path leads to, or remove it and the tables that are empty then."""
+    import tomlkit
+
+    name, *rest = path
+    if not isinstance(holder, MutableMapping):
+        raise UsageError(f"{name} cannot be set in what is no table")
+    if not rest:
+        if value is None:
+            holder.pop(name, None)
+        else:
+            holder[name] = value
+        return
+    if name not in holder:
+        if value is None:
+            return
+        holder[name] = tomlkit.table()
+    _put(holder[name], rest, value)
+    if value is None and not holder[name]:
+        holder.pop(name)
+
+
+def _checked(key: str, path: list[str], raw: Any) -> Any:
     """Return the value as it goes into the file; None removes the key."""
-    table, *leaf = _split(key)
-    if leaf and table in _FREE_TABLES:
-        return _scalar(raw)
+    table, *below = path
+    if below and table in _FREE_TABLES:
+        value = engine_keys.from_word(below, raw) if isinstance(raw, str) else raw
+        if raw is not None:
+            _parsed(table, {below[0]: value})
+        return value
     if key not in SETTINGS:
         raise UsageError(f"unknown key {key}", hint=_suggestion(key))
     if raw is None:
         return None
+    value = _parsed(key, raw)
+    return value if key not in ("memory", "disk") else raw
+
+
+def _parsed(key: str, raw: Any) -> Any:
     setting = SETTINGS[key]
     try:
-        setting.parse(raw)
+        return setting.parse(raw)
     except ValueError as error:
         raise UsageError(f"{key}: {error}", hint=setting.help) from error
-    return setting.parse(raw) if key not in ("memory", "disk") else raw
 
 
-def _scalar(raw: Any) -> Any:
-    """Read a word of the command line as TOML does, and as a text when it is none."""
-    if not isinstance(raw, str):
-        return raw
-    try:
-        return tomllib.loads(f"value = {raw}")["value"]
-    except tomllib.TOMLDecodeError:
-        return raw
+def split_key(key: str) -> list[str]:
+    """Return the parts of a dotted key; in the engine's table it may have more than two.
 
-
-def _split(key: str) -> list[str]:
+    :raises UsageError: it is no key.
+    """
     head, *rest = key.split(".", 1)
+    if rest and head in _FREE_TABLES:
+        try:
+            return engine_keys.split_key(key)
+        except ValueError as error:
+            raise UsageError(str(error), hint="write it as in TOML, with dots") from error
     return [head, *rest]
 
 

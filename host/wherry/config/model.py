@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from wherry.config import engine_keys, proxy
 from wherry.config.units import format_size, parse_size
 from wherry.core.errors import UsageError
 
@@ -52,6 +53,17 @@ class Setting:
 
 
 @dataclass(frozen=True)
+class ProxySettings:
+    """The settings ``proxy.*``, as they are written: addresses, ``auto``, or empty for none."""
+
+    http: str = proxy.AUTO
+    https: str = proxy.AUTO
+    no_proxy: str = proxy.AUTO
+    containers: bool = False
+    """Whether the docker CLI gives them to containers and builds."""
+
+
+@dataclass(frozen=True)
 class Config:
     """The effective settings of a machine: what the file says, over the defaults."""
 
@@ -65,6 +77,7 @@ class Config:
     host_access: bool = True
     engine: Mapping[str, Any] = field(default_factory=dict)
     """Keys for the engine's ``daemon.json``, as its documentation names them."""
+    proxy: ProxySettings = ProxySettings()
 
 
 def _count(value: Any) -> int:
@@ -128,9 +141,10 @@ def _paths(value: Any) -> tuple[str, ...]:
     return tuple(found)
 
 
-def _table(value: Any) -> Mapping[str, Any]:
+def _engine(value: Any) -> Mapping[str, Any]:
     if not isinstance(value, Mapping):
         raise ValueError(f"{value!r} is not a table")
+    engine_keys.check(value)
     return dict(value)
 
 
@@ -189,10 +203,36 @@ SETTINGS: Mapping[str, Setting] = {
             "whether containers can use services on this computer's 127.0.0.1",
         ),
         Setting(
+            "proxy.http",
+            proxy.parse,
+            lambda platform: proxy.AUTO,
+            "proxy for the engine's HTTP; auto: the environment's or the system's; empty: none",
+            proxy.mask,
+        ),
+        Setting(
+            "proxy.https",
+            proxy.parse,
+            lambda platform: proxy.AUTO,
+            "the same for HTTPS, which pulls of images use",
+            proxy.mask,
+        ),
+        Setting(
+            "proxy.no_proxy",
+            _text,
+            lambda platform: proxy.AUTO,
+            "names that need no proxy, with commas between them; auto: the environment's",
+        ),
+        Setting(
+            "proxy.containers",
+            _flag,
+            lambda platform: False,
+            "whether the docker CLI gives the proxies to containers and builds too",
+        ),
+        Setting(
             "engine",
-            _table,
+            _engine,
             lambda platform: {},
-            "keys of the engine's daemon.json (kept, not applied yet)",
+            "keys of the engine's daemon.json, such as engine.insecure-registries",
         ),
     )
 }
@@ -214,6 +254,12 @@ def build(values: Mapping[str, Any], platform: Platform) -> Config:
         shared=value("sync.shared"),
         host_access=value("network.host_access"),
         engine=value("engine"),
+        proxy=ProxySettings(
+            http=value("proxy.http"),
+            https=value("proxy.https"),
+            no_proxy=value("proxy.no_proxy"),
+            containers=value("proxy.containers"),
+        ),
     )
 
 

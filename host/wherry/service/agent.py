@@ -18,6 +18,8 @@ from wherry_wire.messages import (
     ClockReport,
     ClockSet,
     Done,
+    EngineReport,
+    EngineSet,
     Failure,
     HealthReport,
     HealthRequest,
@@ -44,6 +46,9 @@ HELLO_TIMEOUT_S = 60.0
 REQUEST_TIMEOUT_S = 20.0
 ENGINE_TIMEOUT_S = 5.0
 TRIM_TIMEOUT_S = 600.0
+ENGINE_SET_TIMEOUT_S = 360.0
+"""The agent's own bounds, for stopping and starting the engine, are shorter together."""
+
 _CLOSE_TIMEOUT_S = 5.0
 _RECEIVE_BYTES = 64 * 1024
 _HINT = "see `wherry logs --source console`, or restart the machine"
@@ -248,6 +253,26 @@ class AgentClient:
         """
         request = NetworkSet(names_port=names_port, host_open=host_open)
         self._request(request, Done, timeout_s)
+
+    def set_engine(
+        self, settings: str, *, live: bool, timeout_s: float = ENGINE_SET_TIMEOUT_S
+    ) -> tuple[bool, str]:
+        """Have the engine work with other settings.
+
+        :param settings: the text of ``daemon.json``.
+        :param live: whether running containers can go on under them.
+        :returns: whether it was done, and what the user should know. It is not done when
+            containers would have to be stopped for it.
+        :raises WherryError: the engine refuses them and goes on with what it had, the agent
+            did not answer in time, or is lost.
+        """
+        report = self._request(EngineSet(settings=settings, live=live), EngineReport, timeout_s)
+        if report.refused:
+            raise WherryError(
+                f"the engine refuses this: {_printable(report.refused)}",
+                hint="it goes on with what it had",
+            )
+        return report.applied, _printable(report.note)
 
     def poweroff(self, *, timeout_s: float = REQUEST_TIMEOUT_S) -> None:
         """Have the guest shut itself down; returns when it has begun to.

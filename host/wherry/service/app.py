@@ -29,6 +29,7 @@ from wherry.core.errors import NotRunning, TunnelError, WherryError
 from wherry.service import console, engine, state, status, syncing
 from wherry.service.boot import Boot, end_orphan
 from wherry.service.default_socket import DefaultSocket
+from wherry.service.engine_settings import EngineSettings
 from wherry.service.guest import Guest
 from wherry.service.mounts import Mounts
 from wherry.service.networking import Networking
@@ -38,6 +39,7 @@ from wherry.sync.remote import RemoteEndpoint
 from wherry.sync.roots import Roots
 from wherry.tunnel.connection import Connection
 from wherry.tunnel.keys import MachineKeys, load_keys
+from wherry.tunnel.stream import Stream
 from wherry.tunnel.tunnel import Tunnel
 from wherry.vm.driver import Exit
 from wherry.vm.qemu.driver import QemuDriver
@@ -50,8 +52,8 @@ _UNASKED_STOP_S = 5.0
 _LINGER_S = 5.0
 """How long a failed start is kept for the command that began it to ask."""
 
-_STOP_ENGINE = "s6-svc -wD -T 20000 -d /usr/lib/wherry/services/dockerd"
-_STOP_ENGINE_S = 25.0
+_STOP_ENGINE = "/usr/lib/wherry/stop-engine"
+_STOP_ENGINE_S = 40.0
 """Containers get 10 s to end unless they ask for more; the guest's own poweroff waits as long."""
 
 _QUIT_S = 10.0
@@ -72,6 +74,7 @@ class Service:
         self._paths = paths
         self._bounds = bounds
         self._stages = Stages()
+        self._engine_settings = EngineSettings(paths)
         # What an earlier service knew of a QEMU that this one may adopt.
         before = state.read(paths)
         self._boot = Boot(
@@ -82,6 +85,7 @@ class Service:
             accelerator=before.accelerator,
             warning=before.warning,
             launched=self._launched,
+            engine_settings=self._engine_settings,
         )
         self._record = Record(
             State.STARTING,
@@ -126,6 +130,7 @@ class Service:
                 "stop": self._on_stop,
                 "events": self._on_events,
                 "ports": self._on_ports,
+                "engine_settings": self._engine_settings.on_change,
                 **syncing.handlers(self._running_roots),
             },
             loop,
@@ -234,7 +239,7 @@ class Service:
         self._roots = self._make_roots(tunnel)
         self._endpoint = Endpoint(
             self._layout.platform.listen_local(paths.docker_socket),
-            lambda: tunnel.begin_unix(engine.SOCKET),
+            lambda: self._open_engine(tunnel),
             prepare=lambda: tunnel.prepare_unix(engine.SOCKET),
             hooks=self._hooks,
         )
@@ -245,6 +250,7 @@ class Service:
             timeout_s=bounds.engine_s + 1,
             hint="see: wherry logs --source console",
         )
+        self._engine_settings.warning = console.warnings(console.read(paths.console_log))
         self._claim_default_socket()
         self._record = replace(self._record, state=State.RUNNING, started=time.time())
         self._transition(State.RUNNING)
@@ -252,9 +258,14 @@ class Service:
         self._networking.answer_names(self._guest)
         self._guest.host_open = load(paths.config, self._layout.platform).host_access
         self._guest.start()
+        self._engine_settings.attach(self._guest)
         await self._share_files(tunnel)
         await self._networking.start(driver, tunnel, self._guest, self._ssh)
         self._started.set_result(None)
+
+    def _open_engine(self, tunnel: Tunnel) -> Stream:
+        self._engine_settings.wait()
+        return tunnel.begin_unix(engine.SOCKET)
 
     def _claim_default_socket(self) -> None:
         """Claim it where the settings say so; a machine without it runs all the same."""
@@ -448,7 +459,8 @@ class Service:
             self._event_listeners.remove(emit)
 
     def _status(self) -> dict[str, Any]:
-        live: dict[str, Any] = {"warning": self._record.warning}
+        warnings = (self._record.warning, self._engine_settings.warning)
+        live: dict[str, Any] = {"warning": "; ".join(filter(None, warnings))}
         image = self._boot.image
         if image is not None:
             live["image"] = {"version": image.version, "sha256": image.sha256}

@@ -16,6 +16,7 @@ from wherry.config.model import Config, check_host
 from wherry.core.bridge import in_thread
 from wherry.core.errors import StageError, WherryError
 from wherry.service import console, state
+from wherry.service.engine_settings import EngineSettings
 from wherry.service.stages import Bounds, Stages
 from wherry.vm import disk, image
 from wherry.vm.driver import MachineSpec, ProcessIdentity
@@ -42,6 +43,7 @@ class Boot:
     :param accelerator: what an earlier service used, for a QEMU that it left running.
     :param warning: what that service warned of.
     :param launched: called when QEMU runs and before the guest has booted.
+    :param engine_settings: gives a guest that boots those of its engine.
     """
 
     def __init__(
@@ -54,12 +56,14 @@ class Boot:
         accelerator: str,
         warning: str,
         launched: Callable[[], None],
+        engine_settings: EngineSettings,
     ) -> None:
         self._layout = layout
         self._paths = paths
         self._bounds = bounds
         self._stages = stages
         self._launched = launched
+        self._engine_settings = engine_settings
         self.accelerator = accelerator
         self.warning = warning
         self.image: image.Image | None = None
@@ -140,6 +144,7 @@ class Boot:
             ),
             timeout_s=bounds.disk_s,
         )
+        self._engine_settings.write(config)
         spec = self._spec(config, chosen)
         for tries_left in reversed(range(_BOOT_TRIES)):
             self.driver = driver = QemuDriver(tools, paths.qemu_log)
@@ -206,6 +211,7 @@ class Boot:
                 "host_key": paths.keys / "host_ed25519",
                 "authorized_key": paths.keys / "user_ed25519.pub",
                 "machine.json": machine_file,
+                "daemon.json": self._engine_settings.file,
             },
         )
 

@@ -1,9 +1,9 @@
 """The guest's console: QEMU writes it to a file, the boot's milestones are lines in it.
 
 The guest prints ``wherry: init`` when its init begins, ``wherry: ssh`` when sshd
-listens, ``wherry: engine`` when dockerd answers, and ``wherry: fatal: …`` before it
-gives up. Waiting for the line beats trying to connect: QEMU accepts connections for
-the guest long before anything in it listens.
+listens, ``wherry: engine`` when dockerd answers, ``wherry: warning: …`` for the user, and
+``wherry: fatal: …`` before it gives up. Waiting for the line beats trying to connect: QEMU
+accepts connections for the guest long before anything in it listens.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from wherry.core.errors import WherryError
 
 _POLL_S = 0.02
 _FATAL = re.compile(r"wherry: fatal: (?P<reason>[^\r\n]*)[\r\n]")
+_WARNING = re.compile(r"wherry: warning: (?P<text>[^\r\n]*)[\r\n]")
 _INT3 = re.compile(r"(Oops: )?int3: 0000[^\r\n]*")
 _PANIC = re.compile(r"Kernel panic - not syncing: (?P<reason>[^\r\n]*)")
 
@@ -42,6 +43,12 @@ def explain(text: str) -> str:
     if panic := _PANIC.search(text):
         return f"the guest's kernel panicked: {panic['reason']}"
     return ""
+
+
+def warnings(text: str) -> str:
+    """Return what the guest wants the user to know of this boot; empty for nothing."""
+    found = "; ".join(match["text"] for match in _WARNING.finditer(text))
+    return "".join(character for character in found if character.isprintable())
 
 
 def emulation_oops(text: str) -> str:

@@ -9,20 +9,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
-import stat
 from pathlib import Path
-from typing import Any
 
 from wherry.core.errors import WherryError
 from wherry.core.files import write_atomic
-
-
-def config_directory() -> Path:
-    """Return $DOCKER_CONFIG, or ``~/.docker``."""
-    chosen = os.environ.get("DOCKER_CONFIG")
-    return Path(chosen) if chosen else Path.home() / ".docker"
+from wherry.service import docker_config
 
 
 def create(name: str, docker_host: str, machine: str) -> None:
@@ -66,45 +58,22 @@ def remove(name: str) -> None:
 def current() -> str:
     """Return the CLI's current context as its configuration names it; empty for the default."""
     try:
-        return str(_read_config().get("currentContext", ""))
+        return str(docker_config.read().get("currentContext", ""))
     except WherryError:
         return ""
 
 
 def _directory(name: str) -> Path:
     digest = hashlib.sha256(name.encode()).hexdigest()
-    return config_directory() / "contexts" / "meta" / digest
-
-
-def _read_config() -> dict[str, Any]:
-    path = config_directory() / "config.json"
-    try:
-        config = json.loads(path.read_bytes())
-        if not isinstance(config, dict):
-            raise ValueError("it is no JSON object")
-        return config
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError) as error:
-        raise WherryError(
-            f"the docker CLI's {path} cannot be read: {error}", hint="mend or remove the file"
-        ) from error
+    return docker_config.directory() / "contexts" / "meta" / digest
 
 
 def _set_current(name: str | None) -> None:
-    config = _read_config()
+    config = docker_config.read()
     if config.get("currentContext", None) == name:
         return
     if name is None:
         config.pop("currentContext", None)
     else:
         config["currentContext"] = name
-    path = config_directory() / "config.json"
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # Resolved: many keep the file in a repository and link to it.
-        path = path.resolve()
-        mode = stat.S_IMODE(path.stat().st_mode) if path.exists() else 0o600
-        write_atomic(path, json.dumps(config, indent="\t").encode() + b"\n", mode=mode)
-    except OSError as error:
-        raise WherryError(f"{path} cannot be written: {error}") from error
+    docker_config.write(config)

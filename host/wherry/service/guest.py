@@ -17,7 +17,7 @@ log = logging.getLogger(__name__)
 
 _CLOCK_THRESHOLD_S = 0.5
 _START_TIMEOUT_S = 60.0
-_SYNC_TIMEOUT_S = 20.0
+_COMES_S = 20.0
 """Requests wait for this: after the start of a machine or an outage the agent comes soon."""
 
 _JOIN_S = 5.0
@@ -76,23 +76,33 @@ class Guest:
         """
         return self._running().listeners(containers)
 
+    def set_engine(self, settings: str, *, live: bool) -> tuple[bool, str]:
+        """See :meth:`AgentClient.set_engine`.
+
+        :raises WherryError: also when there is no agent, and none comes in time.
+        """
+        return self._awaited().set_engine(settings, live=live)
+
+    def open_sync(self) -> Stream:
+        """Open a connection for a synchronised root.
+
+        :raises WherryError: there is no agent, and none comes in time.
+        """
+        return self._tunnel.open_unix(self._awaited().listen_sync(SYNC_DIRECTORY))
+
     def _running(self) -> AgentClient:
         agent = self._agent
         if agent is None:
             raise WherryError("the agent in the guest is not running yet")
         return agent
 
-    def open_sync(self, timeout_s: float = _SYNC_TIMEOUT_S) -> Stream:
-        """Open a connection for a synchronised root.
-
-        :raises WherryError: there is no agent, and none comes in time.
-        """
+    def _awaited(self) -> AgentClient:
         with self._lock:
-            self._lock.wait_for(lambda: self._agent is not None or self._closed, timeout_s)
+            self._lock.wait_for(lambda: self._agent is not None or self._closed, _COMES_S)
             agent = self._agent
         if agent is None:
             raise WherryError("the agent in the guest does not run", hint="see: wherry logs")
-        return self._tunnel.open_unix(agent.listen_sync(SYNC_DIRECTORY))
+        return agent
 
     def close(self) -> None:
         """End the agent; safe to call twice."""

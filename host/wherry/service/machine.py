@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -109,19 +109,27 @@ def _fitting(total: int, layout: Layout) -> dict[str, Any]:
     return {"disk": f"{total // GIB}GiB"}
 
 
-def reconfigure(layout: Layout, paths: MachinePaths, changes: Mapping[str, Any]) -> Config:
+def reconfigure(
+    layout: Layout,
+    paths: MachinePaths,
+    changes: Mapping[str, Any],
+    check: Callable[[Config], object] = lambda config: None,
+) -> Config:
     """Change settings of a machine that exists, checking them against this host first.
 
+    :param check: called last with what they would be; what it raises keeps the file.
     :raises UsageError: a setting is wrong, or more than the host has; nothing changed.
     :raises WherryError: the file cannot be written; nothing changed.
     """
     total = shutil.disk_usage(paths.directory).total
 
-    def check(values: Mapping[str, Any]) -> None:
-        check_host(build(values, layout.platform), layout.platform, disk_total=total)
+    def check_all(values: Mapping[str, Any]) -> None:
+        config = build(values, layout.platform)
+        check_host(config, layout.platform, disk_total=total)
+        check(config)
 
     try:
-        edit(paths.config, changes, check=check)
+        edit(paths.config, changes, check=check_all)
     except OSError as error:
         raise WherryError(
             f"{paths.config} cannot be written: {error.strerror}",

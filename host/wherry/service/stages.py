@@ -29,7 +29,7 @@ class Bounds:
     engine_s: float = 45.0
     guest_stop_s: float = 90.0
     """The engine gives its containers 10 s by default, then the guest syncs its disk; the
-    guest bounds each of its steps, to 25 s together."""
+    guest bounds each of its steps, to 40 s together."""
 
     def for_accelerator(self, accelerator: str) -> Bounds:
         """Return the bounds for the guest's own stages, which emulation makes longer."""
