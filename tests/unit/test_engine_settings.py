@@ -177,6 +177,8 @@ def test_a_change_is_applied_and_remembered(settings: EngineSettings, guest: Fak
     assert guest.has[-1] == {"mtu": 1400, "proxies": proxies}
     assert settings._change({"mtu": 1400}, None)["keys"] == []
     assert len(guest.has) == 2
+    settings._change({"mtu": 1400}, {})
+    assert guest.has[-1] == {"mtu": 1400}
 
 
 def test_what_is_refused_changes_nothing(settings: EngineSettings, guest: FakeGuest) -> None:

@@ -103,6 +103,9 @@ def test_the_way_to_the_host_can_be_closed(machine: Sandbox, host_port: int) -> 
             60, "the host refuses",
         )  # fmt: skip
         assert "refused" in fetched(machine, "10.0.2.2", host_port, "--network", "host")
+        # Where it stays when the engine starts anew and puts its own rules before all others.
+        rules = machine.wherry("shell", "--", "iptables", "-S", "DOCKER-USER").stdout
+        assert b"-A DOCKER-USER -j WHERRY" in rules
     finally:
         machine.wherry("config", "unset", "network.host_access")
         os.kill(machine.status()["service_pid"], signal.SIGKILL)
