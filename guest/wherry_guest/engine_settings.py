@@ -104,7 +104,10 @@ def _let_live(socket: str) -> str:
 
 def _start_with(text: str, socket: str) -> str:
     """Start dockerd anew; if it does not work with the settings, with those before."""
-    _run(["s6-svc", "-wD", "-T", f"{_STOP_S * 1000:.0f}", "-d", _SERVICE])
+    status, _ = _run(["s6-svc", "-wD", "-T", f"{_STOP_S * 1000:.0f}", "-d", _SERVICE])
+    if status != 0:
+        _run(["s6-svc", "-u", _SERVICE])
+        raise OSError(f"the engine did not stop within {_STOP_S:g} s; it will start anew")
     randomized = _read(_RANDOMIZE)
     try:
         note = _install(text)

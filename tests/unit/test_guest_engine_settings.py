@@ -31,6 +31,7 @@ class Guest:
     containers: int = 0
     swarm: str = "inactive"
     live_restore: bool = False
+    stops: bool = True
     calls: list[str] = field(default_factory=list)
 
     @property
@@ -70,7 +71,7 @@ class Guest:
                 self.live_restore = self.has().get("live-restore", False)
             elif action == "-u":
                 self.start()
-            return 0, ""
+            return (0, "") if self.stops or action != "-d" else (99, "timed out")
         done = subprocess.run(argv, capture_output=True, text=True)
         return done.returncode, done.stdout + done.stderr
 
@@ -162,6 +163,14 @@ def test_an_engine_that_would_stop_them_is_not_stopped(
     with pytest.raises(OSError, match="does not take live-restore"):
         asked(guest, {"debug": True})
     assert guest.calls == ["-h"]
+
+
+def test_an_engine_that_does_not_stop_keeps_what_it_had(guest: Guest) -> None:
+    guest.stops = False
+    with pytest.raises(OSError, match="did not stop"):
+        asked(guest, {"debug": True})
+    assert guest.calls == ["-d", "-u"]
+    assert guest.has() == {}
 
 
 @pytest.mark.parametrize("containers", [0, 1])
