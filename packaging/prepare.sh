@@ -44,12 +44,14 @@ qemu_packages() {
 
 # What running wherry needs of the system.
 prepare_system() {
+    local packages
     case $(uname -s) in
         Linux)
             command -v apt-get >/dev/null ||
                 die "this script knows Debian and macOS; elsewhere install QEMU 7.2 or newer, mmdebstrap, Python 3.11 and OpenSSH, then: pip install ."
-            # shellcheck disable=SC2046 # a list of words
-            need_packages $(qemu_packages) mmdebstrap openssh-client curl ca-certificates
+            packages=$(qemu_packages)
+            # shellcheck disable=SC2086 # a list of words
+            need_packages $packages mmdebstrap openssh-client curl ca-certificates
             python3 -c 'import ensurepip, venv' 2>/dev/null || need_packages python3-venv
             ;;
         Darwin)
@@ -65,7 +67,8 @@ prepare_system() {
 
 # Install wherry, with the extras named in $1, into a virtual environment in the checkout.
 prepare_python() {
-    [ -x "$venv/bin/python" ] || python3 -m venv "$venv"
+    # pip comes last, so what an interruption or an upgrade of Python left is made anew.
+    "$venv/bin/pip" --version >/dev/null 2>&1 || python3 -m venv --clear "$venv"
     local wanted
     wanted="$1 $(cksum <"$top/pyproject.toml")"
     if [ "$(cat "$venv/.prepared" 2>/dev/null)" != "$wanted" ]; then
@@ -76,26 +79,77 @@ prepare_python() {
     PATH=$venv/bin:$PATH
 }
 
+# Print the directory of the newest guest image for this computer; nothing if there is none.
+image_directory() {
+    wherry image list --json | python3 -c '
+import json, sys
+here = {"arm64": "aarch64"}.get(sys.argv[1], sys.argv[1])
+found = [image["directory"] for image in json.load(sys.stdin) if image["architecture"] == here]
+print(*found[:1])' "$(uname -m)"
+}
+
 # Have the guest image of this checkout: built here on Linux, the released one elsewhere.
 prepare_image() {
+    local present
     if [ "$(uname -s)" = Linux ]; then
         say "The guest image (the first build takes 2 to 3 minutes)"
         wherry image build >&2
-    elif [ "$(wherry image list --json)" = "[]" ]; then
+        return
+    fi
+    present=$(image_directory)
+    if [ -z "$present" ]; then
         say "Fetching the guest image"
         wherry image pull >&2
     fi
 }
 
-# Put the docker CLI of the guest image on PATH when there is no other.
+# Put a docker CLI on PATH when there is none: Homebrew's, or the one of the guest image.
+# Sets $clients to the directory of the latter if it is used, and $plugins to where its
+# plugins are; both are empty when there was a docker already.
 prepare_docker_cli() {
+    clients='' plugins=''
     command -v docker >/dev/null && return
-    local clients
-    clients=$(wherry image list --json |
-        python3 -c 'import json, sys; print(json.load(sys.stdin)[0]["directory"] + "/clients")')
+    if [ "$(uname -s)" = Darwin ]; then
+        say "Installing the docker CLI"
+        brew install docker docker-buildx docker-compose
+        plugins=$(brew --prefix)/lib/docker/cli-plugins
+        return
+    fi
+    clients=$(image_directory)/clients
     [ -x "$clients/docker" ] ||
-        die "there is no docker CLI on PATH; on macOS: brew install docker docker-buildx"
+        die "there is no docker CLI on PATH, and the guest image has none: wherry image build --force makes one that has"
+    plugins=$clients/cli-plugins
     PATH=$clients:$PATH
+}
+
+# Link the plugins in directory $1 to where the docker CLI looks for the user's. A link of an
+# earlier run follows the image; what the user put there stays.
+link_docker_plugins() {
+    local directory=${DOCKER_CONFIG:-$HOME/.docker}/cli-plugins name present
+    mkdir -p "$directory"
+    for name in docker-buildx docker-compose; do
+        present=$(readlink "$directory/$name" || true)
+        if [ ! -e "$directory/$name" ] || [ "$present" != "${present%"/clients/cli-plugins/$name"}" ]; then
+            ln -sfn "$1/$name" "$directory/$name"
+        fi
+    done
+}
+
+# Let this user unpack whole systems without root, which takes a range of subordinate users
+# (subuid(5)). adduser gives one to new users; some, such as those of a directory service, lack it.
+prepare_subordinate_users() {
+    need_packages uidmap
+    [ "$(id -u)" = 0 ] && return
+    local name file first
+    name=$(id -un)
+    for file in /etc/subuid /etc/subgid; do
+        grep -q "^$name:" "$file" 2>/dev/null && continue
+        first=$(cat "$file" 2>/dev/null | awk -F: '
+            BEGIN { first = 100000 }
+            $2 + $3 > first { first = $2 + $3 }
+            END { print first }' || true)
+        as_root usermod "--add-${file##*/}s" "$first-$((first + 65535))" "$name"
+    done
 }
 
 # Fetch what the tests with real Docker clients use, into the user's cache, once.

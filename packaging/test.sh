@@ -6,7 +6,10 @@ set -euo pipefail
 . "$(dirname "$0")/prepare.sh"
 
 prepare_system
-[ "$(uname -s)" = Linux ] && need_packages openssh-server qemu-system-x86 qemu-system-arm zsh fish
+if [ "$(uname -s)" = Linux ]; then
+    need_packages openssh-server qemu-system-x86 qemu-system-arm zsh fish
+    prepare_subordinate_users
+fi
 prepare_python "[test]"
 
 # Machines of the tests live apart from the user's; images are shared, being expensive.

@@ -14,6 +14,7 @@ prepare_system
 prepare_python ""
 prepare_image
 prepare_docker_cli
+[ -z "$plugins" ] || link_docker_plugins "$plugins"
 
 say "Starting the machine"
 wherry start
@@ -37,7 +38,7 @@ curl -sS --fail --retry 20 --retry-all-errors --retry-delay 1 --max-time 60 "htt
 cat >&2 <<END
 
 The machine goes on running. Use it with any Docker client:
-  export PATH=$venv/bin:\$PATH
+  export PATH=${clients:+$clients:}$venv/bin:\$PATH
   docker --context wherry ps        or: eval "\$(wherry env)"
   wherry stop                       ends it; wherry delete removes it with all its data
 END
