@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import gzip
 import hashlib
 import os
@@ -10,7 +12,7 @@ import shutil
 import tempfile
 import time
 import tomllib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from wherry.core.errors import WherryError
@@ -25,6 +27,11 @@ from wherry_images.tree import unpack
 
 RECIPE = Path(__file__).parent / "recipe"
 LOCKS = Path(__file__).parent / "locks"
+
+NEEDED_BYTES = 1_300_000_000
+"""What a build takes for a while on the disk of its output, the image included."""
+
+_SPACE = f"free some space: a build takes {NEEDED_BYTES / 1e9:.1f} GB for a while"
 
 CLIENTS = {
     "clients/docker": "usr/bin/docker",
@@ -50,15 +57,37 @@ def build(
 
     What was in `output` is replaced only when everything worked. Raises WherryError.
     """
+    try:
+        return _build(output, architecture, cache or default_cache(), progress)
+    except OSError as error:
+        # Of two files that an error names, the one that was written is the second.
+        where = error.filename2 or error.filename or output
+        raise WherryError(f"{where} cannot be written: {error.strerror}", hint=_SPACE) from error
+    except WherryError as error:
+        if os.strerror(errno.ENOSPC) in error.message:
+            raise WherryError(error.message, hint=_SPACE) from error
+        raise
+
+
+def _build(
+    output: Path, architecture: str, cache: Path, progress: Callable[[str], None]
+) -> Manifest:
     target = architecture_named(architecture)
     host = architecture_named(platform.machine())
-    cache = cache or default_cache()
     mirror = host_mirror()
     guest_lock = read_lock(lock_path("guest", target))
     tools_lock = read_lock(lock_path("tools", host))
-    fetch([*guest_lock.packages, *tools_lock.packages], cache, mirror=mirror, progress=progress)
     output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".build-", dir=output.parent) as scratch:
+    # Said at once, as mmdebstrap does not tell that a disk was full.
+    free = shutil.disk_usage(output.parent).free
+    if free < NEEDED_BYTES:
+        message = f"{output.parent} has {free / 1e9:.1f} GB of free space"
+        raise WherryError(message, hint=_SPACE)
+    fetch([*guest_lock.packages, *tools_lock.packages], cache, mirror=mirror, progress=progress)
+    with (
+        tempfile.TemporaryDirectory(prefix=".build-", dir=output.parent) as scratch,
+        _umask(0o022),
+    ):
         work = Path(scratch)
         progress("unpacking packages")
         unpack(tools_lock.packages, cache, host.debian, work / "tools")
@@ -148,6 +177,16 @@ def packed_kernel(kernel: bytes) -> bytes:
     return gzip.compress(kernel, mtime=0)
 
 
+@contextlib.contextmanager
+def _umask(mask: int) -> Iterator[None]:
+    """Give new files the same modes whatever the caller's own mask is (umask(2))."""
+    previous = os.umask(mask)
+    try:
+        yield
+    finally:
+        os.umask(previous)
+
+
 def _resolve(
     recipe: dict[str, object], names: Sequence[str], architecture: Architecture
 ) -> list[LockedPackage]:
@@ -181,6 +220,7 @@ def _make_image(
     configure.add_accounts(root)
     configure.add_certificates(root)
     configure.add_files(root, RECIPE)
+    configure.open_temporary_directories(root)
     configure.add_bytecode(root, tools)
 
     busybox = (root / "usr/bin/busybox").read_bytes()

@@ -52,6 +52,12 @@ def add_certificates(root: Path) -> None:
     shutil.rmtree(source)
 
 
+def open_temporary_directories(root: Path) -> None:
+    """Let every user write where all may (hier(7)); unpacking left no such modes."""
+    for name in ("tmp", "var/tmp"):
+        (root / name).chmod(0o1777)
+
+
 def add_modules(root: Path, patterns: list[str], tools: Tools) -> tuple[Path, dict[str, list[str]]]:
     """Keep the kernel modules that match `patterns`, and index them.
 

@@ -8,6 +8,7 @@ would have done is in `configure`.
 from __future__ import annotations
 
 import shutil
+import stat
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -37,46 +38,35 @@ def format_index(packages: Sequence[LockedPackage], architecture: str) -> str:
 def unpack(packages: Sequence[LockedPackage], cache: Path, architecture: str, target: Path) -> None:
     """Extract `packages` from `cache` into the new directory `target`.
 
-    `architecture` is Debian's name. Files belong to the caller afterwards whatever the packages
-    say, so that no root is needed. Raises WherryError.
+    `architecture` is Debian's name. The tree is the same whoever makes it: files belong to the
+    caller, and what an ordinary user cannot extract is left out for root as well, which are
+    device nodes and the bits for setting user and group. Raises WherryError.
     """
-    # In the system's directory for temporary files, as mmdebstrap without root becomes a user who
-    # may not enter the caller's home.
-    with tempfile.TemporaryDirectory(prefix="wherry-packages-") as scratch:
+    with tempfile.TemporaryDirectory(prefix=".packages-", dir=target.parent) as scratch:
         repository = Path(scratch)
-        repository.chmod(0o755)
         for package in packages:
             shutil.copyfile(cache / package.file_name, repository / package.file_name)
         (repository / "Packages").write_text(format_index(packages, architecture))
-        archive = repository / "tree.tar"
         run(
             [
                 "mmdebstrap",
                 "--variant=extract",
-                "--mode=auto",
-                "--format=tar",
+                # The only mode that needs neither root nor a range of subordinate users.
+                "--mode=chrootless",
+                "--format=directory",
                 f"--architectures={architecture}",
                 f"--include={','.join(package.name for package in packages)}",
+                # As root, apt would read the repository as a user who may not enter it.
+                '--aptopt=APT::Sandbox::User "root"',
                 "--quiet",
                 "",
-                archive,
+                target,
                 f"deb [trusted=yes] copy:{repository} ./",
             ],
             timeout_s=UNPACK_TIMEOUT_S,
-            hint="on Debian: apt-get install mmdebstrap, and uidmap when you are not root",
+            hint="it takes free space, and mmdebstrap: apt-get install mmdebstrap",
         )
-        target.mkdir()
-        run(
-            [
-                "tar",
-                "-x",
-                "-p",
-                "--no-same-owner",
-                "--exclude=./dev/*",
-                "-C",
-                target,
-                "-f",
-                archive,
-            ],
-            timeout_s=UNPACK_TIMEOUT_S,
-        )
+    shutil.rmtree(target / "dev", ignore_errors=True)
+    for path in target.rglob("*"):
+        if not path.is_symlink():
+            path.chmod(stat.S_IMODE(path.lstat().st_mode) & 0o755)

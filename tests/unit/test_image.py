@@ -226,7 +226,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
 
 @pytest.fixture
-def release(tmp_path: Path, make_image: Any) -> Iterator[Release]:
+def release(tmp_path: Path, make_image: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Release]:
+    monkeypatch.setattr("wherry.vm.release._PAUSE_S", 0)
     make_image("3", directory=tmp_path / "released/x86_64", files=WITH_CLIENTS)
     with Release(tmp_path / "released") as server:
         thread = threading.Thread(target=server.serve_forever, args=(0.01,))
@@ -333,6 +334,47 @@ def test_a_server_that_speaks_something_else(layout: Layout, release: Release) -
     (release.root / "x86_64/manifest.json").write_text("<html>login first</html>")
     with pytest.raises(WherryError, match="is not an image's manifest"):
         pull(layout, release.url, "x86_64", clients=False)
+
+
+def test_a_full_disk_is_not_taken_for_a_bad_network(layout: Layout, release: Release) -> None:
+    if not Path("/dev/full").exists():
+        pytest.skip("needs /dev/full, full(4)")
+    staged = layout.images / ".pull-x86_64"
+    staged.mkdir()
+    (staged / "root").symlink_to("/dev/full")
+    with pytest.raises(WherryError) as caught:
+        pull(layout, release.url, "x86_64", clients=False)
+    assert caught.value.message == f"{staged}/root cannot be written: No space left on device"
+    assert caught.value.hint.startswith("free some space")
+    assert len(release.asked("root")) == 1
+
+
+def test_what_a_killed_command_left_is_removed(layout: Layout, make_image: Any) -> None:
+    (layout.images / ".build-abc/image").mkdir(parents=True)
+    (layout.images / ".build-x86_64").mkdir()
+    (layout.images / ".pull-x86_64").mkdir()
+    make_image("1")
+    # Killed before the old one was removed, and before the new one was in its place.
+    make_image("1", directory=layout.images / ".old-1-x86_64")
+    make_image("2", directory=layout.images / ".old-2-x86_64")
+    with image.exclusively(layout):
+        pass
+    names = {path.name for path in layout.images.iterdir()}
+    assert names == {".lock", ".pull-x86_64", "1-x86_64", "2-x86_64"}
+
+
+def test_one_command_makes_images_at_a_time(
+    layout: Layout, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(image, "_LOCK_TIMEOUT_S", 0.05)
+    waited: list[str] = []
+    with image.exclusively(layout, waiting=lambda: waited.append("first")):
+        (layout.images / ".build-x86_64").mkdir()
+        other = image.exclusively(layout, waiting=lambda: waited.append("second"))
+        with pytest.raises(WherryError, match="another wherry image command does not end"):
+            other.__enter__()
+        assert (layout.images / ".build-x86_64").exists()
+    assert waited == ["second"]
 
 
 def test_a_place_that_cannot_be_written_is_explained(layout: Layout, release: Release) -> None:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import tempfile
-from pathlib import Path
 
 import click
 
@@ -44,24 +42,29 @@ def _architecture_option(function: F) -> F:
 @click.option("--force", is_flag=True, help="Build even if this image is installed already.")
 def build(architecture: str, force: bool) -> None:
     """Build the guest image from Debian packages; on Linux, with mmdebstrap."""
-    from wherry.vm.image import install, installed, verify
+    from wherry.vm.image import exclusively, install, installed, verify
     from wherry_images.build import build as build_image
     from wherry_images.build import version_to_build
 
     where = layout()
     version = version_to_build(architecture)
-    for made in installed(where):
-        if (made.version, made.architecture) == (version, architecture) and not force:
-            verify(made)
-            click.echo(f"Image {made.name} is there already.")
-            return
-    staged = Path(tempfile.mkdtemp(prefix=".build-", dir=where.images))
-    try:
-        build_image(staged, architecture, progress=_progress)
-        made = install(where, staged)
-    finally:
-        shutil.rmtree(staged, ignore_errors=True)
+    with exclusively(where, waiting=_waiting):
+        for made in installed(where):
+            if (made.version, made.architecture) == (version, architecture) and not force:
+                verify(made)
+                click.echo(f"Image {made.name} is there already.")
+                return
+        staged = where.images / f".build-{architecture}"
+        try:
+            build_image(staged, architecture, progress=_progress)
+            made = install(where, staged)
+        finally:
+            shutil.rmtree(staged, ignore_errors=True)
     click.echo(f"Image {made.name}: {format_size(made.boot_bytes)} to boot, in {made.directory}")
+
+
+def _waiting() -> None:
+    _progress("waiting for another wherry image command to end")
 
 
 def _progress(line: str) -> None:
@@ -75,6 +78,7 @@ def _progress(line: str) -> None:
 @click.option("--clients/--no-clients", default=None, help="The docker CLI for Linux hosts too.")
 def pull(architecture: str, base_url: str | None, clients: bool | None) -> None:
     """Fetch a released guest image."""
+    from wherry.vm.image import exclusively
     from wherry.vm.release import RELEASE_VARIABLE
     from wherry.vm.release import pull as pull_image
 
@@ -95,11 +99,12 @@ def pull(architecture: str, base_url: str | None, clients: bool | None) -> None:
                 f"\r{name}: {format_size(done)} of {format_size(total)}  ", nl=False, err=True
             )
 
-    try:
-        made = pull_image(where, base, architecture, clients=clients, progress=progress)
-    finally:
-        if shown:
-            click.echo(err=True)
+    with exclusively(where, waiting=_waiting):
+        try:
+            made = pull_image(where, base, architecture, clients=clients, progress=progress)
+        finally:
+            if shown:
+                click.echo(err=True)
     click.echo(f"Image {made.name} is installed.")
 
 

@@ -7,13 +7,16 @@ directory with a manifest is complete until something damages it.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from wherry.config.layout import Layout
 from wherry.core.errors import WherryError
@@ -25,6 +28,11 @@ BOOT_FILES = ("kernel", "initrd", "root", "probe")
 
 _WORD = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+~-]*")
 """What a version, an architecture and each part of a file's path look like."""
+
+_OLD = ".old-"
+
+_LOCK_TIMEOUT_S = 1800.0
+"""Longer than a build takes on a slow computer, or fetching an image on a slow line."""
 
 _REBUILD = "build or fetch it again: wherry image build, or wherry image pull"
 
@@ -189,8 +197,46 @@ def choose(layout: Layout, version: str, architecture: str) -> Image:
     )
 
 
+@contextlib.contextmanager
+def exclusively(layout: Layout, *, waiting: Callable[[], None] = lambda: None) -> Iterator[None]:
+    """Keep other commands from making images meanwhile, and remove what a killed one left.
+
+    :param waiting: called when another command is at it, before waiting for that.
+    :raises WherryError: it does not end.
+    """
+    lock = FileLock(layout.images / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        waiting()
+        try:
+            lock.acquire(timeout=_LOCK_TIMEOUT_S)
+        except Timeout as error:
+            raise WherryError(
+                "another wherry image command does not end", hint="end it, then repeat"
+            ) from error
+    try:
+        _sweep(layout)
+        yield
+    finally:
+        lock.release()
+
+
+def _sweep(layout: Layout) -> None:
+    for left in layout.images.glob(".build-*"):
+        shutil.rmtree(left, ignore_errors=True)
+    for old in layout.images.glob(f"{_OLD}*"):
+        image = layout.images / old.name.removeprefix(_OLD)
+        if image.exists():
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            old.rename(image)  # killed between taking it away and putting the new one there
+
+
 def install(layout: Layout, staged: Path) -> Image:
     """Verify a finished image and move it into place, over one of the same name.
+
+    The caller is in :func:`exclusively`.
 
     :param staged: a directory on the same file system; gone afterwards.
     :raises WherryError: the image is not whole.
@@ -198,7 +244,7 @@ def install(layout: Layout, staged: Path) -> Image:
     image = read(staged)
     verify(image)
     target = layout.images / image.name
-    old = layout.images / f".old-{image.name}"
+    old = layout.images / f"{_OLD}{image.name}"
     shutil.rmtree(old, ignore_errors=True)
     if target.exists():
         target.rename(old)

@@ -7,9 +7,11 @@ nothing is installed before every SHA-256 agrees with the manifest.
 
 from __future__ import annotations
 
+import errno
 import http.client
 import os
 import ssl
+import time
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -27,6 +29,12 @@ RELEASE_VARIABLE = "WHERRY_RELEASE_URL"
 _TIMEOUT_S = 30.0
 """For connecting and for each read, so that a dead server is noticed; not for a whole file."""
 _TRIES = 5
+_PAUSE_S = 1.0
+"""Before a try after one that brought nothing; each such pause is twice the one before."""
+
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+"""What writing fails with and the network never does (errno(3))."""
+
 _CHUNK_BYTES = 1 << 18
 _MANIFEST_LIMIT = 1 << 20
 
@@ -44,6 +52,8 @@ def pull(
     What arrived stays in ``images/.pull-ARCHITECTURE`` when this fails, and a repeat
     continues there.
 
+    The caller is in :func:`wherry.vm.image.exclusively`.
+
     :param clients: whether to fetch the docker clients for Linux hosts as well.
     :param progress: called with a file's name, the bytes it has, and its size.
     :raises WherryError: the server cannot be reached, or serves something else.
@@ -55,10 +65,7 @@ def pull(
         layout.platform.make_private_directory(staged)
         write_atomic(staged / MANIFEST, manifest)
     except OSError as error:
-        raise WherryError(
-            f"{staged} cannot be written: {error.strerror}",
-            hint="free some space, or set WHERRY_HOME to another disk",
-        ) from error
+        raise _unwritable(staged, error) from error
     image = read(staged)
     if image.architecture != architecture:
         raise WherryError(f"{base}/{MANIFEST} describes an image for {image.architecture}")
@@ -75,8 +82,13 @@ def _fetch(
     """Bring one file to its full size, continuing what is there."""
     path.parent.mkdir(parents=True, exist_ok=True)
     failure: Exception | None = None
+    pause_s, before = _PAUSE_S, -1
     for _ in range(_TRIES):
         have = path.stat().st_size if path.exists() else 0
+        if have == before:  # nothing came: a server that restarts needs a moment
+            time.sleep(pause_s)
+            pause_s *= 2
+        before = have
         if have > size:
             path.unlink()
             have = 0
@@ -94,6 +106,8 @@ def _fetch(
             if error.code < http.HTTPStatus.INTERNAL_SERVER_ERROR:
                 break  # the server would say it again
         except (OSError, http.client.HTTPException) as error:
+            if isinstance(error, OSError) and error.errno in _DISK_ERRORS:
+                raise _unwritable(path, error) from error
             failure = error
     if isinstance(failure, WherryError):
         raise failure
@@ -114,6 +128,13 @@ def _append(url: str, path: Path, have: int, progress: Callable[[int], None], si
                 progress(file.tell())
             file.flush()
             os.fsync(file.fileno())
+
+
+def _unwritable(path: Path, error: OSError) -> WherryError:
+    return WherryError(
+        f"{path} cannot be written: {error.strerror}",
+        hint="free some space, or set WHERRY_HOME to another disk",
+    )
 
 
 def _get(url: str) -> bytes:
