@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import signal
 import subprocess
@@ -136,6 +137,27 @@ def test_a_second_interrupt_changes_nothing(host: FakeHost) -> None:
     assert host.finish(command).status in (130, -signal.SIGINT)
     host.at_rest()
     assert not host.paths.directory.exists()
+
+
+@pytest.mark.parametrize("exists", [False, True])
+def test_an_interrupt_while_the_context_is_written(exists: bool, host: FakeHost) -> None:
+    """The machine runs by then, so it is too late: never a context without its machine."""
+    if exists:
+        host.make()
+    (host.directory / "docker").mkdir()
+    config = host.directory / "docker/config.json"
+    os.mkfifo(config)
+    command = host.spawn("start", "--use")
+    # Opening it waits for the reader, which is the command about to set the current context.
+    with config.open("w") as writer:
+        os.killpg(command.pid, signal.SIGINT)
+        time.sleep(0.3)
+        writer.write("{}")
+    done = host.finish(command)
+    assert (done.status, host.status()["state"]) == (0, "running"), done
+    assert json.loads(config.read_text()) == {"currentContext": "wherry"}
+    host.good("delete", "--yes")
+    host.at_rest()
 
 
 def test_an_interrupt_of_one_start_is_none_of_another(host: FakeHost) -> None:

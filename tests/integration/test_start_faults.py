@@ -108,7 +108,9 @@ def test_what_the_computer_has_not(setting: tuple[str, str], says: str, host: Fa
 def test_a_configuration_that_asks_for_more_than_there_is(text: str, host: FakeHost) -> None:
     host.make()
     host.paths.config.write_text(text)
-    failed(host.run("start"), status=2, says="is more than the", next_step="use a smaller")
+    done = host.run("start")
+    failed(done, status=1, says="is more than the", next_step="use a smaller")
+    assert done.line.startswith(f"{host.paths.config}:1: ")
     host.at_rest()
 
 

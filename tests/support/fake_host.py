@@ -26,6 +26,8 @@ from wherry.service.machine import create
 TIMEOUT_S = 60.0
 SUPPORT = Path(__file__).parent
 
+MACHINES = {"default", "other"}
+
 
 @dataclasses.dataclass(frozen=True)
 class Done:
@@ -176,18 +178,27 @@ class FakeHost:
         places = (self.home / "machines", self.directory / "run")
         return [str(path) for place in places for path in place.rglob("*") if path.is_socket()]
 
+    def contexts(self) -> set[str]:
+        """Return where the docker CLI's contexts lead."""
+        found = (self.directory / "docker/contexts/meta").glob("*/meta.json")
+        return {json.loads(each.read_text())["Endpoints"]["docker"]["Host"] for each in found}
+
     def at_rest(self) -> None:
         """Assert that nothing runs and nothing is left half-made."""
         wait_until(lambda: not self.processes(), 5, f"still there: {self.processes()}")
         assert self.sockets() == []
         names = {path.name for path in (self.home / "machines").iterdir()}
-        assert names <= {".default.lock", "default", ".other.lock", "other"}
+        assert names <= MACHINES | {f".{name}.lock" for name in MACHINES}
         for path in (self.home / "machines").glob("*/"):
             if not path.name.startswith("."):
                 assert {"config.toml", "data.qcow2", "keys"} <= {
                     each.name for each in path.iterdir()
                 }
                 assert not [each for each in path.iterdir() if each.name.startswith(".")]
+        machines = {
+            f"unix://{self.layout.machine(each).docker_socket}" for each in MACHINES & names
+        }
+        assert self.contexts() <= machines
 
     def close(self) -> None:
         """Kill what still runs, and remove the directories."""

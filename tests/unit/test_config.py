@@ -10,8 +10,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from wherry.config.load import edit, load, parse, read_values
-from wherry.config.model import GIB, SETTINGS, build, check_host
+from wherry.config.load import edit, load, load_for, parse, read_values
+from wherry.config.model import GIB, SETTINGS, build, host_problem
 from wherry.config.units import format_size, parse_size
 from wherry.core.errors import ConfigError, UsageError
 from wherry.platform import Platform
@@ -29,7 +29,7 @@ def test_defaults_fit_a_small_host(host: Any) -> None:
     host.cpus, host.memory = 1, 2 * GIB
     config = build({}, host)
     assert (config.cpus, config.memory_bytes) == (1, GIB)
-    check_host(config, host)
+    assert host_problem(config, host) is None
 
 
 def test_every_setting_is_read(host: Platform) -> None:
@@ -220,16 +220,33 @@ def test_what_is_edited_is_what_is_read(
 def test_what_the_host_has_not_is_refused(
     values: dict[str, Any], said: str, host: Platform
 ) -> None:
-    with pytest.raises(UsageError) as caught:
-        check_host(build(values, host), host, disk_total=100 * GIB)
-    assert said in str(caught.value)
-    assert caught.value.hint
-    assert caught.value.exit_status == 2
+    problem = host_problem(build(values, host), host, disk_total=100 * GIB)
+    assert problem is not None
+    assert said in problem.message
+    assert [problem.key] == list(values)
+    assert problem.hint
+
+
+def test_what_a_file_asks_for_beyond_the_host_is_named_with_its_line(
+    tmp_path: Path, host: Platform
+) -> None:
+    path = tmp_path / "config.toml"
+    path.write_text("# mine\ncpus = 2\nmemory = '17GiB'\n")
+    with pytest.raises(ConfigError) as caught:
+        load_for(path, host, disk_total=100 * GIB)
+    assert str(caught.value).startswith(f"{path}:3: memory = 17 GiB is more than the 16 GiB")
+    assert caught.value.exit_status == 1
+    path.unlink()
+    # A default that does not fit has no line.
+    with pytest.raises(ConfigError) as caught:
+        load_for(path, host, disk_total=10 * GIB)
+    assert str(caught.value).startswith(f"{path}: disk = 64 GiB is more than the 10 GiB")
+    assert load_for(path, host, disk_total=100 * GIB).disk_bytes == 64 * GIB
 
 
 def test_what_the_host_has_to_the_last_is_fine(host: Platform) -> None:
     values = {"cpus": 8, "memory": 16 * GIB, "disk": 100 * GIB, "accelerator": "kvm"}
-    check_host(build(values, host), host, disk_total=100 * GIB)
+    assert host_problem(build(values, host), host, disk_total=100 * GIB) is None
 
 
 @pytest.mark.parametrize(

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -50,6 +52,14 @@ def test_what_is_written_is_read(paths: MachinePaths, child: Child) -> None:
 
 def test_without_a_file_a_machine_is_stopped(paths: MachinePaths) -> None:
     assert state.read(paths) == Record()
+
+
+def test_the_readme_lists_every_state() -> None:
+    """Scripts rely on the words, so each new one is written down."""
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    listed = " ".join(readme.split()).partition("`state` in `wherry status --json` is ")[2]
+    words = re.split(r", | or ", listed.partition(";")[0])
+    assert set(words) == set(State)
 
 
 @pytest.mark.parametrize("was", [State.STARTING, State.RUNNING, State.STOPPING])

@@ -7,7 +7,6 @@ service: a command imports what it needs when it runs.
 from __future__ import annotations
 
 import importlib
-import itertools
 import os
 import sys
 from collections.abc import Sequence
@@ -64,16 +63,13 @@ class _LazyGroup(click.Group):
 @click.group(cls=_LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
 @click.option("--debug", is_flag=True, help="Show the traceback of a failure.")
 @click.version_option(package_name="wherry", message="%(version)s")
-@click.pass_context
-def cli(context: click.Context, debug: bool) -> None:
+def cli(debug: bool) -> None:
     """The Docker engine on your laptop."""
-    context.obj = debug
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line and exit with the documented status."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    debug = "--debug" in itertools.takewhile(lambda word: word.startswith("-"), arguments)
+    arguments, debug = _take_debug(list(sys.argv[1:] if argv is None else argv))
     try:
         status = cli.main(arguments, prog_name="wherry", standalone_mode=False)
         sys.exit(status if isinstance(status, int) else 0)
@@ -100,6 +96,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         _fail(f"{what}{error.strerror or error}; {hint}", 1, debug)
     except Exception as error:
         _fail(f"an internal error: {error!r}; see more with: wherry --debug …", 1, debug)
+
+
+def _take_debug(arguments: list[str]) -> tuple[list[str], bool]:
+    """Take ``--debug`` from wherever it is; what follows a ``--`` is another program's."""
+    end = arguments.index("--") if "--" in arguments else len(arguments)
+    ours = [word for word in arguments[:end] if word != "--debug"]
+    return ours + arguments[end:], len(ours) < end
 
 
 def _fail(message: str, status: int, debug: bool) -> None:

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from wherry.cli.common import json_option, layout, name_argument, print_json, print_table
 from wherry.config.layout import DEFAULT_NAME
 from wherry.core.errors import UsageError, WherryError
+
+if TYPE_CHECKING:
+    from wherry.config.layout import Layout, MachinePaths
+    from wherry.config.model import Config
+
+    Check = Callable[[Config], object]
 
 
 @click.group()
@@ -100,32 +107,66 @@ def unset(keys: tuple[str, ...], name: str) -> None:
 
 
 def _change(name: str, changes: Mapping[str, str | None]) -> None:
-    from wherry.cli.status import status_of
     from wherry.service import machine
-    from wherry.vm import disk
-    from wherry.vm.qemu import programs
 
     where = layout()
     paths = machine.require(where, name)
     with machine.locked(where, name):
-        if "disk" in changes:
-            # Refused here, not at the next start: a disk cannot shrink.
-            _refuse_shrinking(where, paths, changes["disk"], disk, programs)
-        running = status_of(where, paths)["state"] == "running"
-        engine = _Engine(where, paths, changes.keys(), running=running)
-        wanted = machine.reconfigure(where, paths, changes, check=engine.try_)
-        engine.tell(wanted)
-        rest = {key for key in changes if _table(key) not in _TABLES}
-        if "endpoint.default_socket" in rest:
-            # Within the lock: no stop may come between.
-            _apply_default_socket(where, paths, wanted.default_socket, running=running)
-            rest.discard("endpoint.default_socket")
-    if running and rest:
-        click.echo(f"It takes effect at the next start: wherry restart {name}", err=True)
+        _apply(where, paths, changes.keys(), partial(machine.reconfigure, where, paths, changes))
 
 
+@config.command()
+@name_argument
+def edit(name: str) -> None:
+    """Open the settings of machine NAME in $EDITOR, and check them afterwards."""
+    from wherry.config.load import read_text
+    from wherry.core.files import write_atomic
+    from wherry.service import machine
+
+    where = layout()
+    paths = machine.require(where, name)
+    before = read_text(paths.config)
+    # Without the lock, which would keep every other command waiting for the editor.
+    after = click.edit(before, extension=".toml")
+    if after is None or after == before:
+        click.echo("Nothing changed.")
+        return
+    try:
+        with machine.locked(where, name):
+            changed = machine.changed_settings(paths, after)
+            _apply(where, paths, changed, partial(machine.rewrite, where, paths, before, after))
+    except WherryError:
+        kept = paths.config.with_name("config.toml.rejected")
+        write_atomic(kept, after.encode())
+        click.echo(f"Not saved; what you wrote is in {kept}", err=True)
+        raise
+
+
+_DEFAULT_SOCKET = "endpoint.default_socket"
 _TABLES = ("engine", "proxy")
 _PROXIES = ("proxy.http", "proxy.https")
+
+
+def _apply(
+    where: Layout, paths: MachinePaths, keys: Iterable[str], save: Callable[[Check], Config]
+) -> None:
+    """Save settings and do at once what can be, within the machine's lock; tell the rest.
+
+    :param keys: of the settings that change.
+    :param save: checks and writes them; it calls its argument with what they will be before.
+    """
+    from wherry.cli.status import status_of
+
+    running = status_of(where, paths)["state"] == "running"
+    engine = _Engine(where, paths, keys, running=running)
+    wanted = save(engine.try_)
+    engine.tell(wanted)
+    rest = {key for key in keys if _table(key) not in _TABLES}
+    if _DEFAULT_SOCKET in rest:
+        # Within the lock: no stop may come between.
+        _apply_default_socket(where, paths, wanted.default_socket, running=running)
+    if running and rest - {_DEFAULT_SOCKET}:
+        click.echo(f"It takes effect at the next start: wherry restart {paths.name}", err=True)
 
 
 def _table(key: str) -> str:
@@ -138,7 +179,9 @@ class _Engine:
     :param keys: those that change.
     """
 
-    def __init__(self, where: Any, paths: Any, keys: Iterable[str], *, running: bool) -> None:
+    def __init__(
+        self, where: Layout, paths: MachinePaths, keys: Iterable[str], *, running: bool
+    ) -> None:
         self._where = where
         self._paths = paths
         self._changed = {_table(key) for key in keys}.intersection(_TABLES)
@@ -197,7 +240,9 @@ class _Engine:
                 click.echo(f"wherry: warning: {self._done['note']}", err=True)
 
 
-def _apply_default_socket(where: Any, paths: Any, wanted: bool, *, running: bool) -> None:
+def _apply_default_socket(
+    where: Layout, paths: MachinePaths, wanted: bool, *, running: bool
+) -> None:
     """Do at once what the setting says now, or tell why not: the setting itself is kept."""
     from wherry.service.default_socket import DefaultSocket
 
@@ -211,59 +256,6 @@ def _apply_default_socket(where: Any, paths: Any, wanted: bool, *, running: bool
             raise problem
     except WherryError as error:
         click.echo(f"wherry: warning: {error}", err=True)
-
-
-def _refuse_shrinking(where: Any, paths: Any, value: str | None, disk: Any, programs: Any) -> None:
-    from wherry.config.units import format_size, parse_size
-
-    if value is None:
-        return
-    try:
-        wanted = parse_size(value)
-    except ValueError:
-        return  # said with all other wrong values
-    qemu_img = programs.find(where.platform.architecture(), where.platform).img
-    present = disk.virtual_size(paths.data_disk, qemu_img=qemu_img)
-    if wanted < present:
-        raise UsageError(
-            f"disk = {value} is smaller than the data disk, {format_size(present)}",
-            hint="a disk can only grow",
-        )
-
-
-@config.command()
-@name_argument
-def edit(name: str) -> None:
-    """Open the settings of machine NAME in $EDITOR, and check them afterwards."""
-    from wherry.cli.status import status_of
-    from wherry.config.load import parse, read_values
-    from wherry.config.model import build
-    from wherry.core.files import write_atomic
-    from wherry.service import machine
-
-    where = layout()
-    paths = machine.require(where, name)
-    before = paths.config.read_text(encoding="utf-8") if paths.config.exists() else ""
-    after = click.edit(before, extension=".toml")
-    if after is None or after == before:
-        click.echo("Nothing changed.")
-        return
-    try:
-        with machine.locked(where, name):
-            old = read_values(paths.config)
-            new = parse(after, paths.config)
-            running = status_of(where, paths)["state"] == "running"
-            changed = {key for key in old.keys() | new.keys() if old.get(key) != new.get(key)}
-            engine = _Engine(where, paths, changed, running=running)
-            wanted = build(new, where.platform)
-            engine.try_(wanted)
-            write_atomic(paths.config, after.encode())
-            engine.tell(wanted)
-    except WherryError:
-        kept = paths.config.with_name("config.toml.rejected")
-        write_atomic(kept, after.encode())
-        click.echo(f"Not saved; what you wrote is in {kept}", err=True)
-        raise
 
 
 @config.command()

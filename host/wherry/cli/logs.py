@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from pathlib import Path
+from typing import TextIO
 
 import click
 
@@ -47,13 +49,34 @@ def logs(name: str, follow: bool, source: str) -> None:
 
 
 def _print(path: Path, follow: bool) -> None:
-    with path.open(encoding="utf-8", errors="replace") as file:
+    file = _open(path)
+    try:
         while True:
+            rotated = follow and _is_another(path, file)
+            # After a look at the name: what the old file got until then is read to its end.
             while chunk := file.read(65536):
                 click.echo(chunk, nl=False)
             if not follow:
                 return
+            if rotated:
+                file.close()
+                file = _open(path)
+                continue
             time.sleep(_POLL_S)
-            # A new boot or a rotation begins the file anew.
-            if not path.exists() or path.stat().st_size < file.tell():
+            # QEMU begins the console's file anew at each boot.
+            if os.fstat(file.fileno()).st_size < file.tell():
                 file.seek(0)
+    finally:
+        file.close()
+
+
+def _open(path: Path) -> TextIO:
+    return path.open(encoding="utf-8", errors="replace")
+
+
+def _is_another(path: Path, file: TextIO) -> bool:
+    """Whether the name leads to another file by now, as after a rotation."""
+    try:
+        return not os.path.samestat(path.stat(), os.fstat(file.fileno()))
+    except FileNotFoundError:
+        return False  # between the old one and the new one

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import signal
 import sys
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import click
@@ -48,15 +49,20 @@ def start(
     Settings given here are kept for later starts.
     """
     status = start_machine(layout(), name, _settings(cpus, memory, disk, accel, image), use=use)
+    _warn(status)
+    click.echo(
+        f"Machine {name} is running Docker {status['engine_version']}. "
+        f"Try: docker --context {status['docker_context']} ps"
+    )
+
+
+def _warn(status: Mapping[str, Any]) -> None:
+    """Tell what the user should know of a machine that has just started."""
     if status.get("warning"):
         click.echo(f"wherry: warning: {status['warning']}", err=True)
     default = status.get("default_socket")
     if default and default["problem"]:
         click.echo(f"wherry: warning: {default['problem']}; {default['hint']}", err=True)
-    click.echo(
-        f"Machine {name} is running Docker {status['engine_version']}. "
-        f"Try: docker --context {status['docker_context']} ps"
-    )
 
 
 def start_machine(
@@ -93,6 +99,9 @@ def start_machine(
             status: dict[str, Any] = call(
                 where.platform, paths.control_socket, "wait_running", on_event=show
             )
+        # It runs. An interrupt from here to the end of the program would leave a context
+        # without its machine, or be reported as one while the machine runs.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
         docker_context.create(paths.docker_context, status["docker_host"], name)
         try:
             docker_proxies.update(paths, load(paths.config, where.platform), proxies.system())
@@ -100,9 +109,6 @@ def start_machine(
             click.echo(f"wherry: warning: {error}", err=True)
         if use:
             docker_context.use(paths.docker_context)
-        # It is done: an interrupt between here and the end of the program would be
-        # reported as one, with the machine running.
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
         return status
     except KeyboardInterrupt:
         if launched:
@@ -195,8 +201,17 @@ def restart(name: str) -> None:
     """Stop machine NAME and start it again."""
     where = layout()
     stop_machine(where, name, force=False)
-    start_machine(where, name, {})
+    _warn(start_machine(where, name, {}))
     click.echo(f"Machine {name} is running.")
+
+
+@contextlib.contextmanager
+def _warned() -> Iterator[None]:
+    """Tell of a failure that must not keep the rest from being done."""
+    try:
+        yield
+    except WherryError as error:
+        click.echo(f"wherry: warning: {error}", err=True)
 
 
 @click.command()
@@ -227,12 +242,12 @@ def delete(name: str, yes: bool) -> None:
                 f"machine {name} cannot be stopped, so it is not removed: {error.message}",
                 hint=error.hint,
             ) from error
+        # What leads to the machine goes first: nobody would find it after the machine.
         with contextlib.suppress(WherryError):  # somebody else's stay
             docker_proxies.remove(paths)
-        machine.delete(paths)
-        docker_context.remove(paths.docker_context)
-        try:
+        with _warned():
+            docker_context.remove(paths.docker_context)
+        with _warned():
             DefaultSocket.of(where, paths).release()
-        except WherryError as error:
-            click.echo(f"wherry: warning: {error}", err=True)
+        machine.delete(paths)
     click.echo(f"Machine {name} is removed.")

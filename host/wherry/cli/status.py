@@ -11,21 +11,31 @@ from wherry.config.layout import Layout, MachinePaths
 from wherry.config.units import format_size
 from wherry.core.errors import WherryError
 
-_STATUS_TIMEOUT_S = 10.0
+_STATUS_TIMEOUT_S = 5.0
 """A service answers this at once, unless it hangs."""
+
+_AT_ONCE = 16
 
 
 def status_of(where: Layout, paths: MachinePaths) -> dict[str, Any]:
-    """Ask the machine's service; if there is none, look at what is on disk."""
+    """Ask the machine's service; if there is none, look at what is on disk.
+
+    A machine whose service is there and does not answer is ``broken``: nobody can use it.
+    """
     from wherry.control.client import call
+    from wherry.core.clock import Deadline
     from wherry.service.status import describe
 
+    deadline = Deadline(_STATUS_TIMEOUT_S)
     try:
         fields: dict[str, Any] = call(
             where.platform, paths.control_socket, "status", timeout_s=_STATUS_TIMEOUT_S
         )
-    except WherryError:
+    except WherryError as error:
         fields = describe(where, paths)
+        # Not one that left just now, as at the end of a stop.
+        if deadline.passed and fields["service_pid"] is not None:
+            fields |= {"state": "broken", "reason": error.message}
     return fields
 
 
@@ -64,8 +74,14 @@ def status(name: str, as_json: bool) -> None:
 @json_option
 def list_(as_json: bool) -> None:
     """Show all machines."""
+    from concurrent.futures import ThreadPoolExecutor
+
     where = layout()
-    machines = [status_of(where, where.machine(name)) for name in where.machine_names()]
+    # At once, so that services which hang are waited for together.
+    with ThreadPoolExecutor(_AT_ONCE) as pool:
+        machines = list(
+            pool.map(lambda name: status_of(where, where.machine(name)), where.machine_names())
+        )
     if as_json:
         print_json(machines)
         return

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from wherry.config import engine_keys
-from wherry.config.model import SETTINGS, Config, build
+from wherry.config.model import SETTINGS, Config, Problem, build, host_problem
 from wherry.core.errors import ConfigError, UsageError
 from wherry.core.files import write_atomic
 
@@ -43,13 +43,37 @@ def read_values(path: Path) -> dict[str, Any]:
 
     :raises ConfigError: as :func:`load`.
     """
+    return parse(read_text(path), path)
+
+
+def read_text(path: Path) -> str:
+    """Return a configuration's text; a missing file is an empty one.
+
+    :raises ConfigError: it is no text, or not ours to read.
+    """
     try:
-        text = path.read_text(encoding=_ENCODING)
+        return path.read_text(encoding=_ENCODING)
     except FileNotFoundError:
-        return {}
+        return ""
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} cannot be read: {error}") from error
-    return parse(text, path)
+
+
+def load_for(path: Path, platform: Platform, *, disk_total: int) -> Config:
+    """Read a configuration that this host can give; ``disk_total`` as for :func:`host_problem`.
+
+    :raises ConfigError: as :func:`load`, or it asks for more than the host has.
+    """
+    config = load(path, platform)
+    if problem := host_problem(config, platform, disk_total=disk_total):
+        raise refusal(problem, read_text(path), path)
+    return config
+
+
+def refusal(problem: Problem, text: str, path: Path) -> ConfigError:
+    """Return the error that names where a configuration's text has a setting that is refused."""
+    line = f":{_line_of(text, problem.key)}" if problem.key in parse(text, path) else ""
+    return ConfigError(f"{path}{line}: {problem.message}", hint=problem.hint)
 
 
 def parse(text: str, path: Path) -> dict[str, Any]:
@@ -83,13 +107,13 @@ def edit(
     path: Path,
     changes: Mapping[str, Any],
     *,
-    check: Callable[[Mapping[str, Any]], None] = lambda values: None,
+    check: Callable[[str], None] = lambda text: None,
 ) -> None:
     """Set keys, or remove those whose new value is None, and keep the rest as it is.
 
     :param changes: values by dotted key, not yet parsed; ``engine.KEY`` and
         ``engine.TABLE.KEY`` reach into the engine's table.
-    :param check: called with all values as they would be; what it raises keeps the file.
+    :param check: called with the text as it would be; what it raises keeps the file.
     :raises UsageError: a key or value is wrong; the file is then unchanged.
     :raises ConfigError: the file itself is malformed.
     """
@@ -97,15 +121,13 @@ def edit(
     import tomlkit.items
 
     read_values(path)  # a malformed file must not be half understood and rewritten
-    try:
-        document = tomlkit.parse(path.read_text(encoding=_ENCODING))
-    except FileNotFoundError:
-        document = tomlkit.document()
+    document = tomlkit.parse(read_text(path))
     for key, raw in changes.items():
         parts = split_key(key)
         _put(document, parts, _checked(key, parts, raw))
     text = tomlkit.dumps(document)
-    check(parse(text, path))
+    parse(text, path)
+    check(text)
     write_atomic(path, text.encode())
 
 

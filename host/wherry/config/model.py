@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 
 from wherry.config import engine_keys, proxy
 from wherry.config.units import format_size, parse_size
-from wherry.core.errors import UsageError
 
 if TYPE_CHECKING:
     from wherry.platform import Platform
@@ -263,32 +262,47 @@ def build(values: Mapping[str, Any], platform: Platform) -> Config:
     )
 
 
-def check_host(config: Config, platform: Platform, *, disk_total: int | None = None) -> None:
-    """Refuse what this host cannot give.
+@dataclass(frozen=True)
+class Problem:
+    """Why the value of a setting cannot be used here, and what to do."""
+
+    key: str
+    message: str
+    hint: str
+
+
+def host_problem(
+    config: Config, platform: Platform, *, disk_total: int | None = None
+) -> Problem | None:
+    """Return what this host cannot give of a configuration, or None.
 
     :param disk_total: size in bytes of the file system of the data disk. The disk is
         sparse, so it may be larger than what is free, but not than all there is.
-    :raises UsageError: more processors, memory or disk than the host has.
     """
     if config.cpus > platform.cpu_count():
-        raise UsageError(
+        return Problem(
+            "cpus",
             f"cpus = {config.cpus} is more than the {platform.cpu_count()} of this computer",
-            hint="use a smaller number: --cpus N, or wherry config set cpus N",
+            "use a smaller number: --cpus N, or wherry config set cpus N",
         )
     if config.memory_bytes > platform.memory_bytes():
-        raise UsageError(
+        return Problem(
+            "memory",
             f"memory = {format_size(config.memory_bytes)} is more than the "
             f"{format_size(platform.memory_bytes())} of this computer",
-            hint="use a smaller size: --memory SIZE, or wherry config set memory SIZE",
+            "use a smaller size: --memory SIZE, or wherry config set memory SIZE",
         )
     if config.accelerator not in ("auto", *platform.accelerators):
-        raise UsageError(
+        return Problem(
+            "accelerator",
             f"accelerator = {config.accelerator} does not exist on {platform.name}",
-            hint=f"use one of auto, {', '.join(platform.accelerators)}",
+            f"use one of auto, {', '.join(platform.accelerators)}",
         )
     if disk_total is not None and config.disk_bytes > disk_total:
-        raise UsageError(
+        return Problem(
+            "disk",
             f"disk = {format_size(config.disk_bytes)} is more than the "
             f"{format_size(disk_total)} that this computer's disk has",
-            hint="use a smaller size: --disk SIZE, or wherry config set disk SIZE",
+            "use a smaller size: --disk SIZE, or wherry config set disk SIZE",
         )
+    return None

@@ -11,8 +11,8 @@ from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
 from wherry.config.layout import Layout, MachinePaths
-from wherry.config.load import load
-from wherry.config.model import Config, check_host
+from wherry.config.load import load_for
+from wherry.config.model import Config
 from wherry.core.bridge import in_thread
 from wherry.core.errors import StageError, WherryError
 from wherry.service import console, state
@@ -80,9 +80,8 @@ class Boot:
         :raises WherryError: a stage failed, which the message names.
         """
         layout, paths = self._layout, self._paths
-        config = load(paths.config, layout.platform)
         total = shutil.disk_usage(paths.directory).total
-        check_host(config, layout.platform, disk_total=total)
+        config = load_for(paths.config, layout.platform, disk_total=total)
         chosen = image.choose(layout, config.image, layout.platform.architecture())
         self.image = chosen
         tools = programs.find(chosen.architecture, layout.platform)

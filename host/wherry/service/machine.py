@@ -8,17 +8,27 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
 from filelock import FileLock, Timeout
 
 from wherry.config.layout import Layout, MachinePaths
-from wherry.config.load import edit, load
-from wherry.config.model import GIB, SETTINGS, SMALLEST_DISK, Config, build, check_host
-from wherry.core.errors import NoSuchMachine, WherryError
-from wherry.vm import disk
+from wherry.config.load import edit, load, parse, read_text, read_values, refusal
+from wherry.config.model import (
+    GIB,
+    SETTINGS,
+    SMALLEST_DISK,
+    Config,
+    Problem,
+    build,
+    host_problem,
+)
+from wherry.config.units import format_size
+from wherry.core.errors import ConfigError, NoSuchMachine, UsageError, WherryError
+from wherry.core.files import write_atomic
+from wherry.vm import disk, image
 from wherry.vm.qemu import programs
 
 _LOCK_TIMEOUT_S = 60.0
@@ -88,7 +98,8 @@ def create(layout: Layout, name: str, changes: Mapping[str, Any]) -> MachinePath
         total = shutil.disk_usage(staged).total
         edit(half.config, {**_fitting(total, layout), **changes})
         config = load(half.config, layout.platform)
-        check_host(config, layout.platform, disk_total=total)
+        if problem := host_problem(config, layout.platform, disk_total=total):
+            raise UsageError(problem.message, hint=problem.hint)
         make_keys(half.keys)
         disk.create(half.data_disk, config.disk_bytes, qemu_img=qemu_img)
         staged.rename(paths.directory)
@@ -115,27 +126,111 @@ def reconfigure(
     changes: Mapping[str, Any],
     check: Callable[[Config], object] = lambda config: None,
 ) -> Config:
-    """Change settings of a machine that exists, checking them against this host first.
+    """Change settings of a machine that exists, if it can start with them.
 
     :param check: called last with what they would be; what it raises keeps the file.
-    :raises UsageError: a setting is wrong, or more than the host has; nothing changed.
+    :raises UsageError: a setting is wrong, or more than there is; nothing changed.
+    :raises ConfigError: the file had a wrong one before; nothing changed.
     :raises WherryError: the file cannot be written; nothing changed.
     """
-    total = shutil.disk_usage(paths.directory).total
 
-    def check_all(values: Mapping[str, Any]) -> None:
-        config = build(values, layout.platform)
-        check_host(config, layout.platform, disk_total=total)
-        check(config)
+    def check_all(text: str) -> None:
+        values = parse(text, paths.config)
+        if problem := _problem(layout, paths, values, changed=changes):
+            if problem.key in changes:
+                raise UsageError(problem.message, hint=problem.hint)
+            raise refusal(problem, text, paths.config)
+        check(build(values, layout.platform))
 
-    try:
+    with _written(paths):
         edit(paths.config, changes, check=check_all)
+    return load(paths.config, layout.platform)
+
+
+def changed_settings(paths: MachinePaths, text: str) -> set[str]:
+    """Return the keys of the settings that a new text for the file changes.
+
+    :raises ConfigError: the new text is wrong.
+    """
+    values = parse(text, paths.config)
+    try:
+        old = read_values(paths.config)
+    except ConfigError:
+        old = {}  # which is what is being mended
+    return {key for key in SETTINGS if values.get(key) != old.get(key)}
+
+
+def rewrite(
+    layout: Layout,
+    paths: MachinePaths,
+    before: str,
+    after: str,
+    check: Callable[[Config], object] = lambda config: None,
+) -> Config:
+    """Replace the text of a machine's settings, if it can start with the new one.
+
+    :param before: what the file held when the user began to edit it.
+    :param check: as for :func:`reconfigure`.
+    :raises ConfigError: the new text is wrong, or the file is another one by now; it is then
+        what it was.
+    :raises WherryError: the file cannot be written; nothing changed.
+    """
+    if read_text(paths.config) != before:
+        raise ConfigError(
+            f"{paths.config} was changed by something else meanwhile",
+            hint=f"do it again: wherry config edit {paths.name}",
+        )
+    changed = changed_settings(paths, after)
+    values = parse(after, paths.config)
+    if problem := _problem(layout, paths, values, changed=changed):
+        raise refusal(problem, after, paths.config)
+    config = build(values, layout.platform)
+    check(config)
+    with _written(paths):
+        write_atomic(paths.config, after.encode())
+    return config
+
+
+def _problem(
+    layout: Layout, paths: MachinePaths, values: Mapping[str, Any], *, changed: Container[str]
+) -> Problem | None:
+    """Return why a machine that exists could not start with these settings.
+
+    What is asked of its disk and of the images is asked for changed settings alone, so that
+    others can be changed while something of those is amiss.
+    """
+    config = build(values, layout.platform)
+    total = shutil.disk_usage(paths.directory).total
+    if problem := host_problem(config, layout.platform, disk_total=total):
+        return problem
+    architecture = layout.platform.architecture()
+    if "disk" in changed:
+        qemu_img = programs.find(architecture, layout.platform).img
+        present = disk.virtual_size(paths.data_disk, qemu_img=qemu_img)
+        if config.disk_bytes < present:
+            what = f"disk = {format_size(config.disk_bytes)}"
+            return Problem(
+                "disk",
+                f"{what} is smaller than the data disk, {format_size(present)}",
+                "a disk can only grow",
+            )
+    if "image" in changed and config.image:
+        try:
+            image.choose(layout, config.image, architecture)
+        except WherryError as error:
+            return Problem("image", error.message, error.hint)
+    return None
+
+
+@contextlib.contextmanager
+def _written(paths: MachinePaths) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         raise WherryError(
             f"{paths.config} cannot be written: {error.strerror}",
             hint="free some space, or make it writable",
         ) from error
-    return load(paths.config, layout.platform)
 
 
 def delete(paths: MachinePaths) -> None:

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from wherry.config.units import format_size
+from wherry.config.units import format_size, parse_size
 from wherry.core.errors import WherryError
 from wherry.core.processes import Argument, run
 
@@ -98,10 +98,16 @@ def grow(path: Path, size: int, *, qemu_img: Path) -> None:
     if size < present:
         raise WherryError(
             f"disk = {format_size(size)} is smaller than the data disk, {format_size(present)}",
-            hint="a disk can only grow; to start smaller, delete the machine",
+            hint=f"a disk can only grow: wherry config set disk {_exact(present)}",
         )
     if size > present:
         run([qemu_img, "resize", "-q", "-f", "qcow2", path, str(size)], timeout_s=_CREATE_TIMEOUT_S)
+
+
+def _exact(size: int) -> str:
+    """Return a size as a setting takes it: as it is shown, unless that is rounded."""
+    shown = format_size(size).replace(" ", "")
+    return shown if parse_size(shown) == size else str(size)
 
 
 def _last(error: WherryError) -> str:
