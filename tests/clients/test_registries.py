@@ -74,7 +74,7 @@ def engine(
     info = json.loads(clients.said("info", "--format", "{{json .}}"))
     assert not info.get("HTTPProxy")
     assert open_.name not in str(info["RegistryConfig"])
-    assert "proxies" not in docker_config(clients)
+    assert "proxies" not in (clients.machine.docker_config / "config.json").read_text()
 
 
 @pytest.fixture(scope="module")
@@ -160,13 +160,14 @@ def test_the_proxy_s_password_is_shown_nowhere(engine: Clients) -> None:
 def test_containers_and_builds_get_the_proxy(
     engine: Clients, servers: tuple[Server, Server, Server], tmp_path: Path
 ) -> None:
-    proxy = servers[2]
-    seen = engine.said("run", "--rm", "busybox", "env")
-    assert f"https_proxy=http://10.0.2.2:{proxy.port}" in seen
+    """Where the docker CLI's configuration is the one that wherry wrote to."""
+    machine, port = engine.machine, servers[2].port
+    seen = machine.docker("run", "--rm", "busybox", "env").stdout.decode()
+    assert f"https_proxy=http://10.0.2.2:{port}" in seen
     assert "host.docker.internal" in seen[seen.index("no_proxy=") :]
     write_tree(tmp_path, {"Dockerfile": 'FROM busybox\nRUN echo "through $https_proxy"\n'})
-    built = engine.docker("buildx", "build", "--no-cache", tmp_path).stderr
-    assert f"through http://10.0.2.2:{proxy.port}".encode() in built
+    built = machine.docker("build", "--no-cache", str(tmp_path))
+    assert f"through http://10.0.2.2:{port}".encode() in built.stdout + built.stderr
 
 
 def test_a_mirror_is_asked_first(
