@@ -28,9 +28,8 @@ def test_settings_through_starts_of_the_machine(machine: Sandbox) -> None:
         assert b"would have to be stopped for: bip" in set_.stderr
         assert b"true" in machine.docker("info", "--format", "{{.Debug}}").stdout
         assert "172.30.0.1" not in bridge(machine)
-        machine.wherry(
-            "shell", "--", "sh", "-c", "'echo {\\\"mtu\\\": 1234} >/etc/docker/daemon.json'"
-        )
+        by_hand = """echo '{"mtu": 1234}' >/etc/docker/daemon.json"""
+        machine.wherry("shell", "--", "sh", "-c", by_hand)
 
         machine.wherry("stop")
         started = machine.wherry("start")
