@@ -31,7 +31,8 @@ OURS = {
         "_take_data", "_want_rekey_in", "send_data", "send_now",
     },
     StreamChannel: {
-        "_acknowledge", "_raise_failure", "_take_window", "_tell_end", "_wait_active",
+        "_abandon", "_acknowledge", "_raise_failure", "_send_all", "_take_window", "_tell_end",
+        "_wait_active",
         "_flush", "_post", "close_now", "confirmed", "deliver_to", "drain", "feed", "more_window",
         "recv_into", "refused", "untouched",
         "_await_window", "_park", "wait_open",
