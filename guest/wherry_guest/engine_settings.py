@@ -1,9 +1,9 @@
 """Giving the engine other settings while it and its containers run.
 
 dockerd is started anew for each change. It could read some of its settings again on SIGHUP,
-but dockerd 28.5 then forgets what ``host-gateway`` means until its next start. Containers
-live through that by dockerd's own ``live-restore``, which is switched on for it, and stays
-on until the machine stops: to switch it off again would take a SIGHUP, too.
+but dockerd 28.5 then forgets what ``host-gateway`` means until its next start (moby, issue
+52057). Containers live through that by dockerd's own ``live-restore``, which is switched on
+for it, and stays on until the machine stops: to switch it off again would take a SIGHUP, too.
 
 What dockerd refuses when it starts, its ``finish`` script takes back; see
 ``images/README.md``.
