@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from wherry.platform import Platform, current
+from wherry.platform import Platform, current, posix
 from wherry.platform.macos import MacOS
 from wherry.platform.posix import Posix
 
@@ -148,13 +148,35 @@ def test_another_users_directory_is_not_ours(host: Platform, tmp_path: Path) -> 
         host.make_private_directory(path)
 
 
-def test_the_short_directory_is_short_and_private(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.fixture
+def shared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """What stands for /tmp; the directory for sockets in it."""
+    monkeypatch.setattr(posix, "_SHARED", tmp_path)
+    return tmp_path / f"wherry-{os.getuid()}"
+
+
+def test_the_short_directory_is_private_and_the_same_from_anywhere(
+    shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
-    found = current().short_directory()
-    assert found == tmp_path / "wherry"
-    assert stat.S_IMODE(found.stat().st_mode) == 0o700
+    for runtime in (None, str(tmp_path)):
+        monkeypatch.setenv("XDG_RUNTIME_DIR", runtime or "")
+        assert current().short_directory() == shared
+        assert stat.S_IMODE(shared.stat().st_mode) == 0o700
+
+
+def test_a_link_in_place_of_the_short_directory_is_not_followed(
+    shared: Path, tmp_path: Path
+) -> None:
+    """Anybody may plant one in /tmp."""
+    theirs = tmp_path / "theirs"
+    theirs.mkdir(mode=0o755)
+    for target in (theirs, tmp_path / "nowhere"):
+        shared.symlink_to(target)
+        with pytest.raises(NotADirectoryError, match="something is in the way"):
+            current().short_directory()
+        shared.unlink()
+    assert stat.S_IMODE(theirs.stat().st_mode) == 0o755
+    assert not (tmp_path / "nowhere").exists()
 
 
 def test_the_descriptor_limit_is_raised_and_never_lowered(host: Platform) -> None:

@@ -43,7 +43,14 @@ def gone() -> ProcessIdentity:
 
 def test_what_is_written_is_read(paths: MachinePaths, child: Child) -> None:
     record = Record(
-        State.RUNNING, "", state.ourselves(), identify(child.pid), "tcg", "slow", time.time()
+        State.RUNNING,
+        "",
+        state.ourselves(),
+        identify(child.pid),
+        {"version": "1", "sha256": "ab"},
+        "tcg",
+        "slow",
+        time.time(),
     )
     state.write(paths, record)
     assert state.read(paths) == record
@@ -94,12 +101,13 @@ def test_a_virtual_machine_without_its_service_is_told(
 def test_a_number_that_another_program_has_now_is_not_the_service(
     paths: MachinePaths, child: Child
 ) -> None:
-    stale = replace(identify(child.pid), created=time.time() - 86400)
+    now = identify(child.pid)
+    for stale in (replace(now, started=now.started - 0.01), replace(now, boot="another boot")):
+        assert find(stale) is None
     state.write(paths, Record(State.RUNNING, service=stale, qemu=stale))
     found = state.read(paths)
     assert (found.state, found.service, found.qemu) == (State.BROKEN, None, None)
-    assert find(stale) is None
-    assert find(identify(child.pid)) is not None
+    assert find(now) is not None
 
 
 def test_a_zombie_is_not_running() -> None:
@@ -147,13 +155,13 @@ def test_a_damaged_file_means_broken(damage: str, paths: MachinePaths) -> None:
 
 @pytest.mark.parametrize("pid", [-1, 0, 1 << 40, 1 << 80])
 def test_numbers_that_no_process_has(pid: int, paths: MachinePaths) -> None:
-    state.write(paths, Record(State.RUNNING, service=ProcessIdentity(pid, 1.0)))
+    state.write(paths, Record(State.RUNNING, service=ProcessIdentity(pid, 1.0, "boot")))
     assert state.read(paths).state is State.BROKEN
 
 
 @pytest.mark.parametrize("number", ["1e999", "-1e999", "NaN"])
 def test_numbers_that_are_none(number: str, paths: MachinePaths) -> None:
-    state.write(paths, Record(State.RUNNING, service=ProcessIdentity(111, 1.0)))
+    state.write(paths, Record(State.RUNNING, service=ProcessIdentity(111, 1.0, "boot")))
     paths.state.write_text(paths.state.read_text().replace("111", number))
     assert state.read(paths).state is State.BROKEN
 

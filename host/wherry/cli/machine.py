@@ -75,7 +75,7 @@ def start_machine(
     from wherry.cli.progress import stages
     from wherry.config.load import load
     from wherry.control.client import call
-    from wherry.service import docker_context, docker_proxies, launch, machine, proxies
+    from wherry.service import docker_context, docker_proxies, launch, machine, proxies, state
 
     paths = where.machine(name)
     made = launched = False
@@ -83,7 +83,8 @@ def start_machine(
         with machine.locked(where, name):
             # Noted before the deed: an interrupt may come at any point between.
             made = not machine.exists(paths)
-            launched = made or not launch.answers(where, paths)
+            # A virtual machine that has lost its service is none that this call began.
+            launched = made or not (launch.answers(where, paths) or state.find_orphan(paths))
             if made:
                 _require_image(where, settings)
                 machine.create(where, name, settings)

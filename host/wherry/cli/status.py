@@ -15,6 +15,7 @@ _STATUS_TIMEOUT_S = 5.0
 """A service answers this at once, unless it hangs."""
 
 _AT_ONCE = 16
+_CLOCK_WORTH_TELLING_S = 1.0
 
 
 def status_of(where: Layout, paths: MachinePaths) -> dict[str, Any]:
@@ -39,6 +40,26 @@ def status_of(where: Layout, paths: MachinePaths) -> dict[str, Any]:
     return fields
 
 
+def _guest(fields: dict[str, Any]) -> str | None:
+    guest = fields["guest"]
+    if not guest:
+        return None
+    memory, disk = (
+        f"{format_size(_rounded(guest[f'{what}_used_bytes']))} of "
+        f"{format_size(_rounded(guest[f'{what}_total_bytes']))} {what}"
+        for what in ("memory", "disk")
+    )
+    ahead = guest["clock_offset_s"]
+    clock = f", clock off by {ahead:+.1f} s" if abs(ahead) >= _CLOCK_WORTH_TELLING_S else ""
+    return f"uses {memory}, {disk}{clock}"
+
+
+def _rounded(size: int) -> int:
+    """Return a size to the MiB, or above 10 GiB to the GiB, which print shortly."""
+    unit = 1 << 30 if size >= 10 << 30 else 1 << 20
+    return round(size / unit) * unit
+
+
 @click.command()
 @name_argument
 @json_option
@@ -61,6 +82,7 @@ def status(name: str, as_json: bool) -> None:
         "Engine": fields["engine_version"],
         "Accelerator": fields["accelerator"],
         "Size": f"{fields['cpus']} CPUs, {format_size(memory)} memory" if memory else None,
+        "Guest": _guest(fields),
         "Image": fields["image"]["version"] if fields["image"] else None,
         "Uptime": f"{fields['uptime_s']:.0f} s" if fields["uptime_s"] else None,
     }

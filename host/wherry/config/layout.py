@@ -5,6 +5,7 @@ $WHERRY_HOME/
 ├── accelerators.json              which accelerators work here, by trial
 └── machines/NAME/                 one machine, mode 0700
     ├── config.toml                settings, the user's to edit
+    ├── launched.toml              the settings that the VM was started with
     ├── data.qcow2                 all that is the user's in the guest
     ├── keys/                      the SSH keys of the user and of the guest
     ├── state.json                 what the service last said of itself
@@ -69,6 +70,10 @@ class MachinePaths:
         return self.directory / "config.toml"
 
     @property
+    def launched_config(self) -> Path:
+        return self.directory / "launched.toml"
+
+    @property
     def data_disk(self) -> Path:
         return self.directory / "data.qcow2"
 
@@ -130,9 +135,13 @@ class Layout:
 
     @classmethod
     def current(cls, platform: Platform) -> Layout:
-        """Return the layout below $WHERRY_HOME, or below the system's data directory."""
+        """Return the layout below $WHERRY_HOME, or below the system's data directory.
+
+        Links are followed, so that a machine has the same paths whichever way leads to it.
+        """
         chosen = os.environ.get("WHERRY_HOME")
-        return cls(Path(chosen).absolute() if chosen else platform.data_directory, platform)
+        home = Path(chosen) if chosen else platform.data_directory
+        return cls(home.resolve(), platform)
 
     @property
     def images(self) -> Path:
@@ -150,6 +159,7 @@ class Layout:
         """Return the paths of a machine, whether it exists or not.
 
         :raises UsageError: the name cannot be one.
+        :raises WherryError: there is no place for its sockets.
         """
         directory = self.machines / check_name(name)
         limit = self.platform.socket_path_limit
@@ -157,7 +167,14 @@ class Layout:
         if limit is None or longest <= limit:
             return MachinePaths(name, directory, directory)
         digest = hashlib.sha256(os.fsencode(directory)).hexdigest()[:16]
-        return MachinePaths(name, directory, self.platform.short_directory(), f"{digest}-")
+        try:
+            short = self.platform.short_directory()
+        except OSError as error:
+            raise WherryError(
+                f"{error.filename} cannot be used for sockets: {error.strerror}",
+                hint="remove what is there, or set WHERRY_HOME to a shorter path",
+            ) from error
+        return MachinePaths(name, directory, short, f"{digest}-")
 
     def prepare(self) -> None:
         """Make the home directory and what is always in it.

@@ -14,7 +14,11 @@ from wherry.control import MAX_LINE_BYTES
 from wherry.core.errors import NotRunning, WherryError
 from wherry.platform import Platform
 
+HELLO_TIMEOUT_S = 5.0
+"""A service answers this at once, unless it hangs."""
+
 _CONNECT_TIMEOUT_S = 5.0
+_PULSE_S = 5.0
 
 
 def call(
@@ -28,11 +32,10 @@ def call(
 ) -> Any:
     """Ask a machine's service and return its result.
 
-    How long that takes is bounded by the service, which bounds each of its stages;
-    a service that dies ends the call.
-
     :param on_event: called with each event before the result.
-    :param timeout_s: seconds, for what a service answers at once unless it hangs.
+    :param timeout_s: seconds, for what a service answers at once unless it hangs. None for
+        as long as it lives: it bounds each of its stages itself, a service that dies ends
+        the call, and one that hangs does not answer the greeting that is sent meanwhile.
     :raises NotRunning: no service listens.
     :raises WherryError: what the service reports, with its exit status.
     """
@@ -40,18 +43,26 @@ def call(
         stream = platform.connect_local(socket, _CONNECT_TIMEOUT_S)
     except OSError as error:
         raise NotRunning("the machine's service does not run", hint="wherry start") from error
-    late = threading.Event()
+    over, late = threading.Event(), threading.Event()
 
-    def give_up() -> None:
-        late.set()
-        with contextlib.suppress(OSError):  # it was closed just now
-            stream.shutdown(sockets.SHUT_RDWR)
+    def watch() -> None:
+        if timeout_s is None:
+            while not over.wait(_PULSE_S):
+                try:
+                    call(platform, socket, "hello", timeout_s=HELLO_TIMEOUT_S)
+                except NotRunning:
+                    return  # it leaves, and what we wait for is on its way
+                except WherryError:
+                    break
+        else:
+            over.wait(timeout_s)
+        if not over.is_set():
+            late.set()
+            with contextlib.suppress(OSError):  # it was closed just now
+                stream.shutdown(sockets.SHUT_RDWR)
 
-    timer = threading.Timer(timeout_s or 0, give_up)
-    timer.daemon = True
+    threading.Thread(target=watch, name="control watch", daemon=True).start()
     try:
-        if timeout_s is not None:
-            timer.start()
         request = {"method": method, "params": dict(params or {})}
         stream.sendall(json.dumps(request).encode() + b"\n")
         buffered = b""
@@ -72,7 +83,7 @@ def call(
     except (OSError, EOFError) as error:
         if late.is_set():
             raise WherryError(
-                f"the machine's service did not answer within {timeout_s:g} s",
+                f"the machine's service did not answer within {timeout_s or HELLO_TIMEOUT_S:g} s",
                 hint="it may hang; see: wherry logs",
             ) from error
         raise _ended() from error
@@ -82,7 +93,7 @@ def call(
             hint="it is another version: end it and start the machine again",
         ) from error
     finally:
-        timer.cancel()
+        over.set()
         stream.close()
 
 

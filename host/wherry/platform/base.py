@@ -145,6 +145,14 @@ class Platform(Protocol):
     def cpu_count(self) -> int:
         """Return the number of logical processors this program may use."""
 
+    def process_start(self, pid: int) -> float:
+        """Return when a process started, in seconds: the same number whenever it is asked.
+
+        It is compared within one boot of the host, and a clock that is set does not move it.
+
+        :raises ProcessLookupError: there is no such process.
+        """
+
     def boot_id(self) -> str:
         """Return the id of this boot of the host: another one after each."""
 

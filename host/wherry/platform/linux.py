@@ -54,16 +54,23 @@ class Linux(Posix):
         """The processors in this process's affinity mask."""
         return len(os.sched_getaffinity(0))
 
+    def process_start(self, pid: int) -> float:
+        """``starttime`` of /proc/PID/stat, in ticks since the boot (proc(5)).
+
+        psutil's ``create_time`` adds the time of the boot, which the kernel derives from the
+        clock: each step of the clock moves it for all processes.
+        """
+        try:
+            stat = Path(f"/proc/{pid}/stat").read_bytes()
+        except FileNotFoundError as error:
+            raise ProcessLookupError from error
+        # The name, second, may have blanks and brackets itself; starttime is field 22.
+        ticks = int(stat.rpartition(b")")[2].split()[22 - 3])
+        return ticks / os.sysconf("SC_CLK_TCK")
+
     def boot_id(self) -> str:
         """random(4)."""
         return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
-
-    def short_directory(self) -> Path:
-        """$XDG_RUNTIME_DIR, else a directory of ours in /tmp."""
-        runtime = os.environ.get("XDG_RUNTIME_DIR")
-        path = Path(runtime) / "wherry" if runtime else Path(f"/tmp/wherry-{os.getuid()}")
-        self.make_private_directory(path)
-        return path
 
     def watch_tree(
         self, root: Path, sink: ChangeSink, skipped: Callable[[str, bool], bool]

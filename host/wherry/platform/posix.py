@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import platform
@@ -15,6 +16,7 @@ from pathlib import Path
 import platformdirs
 
 _BACKLOG = 512
+_SHARED = Path("/tmp")
 _PROBE_TIMEOUT_S = 1.0
 
 _LEASH = """\
@@ -138,6 +140,24 @@ class Posix:
             raise PermissionError(errno.EPERM, "the directory belongs to another user", str(path))
         if stat.S_IMODE(found.st_mode) & 0o077:
             path.chmod(0o700)
+
+    def short_directory(self) -> Path:
+        """A directory of ours in /tmp.
+
+        Nothing of the environment chooses it: a command that runs from cron or by sudo has
+        to find the machine too. ($XDG_RUNTIME_DIR would also go when the user logs out, and
+        the service stays; $TMPDIR is itself some 50 bytes deep on macOS.) Anybody may make
+        something of this name first, so what is there is looked at, and not what a link
+        leads to.
+        """
+        path = _SHARED / f"wherry-{os.getuid()}"
+        with contextlib.suppress(FileExistsError):
+            path.mkdir(mode=0o700)
+        found = path.lstat()
+        if not stat.S_ISDIR(found.st_mode):
+            raise NotADirectoryError(errno.ENOTDIR, "something is in the way", str(path))
+        self.make_private_directory(path)
+        return path
 
     def default_docker_socket(self) -> Path | None:
         """``/var/run/docker.sock`` (docker/cli, ``client.DefaultDockerHost``)."""

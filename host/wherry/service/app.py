@@ -4,9 +4,9 @@ One process per machine, from its start to its stop. It owns QEMU, the tunnel, t
 endpoint and the control socket, and closes them in the opposite order. State lives
 on the event loop; what blocks runs in threads and posts messages back.
 
-A service that is killed leaves QEMU running. The next one finds it by its monitor
-socket and adopts it, or ends it when it no longer answers, so that never two run on
-one disk.
+A service that is killed leaves QEMU running, and containers in it. The next one finds it
+and adopts it, so that never two run on one disk. When that fails it leaves it as it was:
+only the user may decide to pull the plug.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from typing import Any
 from wherry.api.hooks import Hooks
 from wherry.api.server import Endpoint
 from wherry.config.layout import Layout, MachinePaths
-from wherry.config.load import load
+from wherry.config.model import Config
 from wherry.control.server import ControlServer, Emit
 from wherry.core.bridge import in_thread, post
 from wherry.core.errors import NotRunning, TunnelError, WherryError
-from wherry.service import console, engine, state, status, syncing
+from wherry.service import console, engine, space, state, status, syncing
 from wherry.service.boot import Boot, end_orphan
 from wherry.service.default_socket import DefaultSocket
 from wherry.service.engine_settings import EngineSettings
@@ -34,7 +34,7 @@ from wherry.service.guest import Guest
 from wherry.service.mounts import Mounts
 from wherry.service.networking import Networking
 from wherry.service.stages import DEFAULT_BOUNDS, Bounds, Stages
-from wherry.service.state import Record, State
+from wherry.service.state import State
 from wherry.sync.remote import RemoteEndpoint
 from wherry.sync.roots import Roots
 from wherry.tunnel.connection import Connection
@@ -55,6 +55,9 @@ _LINGER_S = 5.0
 _STOP_ENGINE = "/usr/lib/wherry/stop-engine"
 _STOP_ENGINE_S = 40.0
 """Containers get 10 s to end unless they ask for more; the guest's own poweroff waits as long."""
+
+_HEALTH_S = 2.0
+"""``wherry status`` does not wait longer for what the guest says of itself."""
 
 _QUIT_S = 10.0
 _DRAIN_S = 2.0
@@ -82,16 +85,12 @@ class Service:
             paths,
             bounds,
             self._stages,
-            accelerator=before.accelerator,
-            warning=before.warning,
+            before=before,
             launched=self._launched,
             engine_settings=self._engine_settings,
         )
-        self._record = Record(
-            State.STARTING,
-            service=state.ourselves(),
-            accelerator=before.accelerator,
-            warning=before.warning,
+        self._record = replace(
+            before, state=State.STARTING, reason="", service=state.ourselves(), started=0.0
         )
         self._engine_version = ""
         self._tunnel: Tunnel | None = None
@@ -103,6 +102,9 @@ class Service:
         self._mounts: Mounts | None = None
         self._networking = Networking(self._hooks, layout.platform)
         self._force = False
+        self._left: WherryError | None = None
+        """Why the VM is left running though this service ends; None when it is not."""
+        self._space: asyncio.Task[None] | None = None
         self._ssh: tuple[str, int] | None = None
         self._event_listeners: list[Emit] = []
 
@@ -112,6 +114,7 @@ class Service:
         self._stop_wanted = asyncio.Event()
         self._stopped: asyncio.Future[None] = loop.create_future()
         self._started: asyncio.Future[None] = loop.create_future()
+        self._force_wanted = asyncio.Event()
         self._asked = asyncio.Event()
         # A failure that nobody waits for is in the log and the state all the same.
         self._started.add_done_callback(lambda future: future.cancelled() or future.exception())
@@ -128,6 +131,7 @@ class Service:
                 "status": self._on_status,
                 "wait_running": self._on_wait_running,
                 "stop": self._on_stop,
+                "wait_stopped": self._on_wait_stopped,
                 "events": self._on_events,
                 "ports": self._on_ports,
                 "engine_settings": self._engine_settings.on_change,
@@ -147,16 +151,22 @@ class Service:
         """Start, wait for the end, clean up; every path ends with nothing left running."""
         start = asyncio.create_task(self._start(), name="start")
         wanted = asyncio.create_task(self._stop_wanted.wait(), name="stop wanted")
+        forced = asyncio.create_task(self._force_wanted.wait(), name="force wanted")
         try:
             await asyncio.wait({start, wanted}, return_when=asyncio.FIRST_COMPLETED)
+            if not start.done() and self._boot.adopted:
+                # Containers run: it can be stopped in order as soon as it is taken over.
+                await asyncio.wait({start, forced}, return_when=asyncio.FIRST_COMPLETED)
             if not start.done():
                 start.cancel()
                 await asyncio.gather(start, return_exceptions=True)
                 self._fail_start(WherryError("the start was interrupted"))
             elif (error := start.exception()) is not None:
                 log.error("%s", error, exc_info=error)
+                if self._boot.must_live and not self._force:
+                    error = self._left = self._left_alone(error)
                 self._fail_start(error)
-                await self._tear_down(force=True)
+                await self._tear_down(force=True, leave=self._left is not None)
                 self._transition(State.BROKEN, getattr(error, "message", str(error)))
                 await self._linger(wanted)
                 return 1
@@ -171,6 +181,15 @@ class Service:
             return 0
         finally:
             wanted.cancel()
+            forced.cancel()
+
+    def _left_alone(self, error: BaseException) -> WherryError:
+        what = getattr(error, "message", str(error))
+        return WherryError(
+            f"{what}; the virtual machine, which ran before, goes on",
+            hint="repeat the command, or end it like pulling the plug: "
+            f"wherry stop --force {self._paths.name}",
+        )
 
     async def _linger(self, wanted: asyncio.Task[bool]) -> None:
         """Stay until the command that began this has asked how it went."""
@@ -207,6 +226,7 @@ class Service:
         self._record = replace(
             self._record,
             qemu=boot.driver.identity if boot.driver is not None else None,
+            image=boot.image,
             accelerator=boot.accelerator,
             warning=boot.warning,
         )
@@ -251,27 +271,48 @@ class Service:
             hint="see: wherry logs --source console",
         )
         self._engine_settings.warning = console.warnings(console.read(paths.console_log))
-        self._claim_default_socket()
-        self._record = replace(self._record, state=State.RUNNING, started=time.time())
+        guest, config = self._guest, boot.config
+        assert guest is not None
+        assert config is not None
+        self._claim_default_socket(config)
+        self._networking.answer_names(guest)
+        guest.host_open = config.host_access
+        guest.start()
+        self._engine_settings.attach(guest)
+        await stages.run(
+            "files",
+            lambda: boot.unless_exit(driver, self._share_files(bounds.files_s)),
+            timeout_s=bounds.files_s + 1,
+        )
+        await stages.run(
+            "ports",
+            lambda: boot.unless_exit(
+                driver, self._networking.start(driver, tunnel, guest, address)
+            ),
+            timeout_s=bounds.ports_s,
+        )
+        self._space = asyncio.create_task(
+            space.keep_running(driver, paths.directory, self._on_paused), name="space"
+        )
+        self._record = replace(self._record, started=time.time())
         self._transition(State.RUNNING)
-        assert self._guest is not None
-        self._networking.answer_names(self._guest)
-        self._guest.host_open = load(paths.config, self._layout.platform).host_access
-        self._guest.start()
-        self._engine_settings.attach(self._guest)
-        await self._share_files(tunnel)
-        await self._networking.start(driver, tunnel, self._guest, self._ssh)
         self._started.set_result(None)
+
+    def _on_paused(self, reason: str) -> None:
+        """Tell that the guest stands still, or, with an empty reason, that it goes on."""
+        self._record = replace(self._record, reason=reason)
+        self._save()
+        self._tell({"event": "paused" if reason else "resumed", "reason": reason})
 
     def _open_engine(self, tunnel: Tunnel) -> Stream:
         self._engine_settings.wait()
         return tunnel.begin_unix(engine.SOCKET)
 
-    def _claim_default_socket(self) -> None:
+    def _claim_default_socket(self, config: Config) -> None:
         """Claim it where the settings say so; a machine without it runs all the same."""
         place = DefaultSocket.of(self._layout, self._paths)
         try:
-            if load(self._paths.config, self._layout.platform).default_socket:
+            if config.default_socket:
                 place.claim()
             else:
                 place.release()
@@ -289,8 +330,8 @@ class Service:
             ),
             boot=self._layout.platform.boot_id(),
         )
-        shared = load(self._paths.config, self._layout.platform).shared
-        self._mounts = Mounts(self._hooks, roots, tunnel, shared)
+        assert self._boot.config is not None
+        self._mounts = Mounts(self._hooks, roots, tunnel, self._boot.config.shared)
         return roots
 
     def _running_roots(self) -> Roots:
@@ -298,13 +339,17 @@ class Service:
             raise NotRunning(f"machine {self._paths.name} is not running yet")
         return self._roots
 
-    async def _share_files(self, tunnel: Tunnel) -> None:
-        """Go on with what containers mount that an earlier service has left running."""
+    async def _share_files(self, timeout_s: float) -> None:
+        """Go on with what containers mount that an earlier service has left running.
+
+        Without, the machine is of use all the same.
+        """
         assert self._mounts is not None
         try:
-            await in_thread(self._mounts.restore, name="mounts")
-        except WherryError as error:
-            log.warning("the containers' bind mounts are not known: %s", error)
+            async with asyncio.timeout(timeout_s):
+                await in_thread(self._mounts.restore, name="mounts")
+        except (WherryError, TimeoutError) as error:
+            log.warning("the containers' bind mounts are not known: %s", error or "it took long")
 
     async def _await_engine(self, tunnel: Tunnel, timeout_s: float) -> str:
         """Ask until the engine answers: its socket is there before it listens."""
@@ -338,8 +383,14 @@ class Service:
             if self._roots is not None:
                 self._roots.disconnect()
 
-    async def _tear_down(self, *, force: bool) -> None:
-        """Close everything, the newest first; the guest is shut down unless ``force``."""
+    async def _tear_down(self, *, force: bool, leave: bool = False) -> None:
+        """Close everything, the newest first; the guest is shut down unless ``force``.
+
+        :param leave: leave the VM running; only with ``force``.
+        """
+        if self._space is not None:
+            self._space.cancel()
+            await asyncio.gather(self._space, return_exceptions=True)
         if self._record.state is State.RUNNING and not force:
             self._transition(State.STOPPING)
         endpoint, guest, tunnel, driver = (
@@ -360,6 +411,14 @@ class Service:
             await self._end_sync(self._roots, force=force)
         if guest is not None:
             await in_thread(guest.close, name="agent close")
+        if driver is not None and driver.paused and not force:
+            log.warning("the guest cannot shut down: %s", driver.paused)
+            force = True
+        if leave and driver is not None:
+            if tunnel is not None:
+                await in_thread(tunnel.close, name="tunnel close")
+            await driver.release()
+            return
         if driver is not None and driver.identity is not None and tunnel is not None and not force:
             self._stages.tell("stop", "begin")
             log.info("poweroff: asking the guest")
@@ -382,7 +441,7 @@ class Service:
             await in_thread(tunnel.close, name="tunnel close")
         if driver is not None:
             await driver.stop(timeout_s=_QUIT_S)
-            orphan = state.find_orphan(self._paths)
+            orphan = await in_thread(lambda: state.find_orphan(self._paths), name="find QEMU")
             if orphan is not None:  # its adoption was interrupted
                 await end_orphan(self._paths, orphan)
 
@@ -404,7 +463,8 @@ class Service:
         log.info("state %s %s", new, reason)
         record = replace(self._record, state=new, reason=reason)
         if new in (State.STOPPED, State.BROKEN):
-            record = replace(record, service=None, qemu=None, started=0.0)
+            qemu = record.qemu if self._left is not None else None
+            record = replace(record, service=None, qemu=qemu, started=0.0)
         self._record = record
         self._save()
         self._tell({"event": "state", "state": str(new), "reason": reason})
@@ -421,10 +481,15 @@ class Service:
             emit({"time": round(time.time(), 3), "machine": self._paths.name, **event})
 
     async def _on_hello(self, params: Mapping[str, Any], emit: Emit) -> dict[str, Any]:
-        return {"service_pid": self._record.service.pid if self._record.service else None}
+        """Tell that we live, and whether we are about to leave."""
+        return {"stopping": self._stop_wanted.is_set()}
 
     async def _on_status(self, params: Mapping[str, Any], emit: Emit) -> dict[str, Any]:
-        return self._status()
+        guest, driver = self._guest, self._boot.driver
+        health = None
+        if guest is not None and driver is not None and not driver.paused:
+            health = await in_thread(lambda: guest.describe(_HEALTH_S), name="guest health")
+        return {**self._status(), "guest": health}
 
     async def _on_ports(self, params: Mapping[str, Any], emit: Emit) -> list[dict[str, Any]]:
         return self._networking.describe()
@@ -438,14 +503,28 @@ class Service:
             silence()
         if self._stop_wanted.is_set() or self._record.state is not State.RUNNING:
             raise WherryError(
-                f"machine {self._paths.name} is just stopping", hint="repeat the command"
+                f"machine {self._paths.name} was stopped meanwhile", hint="repeat the command"
             )
         return self._status()
 
     async def _on_stop(self, params: Mapping[str, Any], emit: Emit) -> None:
-        self._force = self._force or bool(params.get("force"))
-        silence = self._stages.listen(emit)
+        driver = self._boot.driver
+        if params.get("force"):
+            self._force = True
+            self._force_wanted.set()
+        elif driver is not None and driver.paused:
+            name = self._paths.name
+            raise WherryError(
+                f"machine {name} cannot be stopped in order: {driver.paused}",
+                hint=f"{space.HINT}; or lose what it has not written: wherry stop --force {name}",
+            )
         self._stop_wanted.set()
+        await self._on_wait_stopped(params, emit)
+        if self._left is not None:
+            raise self._left
+
+    async def _on_wait_stopped(self, params: Mapping[str, Any], emit: Emit) -> None:
+        silence = self._stages.listen(emit)
         try:
             await asyncio.shield(self._stopped)
         finally:
@@ -461,13 +540,11 @@ class Service:
     def _status(self) -> dict[str, Any]:
         warnings = (self._record.warning, self._engine_settings.warning)
         live: dict[str, Any] = {"warning": "; ".join(filter(None, warnings))}
-        image = self._boot.image
-        if image is not None:
-            live["image"] = {"version": image.version, "sha256": image.sha256}
         if self._engine_version:
             live["engine_version"] = self._engine_version
         if self._endpoint is not None:
             live["idle_s"] = round(self._endpoint.idle_s, 1)
         if self._ssh is not None:
             live["ssh"] = {"host": self._ssh[0], "port": self._ssh[1]}
-        return status.describe(self._layout, self._paths, self._record, **live)
+        config = self._boot.config
+        return status.describe(self._layout, self._paths, self._record, config, **live)

@@ -11,18 +11,19 @@ from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
 from wherry.config.layout import Layout, MachinePaths
-from wherry.config.load import load_for
+from wherry.config.load import load, load_for
 from wherry.config.model import Config
 from wherry.core.bridge import in_thread
 from wherry.core.errors import StageError, WherryError
-from wherry.service import console, state
+from wherry.core.files import write_atomic
+from wherry.service import console, space, state
 from wherry.service.engine_settings import EngineSettings
 from wherry.service.stages import Bounds, Stages
 from wherry.vm import disk, image
 from wherry.vm.driver import MachineSpec, ProcessIdentity
 from wherry.vm.qemu import probe, programs
 from wherry.vm.qemu.driver import QemuDriver
-from wherry.vm.qemu.process import QemuProcess
+from wherry.vm.qemu.process import QemuProcess, find
 
 T = TypeVar("T")
 
@@ -40,8 +41,7 @@ _CONSOLE_HINT = "see: wherry logs --source console"
 class Boot:
     """One bringing-up; its attributes tell how far it came, also when it is cancelled.
 
-    :param accelerator: what an earlier service used, for a QEMU that it left running.
-    :param warning: what that service warned of.
+    :param before: what an earlier service noted of a QEMU that it perhaps left running.
     :param launched: called when QEMU runs and before the guest has booted.
     :param engine_settings: gives a guest that boots those of its engine.
     """
@@ -53,8 +53,7 @@ class Boot:
         bounds: Bounds,
         stages: Stages,
         *,
-        accelerator: str,
-        warning: str,
+        before: state.Record,
         launched: Callable[[], None],
         engine_settings: EngineSettings,
     ) -> None:
@@ -64,77 +63,87 @@ class Boot:
         self._stages = stages
         self._launched = launched
         self._engine_settings = engine_settings
-        self.accelerator = accelerator
-        self.warning = warning
-        self.image: image.Image | None = None
+        self.accelerator = before.accelerator
+        self.warning = before.warning
+        self.image = before.image
+        self.config: Config | None = None
+        """The settings that the VM runs with."""
         self.driver: QemuDriver | None = None
+        self.adopted = False
+        """Whether the VM was there before us: containers may run in it."""
 
     @property
     def bounds(self) -> Bounds:
         """The bounds for what the guest does: an emulated one gets more time."""
         return self._bounds.for_accelerator(self.accelerator)
 
+    @property
+    def must_live(self) -> bool:
+        """Whether the VM has to go on whatever fails here: it was there before, and well."""
+        return self.adopted and not console.explain(console.read(self._paths.console_log))
+
     async def run(self) -> QemuDriver:
         """Take over the VM that an earlier service left, or start one.
 
         :raises WherryError: a stage failed, which the message names.
         """
-        layout, paths = self._layout, self._paths
-        total = shutil.disk_usage(paths.directory).total
-        config = load_for(paths.config, layout.platform, disk_total=total)
-        chosen = image.choose(layout, config.image, layout.platform.architecture())
-        self.image = chosen
-        tools = programs.find(chosen.architecture, layout.platform)
-        orphan = state.find_orphan(paths)
-        if orphan is not None:
-            adopted = await self._adopt(orphan, config, chosen, tools)
-            if adopted is not None:
-                await self._await_ssh(adopted)
-                return adopted
-        return await self._launch(config, chosen, tools)
+        orphan = await in_thread(lambda: state.find_orphan(self._paths), name="find QEMU")
+        driver = None if orphan is None else await self._adopt(orphan)
+        if driver is None:
+            return await self._launch()
+        await self._await_ssh(driver)
+        return driver
 
-    async def _adopt(
-        self,
-        orphan: ProcessIdentity,
-        config: Config,
-        chosen: image.Image,
-        tools: programs.Programs,
-    ) -> QemuDriver | None:
-        """Take over a QEMU; one that does not answer is ended, so that a new one can be started."""
-        self.driver = driver = QemuDriver(tools, self._paths.qemu_log)
-        spec = self._spec(config, chosen)
+    async def _adopt(self, orphan: ProcessIdentity) -> QemuDriver | None:
+        """Take over a QEMU; None if it ended, or its guest had.
+
+        Nothing of it depends on today's settings or images, which may have changed.
+
+        :raises WherryError: it does not answer. It is left alone, as it may yet.
+        """
+        paths = self._paths
+        self.adopted = True
+        self.driver = driver = QemuDriver(paths.qemu_log)
         try:
             await self._stages.run(
                 "adopt",
-                lambda: driver.adopt(spec, orphan, timeout_s=self._bounds.adopt_s),
+                lambda: driver.adopt(paths.qmp_socket, orphan, timeout_s=self._bounds.adopt_s),
                 timeout_s=self._bounds.adopt_s + 1,
             )
         except StageError as error:
-            log.warning("QEMU (process %d) is ended: %s", orphan.pid, error)
-            await end_orphan(self._paths, orphan)
+            if await in_thread(lambda: find(orphan), name="find QEMU") is not None:
+                raise
+            log.info("QEMU (process %d): %s", orphan.pid, error)
+            self.adopted = False
             return None
+        launched = paths.launched_config
+        self.config = load(launched if launched.exists() else paths.config, self._layout.platform)
+        if driver.paused:
+            await self._make_room(driver)
         self._launched()
         return driver
 
-    async def _launch(
-        self, config: Config, chosen: image.Image, tools: programs.Programs
-    ) -> QemuDriver:
+    async def _make_room(self, driver: QemuDriver) -> None:
+        """Have a guest that waits for space go on, if there is some now."""
+        if space.is_scarce(self._paths.directory):
+            raise WherryError(driver.paused, hint=space.HINT)
+        await driver.resume()
+
+    async def _launch(self) -> QemuDriver:
         layout, paths, stages, bounds = self._layout, self._paths, self._stages, self._bounds
+        total = shutil.disk_usage(paths.directory).total
+        self.config = config = load_for(paths.config, layout.platform, disk_total=total)
+        chosen = image.choose(layout, config.image, layout.platform.architecture())
+        self.image = {"version": chosen.version, "sha256": chosen.sha256}
+        tools = await in_thread(
+            lambda: programs.find(chosen.architecture, layout.platform), name="find QEMU"
+        )
         await stages.run(
             "image",
             lambda: in_thread(lambda: image.verify(chosen), name="verify image"),
             timeout_s=bounds.image_s,
         )
-        self.accelerator, self.warning = config.accelerator, ""
-        if config.accelerator == "auto":
-            verdict = await stages.run(
-                "accelerator",
-                lambda: probe.choose(tools, chosen, layout.platform, layout.accelerators),
-                timeout_s=bounds.accelerator_s,
-            )
-            self.accelerator, self.warning = verdict.accelerator, verdict.warning
-        if self.warning:
-            log.warning("%s", self.warning)
+        await self._choose_accelerator(config, chosen, tools)
         await stages.run(
             "disk",
             lambda: in_thread(
@@ -144,25 +153,60 @@ class Boot:
             timeout_s=bounds.disk_s,
         )
         self._engine_settings.write(config)
-        spec = self._spec(config, chosen)
+        write_atomic(paths.launched_config, paths.config.read_bytes())
         for tries_left in reversed(range(_BOOT_TRIES)):
-            self.driver = driver = QemuDriver(tools, paths.qemu_log)
-            await stages.run(
-                "machine",
-                functools.partial(driver.start, spec, timeout_s=bounds.machine_s),
-                timeout_s=bounds.machine_s + 5,
-            )
-            self._launched()
+            paths.console_log.unlink(missing_ok=True)  # what it says is believed to be of this boot
+            self.driver = driver = QemuDriver(paths.qemu_log, tools.system)
             try:
+                await stages.run(
+                    "machine",
+                    functools.partial(
+                        driver.start, self._spec(config, chosen), timeout_s=bounds.machine_s
+                    ),
+                    timeout_s=bounds.machine_s + 5,
+                )
+                self._launched()
                 await self._await_ssh(driver)
                 break
-            except StageError:
-                oops = console.emulation_oops(console.read(paths.console_log))
-                if self.accelerator != "tcg" or not oops or not tries_left:
+            except StageError as error:
+                if not tries_left or not await self._mend(error, config, chosen, tools):
                     raise
-                log.warning("booting again: QEMU's emulation made the kernel fail: %s", oops)
                 await driver.stop(timeout_s=_QUIT_S)
         return driver
+
+    async def _choose_accelerator(
+        self, config: Config, chosen: image.Image, tools: programs.Programs
+    ) -> None:
+        layout = self._layout
+        self.accelerator, self.warning = config.accelerator, ""
+        if config.accelerator == "auto":
+            verdict = await self._stages.run(
+                "accelerator",
+                lambda: probe.choose(tools, chosen, layout.platform, layout.accelerators),
+                timeout_s=self._bounds.accelerator_s,
+            )
+            self.accelerator, self.warning = verdict.accelerator, verdict.warning
+        if self.warning:
+            log.warning("%s", self.warning)
+
+    async def _mend(
+        self, error: StageError, config: Config, chosen: image.Image, tools: programs.Programs
+    ) -> bool:
+        """Return whether another try of a boot that failed is likely to do better."""
+        said = console.read(self._paths.console_log)
+        if self.accelerator == "tcg":
+            oops = console.emulation_oops(said)
+            if oops:
+                log.warning("booting again: QEMU's emulation made the kernel fail: %s", oops)
+            return bool(oops)
+        if config.accelerator != "auto" or "wherry: init" in said:
+            return False
+        # What worked once may not work today: another host kernel, another user of it.
+        log.warning("%s may have ceased to work: %s", self.accelerator, error)
+        failed = self.accelerator
+        probe.forget(self._layout.accelerators, failed)
+        await self._choose_accelerator(config, chosen, tools)
+        return self.accelerator != failed
 
     async def _await_ssh(self, driver: QemuDriver) -> None:
         await self._stages.run(
@@ -175,21 +219,24 @@ class Boot:
         )
 
     async def unless_exit(self, driver: QemuDriver, work: Awaitable[T]) -> T:
-        """Await ``work``; if the VM ends first, fail with the reason for that.
+        """Await ``work``; if the VM ends or is paused first, fail with the reason for that.
 
-        :raises WherryError: the VM ended.
+        :raises WherryError: the VM ended, or waits for space on the host's disk.
         """
         gone = asyncio.create_task(driver.wait(), name="vm exit")
+        paused = asyncio.create_task(driver.wait_paused(), name="vm pause")
         task = asyncio.ensure_future(work)
         try:
-            await asyncio.wait({gone, task}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({gone, paused, task}, return_when=asyncio.FIRST_COMPLETED)
             if task.done():
                 return task.result()
+            if not gone.done():
+                raise WherryError(paused.result(), hint=space.HINT)
             said = console.explain(console.read(self._paths.console_log))
             raise WherryError(said or gone.result().reason, hint=_CONSOLE_HINT)
         finally:
-            gone.cancel()
-            task.cancel()
+            for each in (gone, paused, task):
+                each.cancel()
 
     def _spec(self, config: Config, chosen: image.Image) -> MachineSpec:
         paths = self._paths

@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
+import concurrent.futures
+import contextlib
 import json
 import threading
 import urllib.parse
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 import h11
 
 from wherry.core.errors import TunnelError, WherryError
 from wherry.tunnel.stream import Stream
 
+T = TypeVar("T")
+
+Wait = Callable[[threading.Event, float], bool]
+
 SOCKET = "/run/docker.sock"
 """The engine's socket in the guest."""
+
+ANSWER_S = 10.0
+"""For an answer that the engine has at hand. One that is stuck must not keep us as well."""
+
+_WANTED_S = 2 * ANSWER_S
+"""Opening the connection has a bound of its own."""
 
 _CHUNK_BYTES = 1 << 16
 _RETRY_S = 1.0
@@ -29,14 +41,65 @@ _EVENTS = "/events?filters=" + json.dumps(
 ).replace('"', "%22")
 
 
+@contextlib.contextmanager
+def _bounded(stream: Stream, timeout_s: float) -> Iterator[None]:
+    """Close a stream in which nothing comes to an end, which wakes who waits in it."""
+    timer = threading.Timer(timeout_s, stream.close)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    except WherryError as error:
+        if timer.finished.is_set():
+            raise WherryError(f"the engine did not answer within {timeout_s:g} s") from error
+        raise
+    finally:
+        timer.cancel()
+
+
+def while_wanted(wait: Wait, open_stream: Callable[[], Stream], ask: Callable[[Stream], T]) -> T:
+    """Ask the engine on behalf of a client, as long as that is there.
+
+    :param wait: waits for an event with a bound, and raises when the client has left.
+    :param ask: uses one connection, and has a bound of its own.
+    :raises WherryError: what ``ask`` raises, or there is no answer in time.
+    """
+    future: concurrent.futures.Future[T] = concurrent.futures.Future()
+    done = threading.Event()
+    opened: list[Stream] = []
+
+    def body() -> None:
+        try:
+            opened.append(open_stream())
+            future.set_result(ask(opened[0]))
+        except BaseException as error:
+            future.set_exception(error)
+        done.set()
+
+    threading.Thread(target=body, name="engine question", daemon=True).start()
+    try:
+        if not wait(done, _WANTED_S):
+            raise WherryError(f"the engine did not answer within {_WANTED_S:g} s")
+        return future.result()
+    finally:
+        for stream in opened:
+            stream.close()
+
+
 def request(
-    stream: Stream, target: str, *, method: str = "GET"
+    stream: Stream, target: str, *, method: str = "GET", timeout_s: float = ANSWER_S
 ) -> tuple[h11.Response, Iterator[bytes]]:
     """Send one request over a new connection; return the answer's head and body.
 
     :param stream: closed when the body ends, and by the caller on its failing paths.
+    :param timeout_s: for the head; the body has no bound.
     :raises WherryError: the engine went away, or does not speak HTTP.
     """
+    with _bounded(stream, timeout_s):
+        return _request(stream, target, method)
+
+
+def _request(stream: Stream, target: str, method: str) -> tuple[h11.Response, Iterator[bytes]]:
     connection = h11.Connection(h11.CLIENT)
     headers = [("Host", "docker"), ("Connection", "close")]
     if method == "POST":
@@ -74,13 +137,19 @@ def request(
     return response, body()
 
 
+def _whole(stream: Stream, target: str, *, method: str = "GET") -> tuple[h11.Response, bytes]:
+    """Send one request and return the whole answer, which has a bound."""
+    with _bounded(stream, ANSWER_S):
+        response, body = _request(stream, target, method)
+        return response, b"".join(body)
+
+
 def ping(stream: Stream) -> str:
     """Ask ``GET /_ping`` (Engine API, System) and return the engine's version.
 
     :raises WherryError: it answered something else, or nothing.
     """
-    response, body = request(stream, "/_ping")
-    said = b"".join(body)
+    response, said = _whole(stream, "/_ping")
     if response.status_code != 200:
         raise WherryError(f"the engine answered {response.status_code}: {said[:200]!r}")
     for name, value in response.headers:
@@ -95,8 +164,7 @@ def fetch(stream: Stream, target: str) -> Any:
     :param stream: closed when it has come.
     :raises WherryError: the engine answers something else, or nothing.
     """
-    response, body = request(stream, target)
-    answer = b"".join(body)
+    response, answer = _whole(stream, target)
     if response.status_code != 200:
         raise WherryError(f"the engine answered {response.status_code}: {answer[:200]!r}")
     try:
@@ -135,8 +203,7 @@ def stop(stream: Stream, container: str) -> None:
     :raises WherryError: the engine does not.
     """
     target = f"/containers/{quoted(container)}/stop?t=0"
-    response, body = request(stream, target, method="POST")
-    answer = b"".join(body)
+    response, answer = _whole(stream, target, method="POST")
     if response.status_code not in (204, 304):
         raise WherryError(f"the engine answered {response.status_code}: {answer[:200]!r}")
 

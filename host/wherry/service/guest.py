@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Callable, Iterable
+from typing import Any
 
 from wherry.core.errors import WherryError
-from wherry.service.agent import AgentClient, Health
+from wherry.service.agent import AgentClient
 from wherry.service.agent_bundle import build
 from wherry.tunnel.connection import Process
 from wherry.tunnel.stream import Stream
@@ -16,6 +18,11 @@ from wherry.tunnel.tunnel import Tunnel
 log = logging.getLogger(__name__)
 
 _CLOCK_THRESHOLD_S = 0.5
+_CLOCK_S = 60.0
+_FIRST_DELAY_S = 0.5
+_LONGEST_DELAY_S = 30.0
+"""Between attempts to start an agent. One that lived longer is begun again at once."""
+
 _START_TIMEOUT_S = 60.0
 _COMES_S = 20.0
 """Requests wait for this: after the start of a machine or an outage the agent comes soon."""
@@ -29,8 +36,9 @@ SYNC_DIRECTORY = "/data/sync"
 class Guest:
     """Keeps an agent running in the guest as long as there is a tunnel.
 
-    The agent is no condition for using the engine, so it starts in the background,
-    and a failure of it is logged and does not end the machine.
+    The agent is no condition for using the engine, so it starts in the background, and a
+    failure of it is logged and does not end the machine. One thread does it all, so that
+    there is one agent at a time; when it ends, or is late, another is sent.
 
     :param root_changed: called with the id of a synchronised root in which something changed.
     """
@@ -44,6 +52,7 @@ class Guest:
         self._agent: AgentClient | None = None
         self._lock = threading.Condition()
         self._closed = False
+        self._tunnel_is_new = False
         self._thread: threading.Thread | None = None
         self.names_port = 0
         """Where the host answers queries of names; 0 for not at all. Set before :meth:`start`."""
@@ -51,23 +60,35 @@ class Guest:
         """Whether containers may use the host's loopback. Set before :meth:`start`."""
 
     def start(self) -> None:
-        """Send the agent, in the background."""
+        """Keep an agent from now on, in the background."""
         with self._lock:
-            if self._closed:
+            if self._closed or self._thread is not None:
                 return
-            self._thread = threading.Thread(target=self._connect, name="agent", daemon=True)
+            self._thread = threading.Thread(target=self._keep, name="agent", daemon=True)
             self._thread.start()
 
     def reconnected(self) -> None:
-        """Send it again: the old one ended with the old connection."""
-        self.start()
+        """Learn that there is a new connection, over which another agent can come at once."""
+        with self._lock:
+            self._tunnel_is_new = True
+            self._lock.notify_all()
 
-    def health(self) -> Health:
-        """Ask the guest how it is.
-
-        :raises WherryError: there is no agent, or it does not answer.
-        """
-        return self._running().health()
+    def describe(self, timeout_s: float) -> dict[str, Any] | None:
+        """Return what ``wherry status --json`` has of the guest; None if it does not tell."""
+        try:
+            health = self._running().health(engine_timeout_s=0, timeout_s=timeout_s)
+        except WherryError as error:
+            log.info("how the guest is, is not known: %s", error)
+            return None
+        return {
+            "memory_total_bytes": health.memory_total_bytes,
+            "memory_used_bytes": health.memory_total_bytes - health.memory_available_bytes,
+            "disk_total_bytes": health.data_total_bytes,
+            "disk_used_bytes": health.data_total_bytes - health.data_available_bytes,
+            "clock_offset_s": round(health.clock_offset_s, 3),
+            "load": health.load,
+            "uptime_s": round(health.uptime_s, 1),
+        }
 
     def listeners(self, containers: Iterable[str]) -> list[tuple[str, str, str, int]]:
         """See :meth:`AgentClient.listeners`.
@@ -108,21 +129,71 @@ class Guest:
         """End the agent; safe to call twice."""
         with self._lock:
             self._closed = True
-            self._lock.notify_all()
             agent, self._agent = self._agent, None
+            self._lock.notify_all()
         if agent is not None:
             agent.close()
         if self._thread is not None:
             self._thread.join(_JOIN_S)
 
-    def _connect(self) -> None:
+    def _keep(self) -> None:
+        """Have an agent, look after it, and have another when it ends; the thread's body."""
+        delay_s = _FIRST_DELAY_S
+        while not self._closed:
+            with self._lock:
+                self._tunnel_is_new = False
+            begun = time.monotonic()
+            ended = threading.Event()
+            agent = self._connect(ended)
+            if agent is not None:
+                self._look_after(agent, ended)
+                agent.close()
+            if time.monotonic() - begun > _LONGEST_DELAY_S:
+                delay_s = _FIRST_DELAY_S
+            with self._lock:
+                self._lock.wait_for(lambda: self._closed or self._tunnel_is_new, delay_s)
+            delay_s = min(2 * delay_s, _LONGEST_DELAY_S)
+
+    def _look_after(self, agent: AgentClient, ended: threading.Event) -> None:
+        """Let an agent be used until it or the connection ends; keep the guest's clock right."""
+        with self._lock:
+            self._agent = None if self._closed else agent
+            self._lock.notify_all()
+        while True:
+            with self._lock:
+                over = self._lock.wait_for(lambda: self._closed or ended.is_set(), _CLOCK_S)
+            if over:
+                break
+            try:
+                # The host may have slept, and the guest does not notice.
+                drift = agent.sync_clock(_CLOCK_THRESHOLD_S)
+            except WherryError as error:
+                log.warning("the agent is replaced: %s", error)
+                break
+            if drift:
+                log.info("the guest's clock is corrected by %.3f s", drift)
+        with self._lock:
+            self._agent = None
+
+    def _connect(self, ended: threading.Event) -> AgentClient | None:
+        """Send an agent and begin a session with it; None if that fails.
+
+        :param ended: set when the session has ended.
+        """
+
+        def lost(error: WherryError) -> None:
+            log.warning("the agent ended: %s", error)
+            with self._lock:
+                ended.set()
+                self._lock.notify_all()
+
         try:
             process = self._tunnel.exec(self._bundle.command(), timeout_s=_START_TIMEOUT_S)
             threading.Thread(
                 target=_log_stderr, args=(process,), name="agent stderr", daemon=True
             ).start()
             agent = AgentClient(
-                process.stdio, self._bundle, lost=self._lost, on_changed=self._root_changed
+                process.stdio, self._bundle, lost=lost, on_changed=self._root_changed
             )
             try:
                 boot_id = agent.hello(timeout_s=_START_TIMEOUT_S)
@@ -132,19 +203,11 @@ class Guest:
                 agent.close()
                 raise
         except WherryError as error:
-            log.warning("the agent did not start: %s", error)
-            return
+            if not self._closed:
+                log.warning("the agent did not start: %s", error)
+            return None
         log.info("agent ready; boot %s; clock corrected by %.3f s", boot_id, drift)
-        with self._lock:
-            if self._closed:
-                agent.close()
-            else:
-                self._agent = agent
-                self._lock.notify_all()
-
-    def _lost(self, error: WherryError) -> None:
-        log.warning("the agent ended: %s", error)
-        self._agent = None
+        return agent
 
 
 def _log_stderr(process: Process) -> None:

@@ -9,7 +9,7 @@ import time
 from filelock import FileLock, Timeout
 
 from wherry.config.layout import Layout, MachinePaths
-from wherry.control.client import call
+from wherry.control.client import HELLO_TIMEOUT_S, call
 from wherry.core.clock import Deadline
 from wherry.core.errors import NotRunning, WherryError
 from wherry.core.processes import Argument, Child, TimeoutExpired, spawn
@@ -21,9 +21,6 @@ ALREADY_RUNS = 75
 
 _APPEAR_TIMEOUT_S = 20.0
 _LEAVE_TIMEOUT_S = 10.0
-_HELLO_TIMEOUT_S = 5.0
-"""A service answers this at once, unless it hangs."""
-
 _FORCE_TIMEOUT_S = 30.0
 """Closing what is open has bounds of its own, which together are shorter."""
 
@@ -31,12 +28,34 @@ _POLL_S = 0.02
 
 
 def answers(layout: Layout, paths: MachinePaths) -> bool:
-    """Whether the machine's service answers.
+    """Whether the machine has a service that goes on; waits for one that comes or leaves.
 
-    :raises WherryError: one is there, but hangs.
+    :raises WherryError: one is there, but hangs or cannot be reached.
+    """
+    deadline = Deadline(_APPEAR_TIMEOUT_S)
+    while not deadline.passed:
+        if _reached(layout, paths):
+            return True
+        if _is_free(paths):
+            return False
+        time.sleep(_POLL_S)
+    raise WherryError(
+        f"the service of machine {paths.name} runs, but nothing answers at {paths.control_socket}",
+        hint=f"end it by force: wherry stop --force {paths.name}",
+    )
+
+
+def _reached(layout: Layout, paths: MachinePaths) -> bool:
+    """Whether a service answers, asked once; waits for the end of one that is stopping.
+
+    :raises WherryError: it hangs.
     """
     try:
-        call(layout.platform, paths.control_socket, "hello", timeout_s=_HELLO_TIMEOUT_S)
+        said = call(layout.platform, paths.control_socket, "hello", timeout_s=HELLO_TIMEOUT_S)
+        if said["stopping"]:
+            call(layout.platform, paths.control_socket, "wait_stopped")
+            wait_gone(layout, paths)
+            return False
     except NotRunning:
         return False
     except WherryError:
@@ -57,7 +76,7 @@ def ensure(layout: Layout, paths: MachinePaths) -> bool:
     child = _launch(layout, paths)
     try:
         while not deadline.passed:
-            if answers(layout, paths):
+            if _reached(layout, paths):
                 # Two starts at once: the loser's child ends, the winner's answers.
                 return child.poll() is None
             status = child.poll()
@@ -124,21 +143,30 @@ def end_by_force(layout: Layout, paths: MachinePaths) -> bool:
     :raises WherryError: the system cannot end it.
     """
     ended = False
-    try:
-        if answers(layout, paths):
-            ended = True
+    deadline = Deadline(_APPEAR_TIMEOUT_S)
+    while not _is_free(paths) and not deadline.passed:
+        ended = True
+        try:
             params = {"force": True}
             socket, timeout_s = paths.control_socket, _FORCE_TIMEOUT_S
             call(layout.platform, socket, "stop", params, timeout_s=timeout_s)
             wait_gone(layout, paths)
-    except WherryError:
+        except NotRunning:
+            time.sleep(_POLL_S)  # it comes, or leaves
+        except WherryError:
+            break
+    if not _is_free(paths):
         service = state.read(paths).service
         if service is not None:
-            ended = True
             QemuProcess.adopt(service, paths.service_log).kill()
     orphan = state.find_orphan(paths)
     if orphan is not None:
         QemuProcess.adopt(orphan, paths.qemu_log).kill()
+    if not _is_free(paths):
+        raise WherryError(
+            f"the service of machine {paths.name} runs, but it is not known as which process",
+            hint=f"end the process that holds {paths.service_lock}",
+        )
     state.mark_stopped(paths)
     return ended or orphan is not None
 
@@ -150,6 +178,8 @@ def _is_free(paths: MachinePaths) -> bool:
             return True
     except Timeout:
         return False
+    except OSError:
+        return True  # where no lock can be taken, no service has one
 
 
 def _died(paths: MachinePaths) -> WherryError:

@@ -31,8 +31,8 @@ from wherry.core.files import write_atomic
 from wherry.vm import disk, image
 from wherry.vm.qemu import programs
 
-_LOCK_TIMEOUT_S = 60.0
-"""Longer than making a machine takes, so that two starts at once make one."""
+_LOCK_TIMEOUT_S = 240.0
+"""Longer than making a machine or an orderly stop takes: a start meanwhile waits for that."""
 
 
 def exists(paths: MachinePaths) -> bool:
@@ -55,7 +55,7 @@ def require(layout: Layout, name: str) -> MachinePaths:
 def locked(layout: Layout, name: str) -> Iterator[None]:
     """Keep other commands from making or removing this machine meanwhile.
 
-    :raises WherryError: another command holds it for longer than a minute, or the
+    :raises WherryError: another command holds it for longer than any should, or the
         directory cannot be written.
     """
     lock = FileLock(layout.machines / f".{name}.lock")

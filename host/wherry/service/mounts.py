@@ -222,7 +222,7 @@ class Mounts:
     # Barriers
 
     def _before(self, request: Request) -> None:
-        self._bring(request, self._sessions(self._mounted(request.params["id"])))
+        self._bring(request, self._sessions(self._mounted(request, request.params["id"])))
 
     def _around(self, request: Request) -> Watch | None:
         self._before(request)
@@ -230,7 +230,7 @@ class Mounts:
 
     def _after(self, request: Request) -> Watch | None:
         # Asked now and not when the answer comes: the container may be gone by then.
-        mounted = self._mounted(request.params["id"])
+        mounted = self._mounted(request, request.params["id"])
         return Watch(head=lambda head: self._fetch(request, mounted)) if mounted else None
 
     def _remove(self, request: Request) -> Watch | None:
@@ -241,25 +241,25 @@ class Mounts:
         return watch
 
     def _wait(self, request: Request) -> Watch | None:
-        mounted = self._mounted(request.params["id"])
+        mounted = self._mounted(request, request.params["id"])
         return Watch(line=lambda line: self._fetch(request, mounted)) if mounted else None
 
     def _until_end(self, request: Request) -> Watch | None:
-        mounted = self._mounted(request.params["id"])
+        mounted = self._mounted(request, request.params["id"])
         return Watch(end=lambda whole: self._fetch(request, mounted)) if mounted else None
 
     def _events(self, request: Request) -> Watch | None:
         def event(line: bytes) -> None:
             if any(word in line for word in _ENDINGS):
                 id = _json(line).get("Actor", {}).get("ID", "")
-                self._fetch(request, self._mounted(str(id), known=True))
+                self._fetch(request, self._mounted(request, str(id), known=True))
 
         return Watch(line=event)
 
     def _create_exec(self, request: Request) -> Watch | None:
         container = request.params["id"]
         # The docker CLI shows why this is refused, but not why the start is.
-        sessions = self._sessions(self._mounted(container))
+        sessions = self._sessions(self._mounted(request, container))
         self._bring(request, (each for each in sessions if each.is_troubled))
 
         def created(line: bytes) -> None:
@@ -277,7 +277,7 @@ class Mounts:
             # Made before this service began: whatever it is, all roots are more than enough.
             self._bring(request, self._roots.all())
             return Watch(end=lambda whole: hold(self._roots.all(), fresh=False, wait=request.wait))
-        mounted = self._mounted(container)
+        mounted = self._mounted(request, container)
         if not mounted:
             return None
         self._bring(request, self._sessions(mounted))
@@ -287,7 +287,7 @@ class Mounts:
         with self._lock:
             self._names.clear()
 
-    def _mounted(self, name: str, *, known: bool = False) -> list[Source]:
+    def _mounted(self, request: Request, name: str, *, known: bool = False) -> list[Source]:
         """Return what a container mounts; the engine is asked once about one that is not known.
 
         :param known: do not ask; what is not known mounts nothing.
@@ -299,7 +299,7 @@ class Mounts:
                 matching = [key for key in self._containers if key.startswith(id)]
                 found = self._containers[matching[0]] if len(matching) == 1 else None
         if found is None:
-            found = [] if known else self._inspect(name)
+            found = [] if known else self._inspect(request, name)
         return [source for source in found if self._is_shared(source.path)]
 
     def _sessions(self, mounted: Iterable[Source]) -> Iterator[Session]:
@@ -311,10 +311,13 @@ class Mounts:
             if Path(source.path).exists() or self._roots.holding(source.path):
                 yield self._roots.require(source.path, read_only=source.read_only)
 
-    def _inspect(self, name: str) -> list[Source]:
+    def _inspect(self, request: Request, name: str) -> list[Source]:
         try:
-            stream = self._tunnel.open_unix(engine.SOCKET)
-            container = engine.fetch(stream, f"/containers/{engine.quoted(name)}/json")
+            container = engine.while_wanted(
+                request.wait,
+                lambda: self._tunnel.open_unix(engine.SOCKET),
+                lambda stream: engine.inspect(stream, name),
+            )
         except WherryError:
             # It is not there, say: the engine's own answer to the request will tell.
             return []

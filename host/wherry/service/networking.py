@@ -279,7 +279,11 @@ class Networking:
         if not request.wait(self._ready, _HOLD_S):
             return None
         try:
-            found = engine.inspect(self._open_engine(), request.params["id"])
+            found = engine.while_wanted(
+                request.wait,
+                self._open_engine,
+                lambda stream: engine.inspect(stream, request.params["id"]),
+            )
         except WherryError:
             return None  # the engine will tell the client itself
         plan = desired.planned(found)

@@ -27,6 +27,8 @@ class Bounds:
     boot_s: float = 45.0
     tunnel_s: float = 20.0
     engine_s: float = 45.0
+    files_s: float = 30.0
+    ports_s: float = 30.0
     guest_stop_s: float = 90.0
     """The engine gives its containers 10 s by default, then the guest syncs its disk; the
     guest bounds each of its steps, to 40 s together."""
@@ -40,6 +42,7 @@ class Bounds:
             boot_s=self.boot_s * _EMULATION_FACTOR,
             tunnel_s=self.tunnel_s * _EMULATION_FACTOR,
             engine_s=self.engine_s * _EMULATION_FACTOR,
+            files_s=self.files_s * _EMULATION_FACTOR,
         )
 
 

@@ -11,12 +11,14 @@ import itertools
 import json
 import os
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import psutil
 
 from wherry.config.layout import MachinePaths
+from wherry.core.errors import WherryError
 from wherry.core.files import write_atomic
 from wherry.vm.driver import ProcessIdentity
 from wherry.vm.qemu.process import find, identify
@@ -42,6 +44,8 @@ class Record:
     """Why the machine is broken; empty otherwise."""
     service: ProcessIdentity | None = None
     qemu: ProcessIdentity | None = None
+    image: Mapping[str, str] | None = None
+    """``version`` and ``sha256`` of the image that the VM was started from."""
     accelerator: str = ""
     warning: str = ""
     """What the user should know of a machine that runs, such as that it is emulated."""
@@ -67,8 +71,10 @@ def read(paths: MachinePaths) -> Record:
         state = State.BROKEN
         reason = "the service died while the machine was " + record.state
     if service is None and qemu is not None:
+        # A service that could not take it over has said why.
+        told = record.state is State.BROKEN and record.reason
         state = State.BROKEN
-        reason = "the service died; the virtual machine still runs"
+        reason = told or "the service died; the virtual machine still runs"
     return replace(record, state=state, reason=reason, service=service, qemu=qemu)
 
 
@@ -85,21 +91,27 @@ def ourselves() -> ProcessIdentity:
 
 
 def find_orphan(paths: MachinePaths) -> ProcessIdentity | None:
-    """Look through all processes for a QEMU on this machine's monitor socket.
+    """Return a QEMU that runs on this machine's disk, whether or not a service controls it.
 
-    The record cannot say it reliably: a service killed right after it launched QEMU
-    had no time to write. A second QEMU must never open the same disk.
+    The record cannot say it reliably: a service killed right after it launched QEMU had no
+    time to write. So all processes are looked through for the machine's monitor socket,
+    which the record makes up for when the directory was moved meanwhile. A second QEMU
+    must never open the same disk.
     """
+    recorded = _alive(_load(paths).qemu)
+    if recorded is not None:
+        return recorded
     needle = f"unix:{str(paths.qmp_socket).replace(',', ',,')},"
     for process in psutil.process_iter(["cmdline"]):
         words = process.info["cmdline"] or ()
         # Not any process that mentions the socket: what is found here may be killed.
         if any(a == "-qmp" and b.startswith(needle) for a, b in itertools.pairwise(words)):
             try:
-                if process.status() != psutil.STATUS_ZOMBIE:
-                    return ProcessIdentity(process.pid, process.create_time())
-            except psutil.Error:
+                identity = identify(process.pid)
+            except WherryError:
                 continue
+            if _alive(identity) is not None:
+                return identity
     return None
 
 
@@ -120,16 +132,23 @@ def _load(paths: MachinePaths) -> Record:
             reason=str(fields["reason"]),
             service=_identity(fields["service"]),
             qemu=_identity(fields["qemu"]),
+            image=_words(fields["image"]),
             accelerator=str(fields["accelerator"]),
             warning=str(fields["warning"]),
             started=float(fields["started"]),
         )
     except FileNotFoundError:
         return Record()
-    except (OSError, ValueError, KeyError, TypeError, OverflowError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError):
         # Writing is atomic, so this is damage from outside; processes still tell the rest.
         return Record(state=State.BROKEN, reason=f"{paths.state} cannot be read")
 
 
+def _words(fields: Any) -> Mapping[str, str] | None:
+    return None if fields is None else {str(key): str(value) for key, value in fields.items()}
+
+
 def _identity(fields: Any) -> ProcessIdentity | None:
-    return None if fields is None else ProcessIdentity(int(fields["pid"]), float(fields["created"]))
+    if fields is None:
+        return None
+    return ProcessIdentity(int(fields["pid"]), float(fields["started"]), str(fields["boot"]))

@@ -6,6 +6,7 @@ from typing import Any
 
 from wherry.config.layout import Layout, MachinePaths
 from wherry.config.load import load
+from wherry.config.model import Config
 from wherry.core.errors import WherryError
 from wherry.service import default_socket, state
 from wherry.service.state import Record
@@ -13,11 +14,16 @@ from wherry.vm import image
 
 
 def describe(
-    layout: Layout, paths: MachinePaths, record: Record | None = None, **live: Any
+    layout: Layout,
+    paths: MachinePaths,
+    record: Record | None = None,
+    config: Config | None = None,
+    **live: Any,
 ) -> dict[str, Any]:
     """Return the fields of ``wherry status --json``.
 
     :param record: what the service knows; None to read it from disk.
+    :param config: the settings that the VM runs with; None for those of its next start.
     :param live: fields that only a running service has.
     """
     if record is None:
@@ -38,22 +44,27 @@ def describe(
         "qemu_pid": record.qemu.pid if record.qemu else None,
         "uptime_s": round(state.uptime(record), 1),
         "idle_s": None,
+        "guest": None,
         "default_socket": None,
         "directory": str(paths.directory),
     }
     try:
-        config = load(paths.config, layout.platform)
+        if config is None:
+            config = load(paths.config, layout.platform)
         fields |= {
             "cpus": config.cpus,
             "memory_bytes": config.memory_bytes,
             "disk_bytes": config.disk_bytes,
             "default_socket": default_socket.describe(layout, paths, config),
         }
-        chosen = image.choose(layout, config.image, layout.platform.architecture())
-        fields |= {
-            "image": {"version": chosen.version, "sha256": chosen.sha256},
-            "engine_version": chosen.engine_version,
-        }
+        if record.qemu is not None and record.image is not None:
+            fields["image"] = dict(record.image)
+        else:
+            chosen = image.choose(layout, config.image, layout.platform.architecture())
+            fields |= {
+                "image": {"version": chosen.version, "sha256": chosen.sha256},
+                "engine_version": chosen.engine_version,
+            }
     except WherryError as error:
         fields["reason"] = fields["reason"] or error.message
     return fields | live

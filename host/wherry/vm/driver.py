@@ -45,8 +45,10 @@ class ProcessIdentity:
     """A process that cannot be taken for a later one with the same number."""
 
     pid: int
-    created: float
-    """Start of the process in seconds since the epoch, as the system reports it."""
+    started: float
+    """Its start, as :meth:`wherry.platform.Platform.process_start` has it."""
+    boot: str
+    """The boot of the host that this is true in."""
 
 
 @dataclass(frozen=True)
@@ -79,12 +81,26 @@ class Driver(Protocol):
         :raises WherryError: it did not start; no process is left behind.
         """
 
-    async def adopt(
-        self, spec: MachineSpec, identity: ProcessIdentity, *, timeout_s: float
-    ) -> None:
+    async def adopt(self, qmp_socket: Path, identity: ProcessIdentity, *, timeout_s: float) -> None:
         """Take control of a VM that an earlier service left running.
 
         :raises WherryError: it is not there, or does not answer.
+        """
+
+    async def release(self) -> None:
+        """Give up control of the VM, which goes on running."""
+
+    @property
+    def paused(self) -> str:
+        """Why the VM does not execute at the moment; empty when it does."""
+
+    async def wait_paused(self) -> str:
+        """Wait until it stops executing, and return why."""
+
+    async def resume(self) -> None:
+        """Have it execute again, and do what it failed to do once more.
+
+        :raises WherryError: the VM does not answer.
         """
 
     async def ssh_address(self) -> tuple[str, int]:

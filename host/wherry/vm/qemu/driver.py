@@ -3,37 +3,42 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from wherry.core.bridge import in_thread
 from wherry.core.errors import WherryError
+from wherry.core.processes import Argument
 from wherry.vm.driver import Exit, Features, MachineSpec, ProcessIdentity
 from wherry.vm.qemu.arguments import GUEST_SSH_PORT, SSH_HOST, arguments
 from wherry.vm.qemu.process import QemuProcess
-from wherry.vm.qemu.programs import Programs
 from wherry.vm.qemu.qmp import HostForward, Monitor, host_forwards
 
 _QUIT_TIMEOUT_S = 5.0
+_NO_SPACE = "this computer's disk is full, so the guest is paused"
 
 
 class QemuDriver:
     """Runs one VM in one QEMU process. See :class:`wherry.vm.driver.Driver`.
 
     :param log: where QEMU's own messages go.
+    :param system: the program; not needed to adopt one that runs.
     """
 
     features = Features(suspend_to_disk=True, host_forwards=True)
 
-    def __init__(self, programs: Programs, log: Path) -> None:
-        self._programs = programs
+    def __init__(self, log: Path, system: Path | None = None) -> None:
         self._log = log
+        self._system = system
         self._process: QemuProcess | None = None
         self._monitor: Monitor | None = None
         self._socket: Path | None = None
         self._stopping = False
         self._guest_shut_down = False
         self._panicked = False
+        self._paused = ""
+        self._pausing = asyncio.Event()
         self._exit: asyncio.Task[Exit] | None = None
         self._quitting: asyncio.Task[None] | None = None
 
@@ -47,11 +52,12 @@ class QemuDriver:
         """Start QEMU and connect to its monitor."""
         spec.qmp_socket.unlink(missing_ok=True)
         self._socket = spec.qmp_socket
-        process = QemuProcess.launch([self._programs.system, *arguments(spec)], self._log)
+        assert self._system is not None
+        process = await self._launch([self._system, *arguments(spec)])
         try:
-            await self._control(process, spec, timeout_s)
+            await self._control(process, spec.qmp_socket, timeout_s)
         except BaseException as error:
-            process.kill()
+            await in_thread(process.kill, name="qemu kill")
             spec.qmp_socket.unlink(missing_ok=True)
             said = process.last_message()
             if isinstance(error, WherryError):
@@ -59,22 +65,64 @@ class QemuDriver:
                 raise WherryError(what, hint=f"see {self._log}") from error
             raise
 
-    async def adopt(
-        self, spec: MachineSpec, identity: ProcessIdentity, *, timeout_s: float
-    ) -> None:
+    async def _launch(self, argv: Sequence[Argument]) -> QemuProcess:
+        """Execute QEMU, which from a slow disk takes seconds; never leave one behind."""
+        launch = asyncio.ensure_future(
+            in_thread(lambda: QemuProcess.launch(argv, self._log), name="qemu launch")
+        )
+        try:
+            return await asyncio.shield(launch)
+        except asyncio.CancelledError:
+            await asyncio.gather(launch, return_exceptions=True)
+            if launch.exception() is None:
+                await in_thread(launch.result().kill, name="qemu kill")
+            raise
+
+    async def adopt(self, qmp_socket: Path, identity: ProcessIdentity, *, timeout_s: float) -> None:
         """Connect to the monitor of a QEMU that runs already."""
-        self._socket = spec.qmp_socket
-        await self._control(QemuProcess.adopt(identity, self._log), spec, timeout_s)
-        if (await self.monitor.execute("query-status"))["status"] == "shutdown":
+        self._socket = qmp_socket
+        process = await in_thread(lambda: QemuProcess.adopt(identity, self._log), name="adopt")
+        await self._control(process, qmp_socket, timeout_s)
+        status = (await self.monitor.execute("query-status", timeout_s=timeout_s))["status"]
+        if status == "shutdown":
             await self.stop(timeout_s=timeout_s)
             raise WherryError("its guest has powered off")
+        if status == "io-error":
+            self._set_paused(_NO_SPACE)
 
-    async def _control(self, process: QemuProcess, spec: MachineSpec, timeout_s: float) -> None:
-        monitor = Monitor(spec.name, self._on_event)
+    async def release(self) -> None:
+        """Leave the monitor, and QEMU running."""
+        if self._exit is not None:
+            self._exit.cancel()
+            await asyncio.gather(self._exit, return_exceptions=True)
+        if self._monitor is not None:
+            await self._monitor.close()
+
+    @property
+    def paused(self) -> str:
+        """Why the guest does not execute; empty when it does."""
+        return self._paused
+
+    async def wait_paused(self) -> str:
+        """Wait until the guest stops executing, and return why."""
+        await self._pausing.wait()
+        return self._paused
+
+    async def resume(self) -> None:
+        """Have QEMU try again what failed, and the guest go on."""
+        await self.monitor.execute("cont")
+
+    def _set_paused(self, reason: str) -> None:
+        self._paused = reason
+        if reason:
+            self._pausing.set()
+        else:
+            self._pausing.clear()
+
+    async def _control(self, process: QemuProcess, socket: Path, timeout_s: float) -> None:
+        monitor = Monitor("wherry", self._on_event)
         try:
-            await monitor.connect(
-                spec.qmp_socket, timeout_s=timeout_s, still_alive=lambda: process.alive
-            )
+            await monitor.connect(socket, timeout_s=timeout_s, still_alive=lambda: process.alive)
         except BaseException:
             await monitor.close()
             raise
@@ -136,6 +184,11 @@ class QemuDriver:
         ):
             # -no-reboot turns the reset after a kernel panic into a shutdown.
             self._panicked = True
+        elif name == "BLOCK_IO_ERROR" and data.get("action") == "stop":
+            # A disk's default werror is "enospc": the guest waits, and learns of nothing.
+            self._set_paused(_NO_SPACE if data.get("nospace") else str(data.get("reason")))
+        elif name == "RESUME":
+            self._set_paused("")
         if name == "SHUTDOWN" and self._quitting is None:
             # QEMU waits for that (-no-shutdown).
             self._quitting = asyncio.create_task(self._quit(_QUIT_TIMEOUT_S), name="qemu quit")
@@ -150,7 +203,7 @@ class QemuDriver:
         except (WherryError, TimeoutError):
             pass  # what did not listen is killed
         if self._process.alive:
-            self._process.kill()
+            await in_thread(self._process.kill, name="qemu kill")
 
     async def _await_exit(self, process: QemuProcess) -> Exit:
         reason = await process.wait()

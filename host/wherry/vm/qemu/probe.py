@@ -4,8 +4,9 @@ That an accelerator's device can be opened proves little. On nested hosts ``/dev
 makes virtual processors that never leave the kernel's early boot; WHPX is known to
 hang in firmware. So each candidate boots the guest's kernel with an initramfs that
 prints one line, under a bound of seconds, and the first that prints it is taken. The
-result is kept under QEMU's version and the processor's name, since those decide it; a
-failure for a day, since it may also have been the moment's.
+result is kept under QEMU's version and the processor's name, since those decide it: a
+failure for a day, since it may also have been the moment's, a success until a machine
+does not start with it.
 """
 
 from __future__ import annotations
@@ -19,10 +20,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeGuard
 
+from wherry.core.bridge import in_thread
 from wherry.core.clock import Deadline
 from wherry.core.errors import WherryError
 from wherry.core.files import write_atomic
-from wherry.core.processes import PIPE, STDOUT, Argument, TimeoutExpired, spawn
+from wherry.core.processes import PIPE, STDOUT, Argument, Child, TimeoutExpired, spawn
 from wherry.platform import Platform
 from wherry.vm.image import Image
 from wherry.vm.qemu.arguments import base_arguments
@@ -93,6 +95,18 @@ async def choose(programs: Programs, image: Image, platform: Platform, cache: Pa
     )
 
 
+def forget(cache: Path, accelerator: str) -> None:
+    """Have the next :func:`choose` try an accelerator again, whatever it did before.
+
+    :raises OSError: the cache cannot be written.
+    """
+    known = _read(cache)
+    for trials in known.values():
+        if isinstance(trials, dict):
+            trials.pop(accelerator, None)
+    write_atomic(cache, json.dumps(known, indent=2).encode())
+
+
 async def trial(
     programs: Programs, image: Image, platform: Platform, accelerator: str
 ) -> str | None:
@@ -135,11 +149,15 @@ async def trial(
         finally:
             assert process.stdin is not None
             process.stdin.close()  # kills QEMU, as our own end would
-            try:
-                process.wait(_KILL_S)
-            except TimeoutExpired:
-                process.kill()
-                process.wait()
+            await asyncio.shield(in_thread(lambda: _reap(process), name="trial end"))
+
+
+def _reap(process: Child) -> None:
+    try:
+        process.wait(_KILL_S)
+    except TimeoutExpired:
+        process.kill()
+        process.wait()
 
 
 def _join(reasons: Mapping[str, str]) -> str:

@@ -13,6 +13,7 @@ from wherry.core.bridge import in_thread
 from wherry.core.clock import Deadline
 from wherry.core.errors import WherryError
 from wherry.core.processes import Argument, Child, TimeoutExpired, spawn
+from wherry.platform import current
 from wherry.vm.driver import ProcessIdentity
 
 _KILL_TIMEOUT_S = 10.0
@@ -23,10 +24,9 @@ def find(identity: ProcessIdentity) -> psutil.Process | None:
     """Return the process if it still runs; a later one with its number is not it."""
     try:
         process = psutil.Process(identity.pid)
-        # The kernel counts in ticks of 10 ms, and psutil adds the time of boot to it.
-        same = abs(process.create_time() - identity.created) < 0.05
+        same = identify(identity.pid) == identity
         return process if same and process.status() != psutil.STATUS_ZOMBIE else None
-    except (psutil.Error, ValueError, OverflowError):
+    except (psutil.Error, WherryError, ValueError, OverflowError):
         return None  # the last two: what a damaged file has is no process's number
 
 
@@ -35,20 +35,20 @@ def identify(pid: int) -> ProcessIdentity:
 
     :raises WherryError: it does not run.
     """
+    platform = current()
     try:
-        return ProcessIdentity(pid, psutil.Process(pid).create_time())
-    except psutil.Error as error:
+        return ProcessIdentity(pid, platform.process_start(pid), platform.boot_id())
+    except ProcessLookupError as error:
         raise WherryError(f"process {pid} does not run") from error
 
 
 class QemuProcess:
     """One running QEMU."""
 
-    def __init__(self, process: psutil.Process, child: Child | None, log: Path) -> None:
-        self._process = process
+    def __init__(self, identity: ProcessIdentity, child: Child | None, log: Path) -> None:
+        self.identity = identity
         self._child = child
         self._log = log
-        self.identity = ProcessIdentity(process.pid, process.create_time())
 
     @classmethod
     def launch(cls, argv: Sequence[Argument], log: Path) -> QemuProcess:
@@ -61,8 +61,8 @@ class QemuProcess:
                 argv, stdout=messages.fileno(), stderr=messages.fileno(), new_session=True
             )
         try:
-            return cls(psutil.Process(child.pid), child, log)
-        except psutil.Error as error:
+            return cls(identify(child.pid), child, log)
+        except WherryError as error:
             child.kill()
             child.wait()
             raise WherryError("QEMU ended at once", hint=f"see {log}") from error
@@ -73,10 +73,9 @@ class QemuProcess:
 
         :raises WherryError: it does not run any more.
         """
-        process = find(identity)
-        if process is None:
+        if find(identity) is None:
             raise WherryError(f"QEMU (process {identity.pid}) does not run any more")
-        return cls(process, None, log)
+        return cls(identity, None, log)
 
     @property
     def alive(self) -> bool:
@@ -117,7 +116,9 @@ class QemuProcess:
                 self._child.kill()
                 self._child.wait(_KILL_TIMEOUT_S)
                 return
-            self._process.kill()
+            process = find(self.identity)
+            if process is not None:
+                process.kill()
             deadline = Deadline(_KILL_TIMEOUT_S)
             while self.alive and not deadline.passed:
                 time.sleep(_POLL_S)
