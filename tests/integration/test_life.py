@@ -163,18 +163,6 @@ def test_a_machine_without_its_service_can_be_stopped_in_order(host: FakeHost) -
     assert host.status()["state"] == "stopped"
 
 
-def test_a_machine_that_cannot_be_adopted_is_ended_by_force(host: FakeHost) -> None:
-    host.good("start")
-    kill(host.status()["service_pid"])
-    host.paths.config.write_text("cpus = ")
-    done = host.run("stop")
-    assert done.status == 1
-    assert f"{host.paths.config}:1" in done.line
-    assert done.line.endswith("wherry stop --force default")
-    assert host.good("stop", "--force") == "Machine default is stopped.\n"
-    host.at_rest()
-
-
 def test_a_service_killed_while_it_starts(host: FakeHost) -> None:
     host.behave(last_line="wherry: init")
     command = host.spawn("start")

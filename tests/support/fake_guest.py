@@ -65,6 +65,8 @@ def main(settings: dict[str, Any]) -> None:
         if line == "wherry: engine" and settings.get("engine") != "absent":
             threading.Thread(target=serve_engine, args=(settings,), daemon=True).start()
         time.sleep(settings.get("delay_s", 0))
+        if line == settings.get("full_at"):
+            control.send(b"no-space")
         say(line)
         if line == last:
             break
@@ -128,10 +130,16 @@ def answer(connection: socket.socket, settings: dict[str, Any]) -> None:
             request += connection.recv(65536)
         target = request.split()[1].decode()
         status, body = "200 OK", "OK"
+        stuck = tuple(settings.get("stuck", ()))
         if settings.get("engine") == "sick":
             status, body = "500 Internal Server Error", '{"message": "sick"}'
-        elif target.startswith("/containers/json"):
+        elif target.startswith("/containers/json") and "/containers/json" not in stuck:
             body = "[]"
+        elif target.startswith(stuck):
+            connection.recv(1)
+            return
+        elif target.startswith("/volumes"):
+            body = "{}"
         elif target.startswith("/events"):
             head = "HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n"
             connection.sendall(f"{head}Transfer-Encoding: chunked\r\n\r\n".encode())

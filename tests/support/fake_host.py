@@ -56,14 +56,12 @@ class FakeHost:
         self.bin = self.directory / "bin"
         self.bin.mkdir()
         self.default_socket = self.directory / "default.sock"
-        (self.directory / "run").mkdir(mode=0o700)
         for variable in ("DOCKER_HOST", "DOCKER_CONTEXT"):
             os.environ.pop(variable, None)
         self.env = {
             **os.environ,
             "WHERRY_HOME": str(self.home),
             "DOCKER_CONFIG": str(self.directory / "docker"),
-            "XDG_RUNTIME_DIR": str(self.directory / "run"),
             "WHERRY_DEFAULT_SOCKET": str(self.default_socket),
             "PATH": f"{self.bin}:{os.environ['PATH']}",
         }
@@ -149,6 +147,18 @@ class FakeHost:
             start_new_session=True,
         )
 
+    def ssh(self) -> Callable[..., subprocess.CompletedProcess[bytes]]:
+        """Return what runs a command in the guest, also when no service does."""
+        config = self.directory / "ssh_config"
+        config.write_text(self.good("ssh-config"))
+
+        def run(*words: str) -> subprocess.CompletedProcess[bytes]:
+            return subprocess.run(
+                ["ssh", "-F", config, "wherry-default", *words], capture_output=True, timeout=30
+            )
+
+        return run
+
     def calls(self) -> list[list[str]]:
         """Return the arguments of each call of QEMU."""
         path = self.bin / "calls.jsonl"
@@ -175,8 +185,13 @@ class FakeHost:
 
     def sockets(self) -> list[str]:
         """Return the sockets that are left in the machine's places."""
-        places = (self.home / "machines", self.directory / "run")
-        return [str(path) for place in places for path in place.rglob("*") if path.is_socket()]
+        found = [path for path in (self.home / "machines").rglob("*") if path.is_socket()]
+        deep = (self.layout.machine(name) for name in ("default", "other"))
+        for paths in deep:
+            for path in (paths.docker_socket, paths.control_socket, paths.qmp_socket):
+                if path.is_socket() and path not in found:
+                    found.append(path)
+        return [str(path) for path in found]
 
     def contexts(self) -> set[str]:
         """Return where the docker CLI's contexts lead."""

@@ -53,6 +53,7 @@ def main(argv: list[str]) -> int:
     with (HERE / "calls.jsonl").open("a") as log:
         log.write(json.dumps({"pid": os.getpid(), "argv": argv}) + "\n")
     if "--version" in argv:
+        time.sleep(wanted.get("version_takes_s", 0))
         print(f"QEMU emulator version {wanted.get('version', '7.2.22')} (fake)")
         return 0
     if "-qmp" not in argv:
@@ -117,6 +118,8 @@ class Machine:
         self._status = "running"
         self._waits = "-no-shutdown" in argv
         self._forwards: dict[str, str] = {}
+        if values(argv, "-accel")[0][""] in self._wanted.get("bad_accelerators", {}):
+            self._wanted |= self._wanted["bad_accelerators"][values(argv, "-accel")[0][""]]
 
     def run(self) -> int:
         """Run until something ends it."""
@@ -129,6 +132,7 @@ class Machine:
         if self._wanted.get("monitor") == "absent":
             time.sleep(600)
         signal.signal(signal.SIGTERM, lambda *_: self._end("host-signal"))
+        signal.signal(signal.SIGUSR1, lambda *_: self._run_out_of_space())
         ssh = socket.create_server(("127.0.0.1", 0))
         port = ssh.getsockname()[1]
         self._add_forward("tcp", "127.0.0.1", port, 22)
@@ -190,7 +194,8 @@ class Machine:
                 socket.send_fds(control, [b"connection"], [connection.fileno()])
 
     def _follow(self, control: socket.socket) -> None:
-        said = control.recv(100).decode() or "guest-panic"
+        while (said := control.recv(100).decode() or "guest-panic") == "no-space":
+            self._run_out_of_space()
         self._end(said)
 
     def _end(self, reason: str) -> None:
@@ -201,6 +206,15 @@ class Machine:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(self._qmp_path)  # noqa: PTH108
         os._exit(0)
+
+    def _run_out_of_space(self) -> None:
+        """Fail a write as on a full disk (qapi/block-core.json, BLOCK_IO_ERROR)."""
+        self._status = "io-error"
+        error = {"device": "", "node-name": "data", "operation": "write", "action": "stop"}
+        error |= {"nospace": True, "reason": "No space left on device"}
+        # Not in the signal's handler, which may have interrupted whoever sends.
+        messages = ({"event": "BLOCK_IO_ERROR", "data": error}, {"event": "STOP"})
+        threading.Thread(target=lambda: [self._send(each) for each in messages]).start()
 
     def _send(self, message: dict[str, Any]) -> None:
         if "event" in message:
@@ -233,6 +247,10 @@ class Machine:
 
     def _execute(self, command: str, arguments: dict[str, Any]) -> Any:
         if command in ("qmp_capabilities", "quit"):
+            return {}
+        if command == "cont":
+            self._status = "running"
+            self._send({"event": "RESUME"})
             return {}
         if command == "query-status":
             running = self._status == "running"

@@ -26,7 +26,7 @@ from wherry.config.model import Config
 from wherry.control.server import ControlServer, Emit
 from wherry.core.bridge import in_thread, post
 from wherry.core.errors import NotRunning, TunnelError, WherryError
-from wherry.service import console, engine, space, state, status, syncing
+from wherry.service import console, engine, shutdown, space, state, status, syncing
 from wherry.service.boot import Boot, end_orphan
 from wherry.service.default_socket import DefaultSocket
 from wherry.service.engine_settings import EngineSettings
@@ -46,22 +46,14 @@ from wherry.vm.qemu.driver import QemuDriver
 
 log = logging.getLogger(__name__)
 
-_UNASKED_STOP_S = 5.0
-"""For a guest that perhaps never heard that it should power off."""
-
 _LINGER_S = 5.0
 """How long a failed start is kept for the command that began it to ask."""
-
-_STOP_ENGINE = "/usr/lib/wherry/stop-engine"
-_STOP_ENGINE_S = 40.0
-"""Containers get 10 s to end unless they ask for more; the guest's own poweroff waits as long."""
 
 _HEALTH_S = 2.0
 """``wherry status`` does not wait longer for what the guest says of itself."""
 
 _QUIT_S = 10.0
 _DRAIN_S = 2.0
-_ENGINE_RETRY_S = 0.1
 
 
 class Service:
@@ -101,6 +93,7 @@ class Service:
         self._roots: Roots | None = None
         self._mounts: Mounts | None = None
         self._networking = Networking(self._hooks, layout.platform)
+        self._stop_asked = False
         self._force = False
         self._left: WherryError | None = None
         """Why the VM is left running though this service ends; None when it is not."""
@@ -155,12 +148,20 @@ class Service:
         try:
             await asyncio.wait({start, wanted}, return_when=asyncio.FIRST_COMPLETED)
             if not start.done() and self._boot.adopted:
-                # Containers run: it can be stopped in order as soon as it is taken over.
-                await asyncio.wait({start, forced}, return_when=asyncio.FIRST_COMPLETED)
+                # Containers run in it. Who wants it stopped has that done in order, as soon as
+                # it is taken over; who ends this service alone ends nothing else.
+                if self._stop_asked:
+                    await asyncio.wait({start, forced}, return_when=asyncio.FIRST_COMPLETED)
+                else:
+                    self._left = self._left_alone(WherryError("the start was interrupted"))
             if not start.done():
                 start.cancel()
                 await asyncio.gather(start, return_exceptions=True)
-                self._fail_start(WherryError("the start was interrupted"))
+                self._fail_start(self._left or WherryError("the start was interrupted"))
+                if self._left is not None:
+                    await self._tear_down(force=True, leave=True)
+                    self._transition(State.BROKEN, self._left.message)
+                    return 1
             elif (error := start.exception()) is not None:
                 log.error("%s", error, exc_info=error)
                 if self._boot.must_live and not self._force:
@@ -266,7 +267,7 @@ class Service:
         self._endpoint.start()
         self._engine_version = await stages.run(
             "engine",
-            lambda: boot.unless_exit(driver, self._await_engine(tunnel, bounds.engine_s)),
+            lambda: boot.unless_exit(driver, boot.await_engine(tunnel)),
             timeout_s=bounds.engine_s + 1,
             hint="see: wherry logs --source console",
         )
@@ -351,21 +352,6 @@ class Service:
         except (WherryError, TimeoutError) as error:
             log.warning("the containers' bind mounts are not known: %s", error or "it took long")
 
-    async def _await_engine(self, tunnel: Tunnel, timeout_s: float) -> str:
-        """Ask until the engine answers: its socket is there before it listens."""
-        while True:
-            try:
-                return await in_thread(
-                    lambda: engine.ping(tunnel.open_unix(engine.SOCKET, timeout_s=timeout_s)),
-                    name="engine ping",
-                )
-            except WherryError as error:
-                log.info("the engine is not ready: %s", error)
-                failure = console.explain(console.read(self._paths.console_log))
-                if failure:
-                    raise WherryError(failure, hint="see: wherry logs --source console") from error
-            await asyncio.sleep(_ENGINE_RETRY_S)
-
     def _tunnel_changed(self) -> Any:
         loop = asyncio.get_running_loop()
 
@@ -408,7 +394,7 @@ class Service:
             await in_thread(endpoint.close, name="endpoint close")
         await self._networking.close()
         if self._roots is not None:
-            await self._end_sync(self._roots, force=force)
+            await shutdown.end_sync(self._roots, None if force else tunnel)
         if guest is not None:
             await in_thread(guest.close, name="agent close")
         if driver is not None and driver.paused and not force:
@@ -421,21 +407,9 @@ class Service:
             return
         if driver is not None and driver.identity is not None and tunnel is not None and not force:
             self._stages.tell("stop", "begin")
-            log.info("poweroff: asking the guest")
-            driver.expect_shutdown()
-            patience_s = self._bounds.guest_stop_s
-            try:
-                await in_thread(lambda: tunnel.run("poweroff", timeout_s=_QUIT_S), name="poweroff")
-            except TunnelError as error:
-                # It may go down before it has answered; whether it does is seen below.
-                log.info("poweroff: %s", error)
-                patience_s = min(patience_s, _UNASKED_STOP_S)
-            try:
-                await asyncio.wait_for(driver.wait(), patience_s)
-                if self._roots is not None:
-                    await in_thread(self._roots.guest_ended, name="sync end")
-            except TimeoutError:
-                log.warning("the guest did not shut down; ending QEMU")
+            ended = await shutdown.power_off(driver, tunnel, self._bounds.guest_stop_s)
+            if ended and self._roots is not None:
+                await in_thread(self._roots.guest_ended, name="sync end")
             self._stages.tell("stop", "end")
         if tunnel is not None:
             await in_thread(tunnel.close, name="tunnel close")
@@ -444,20 +418,6 @@ class Service:
             orphan = await in_thread(lambda: state.find_orphan(self._paths), name="find QEMU")
             if orphan is not None:  # its adoption was interrupted
                 await end_orphan(self._paths, orphan)
-
-    async def _end_sync(self, roots: Roots, *, force: bool) -> None:
-        """Bring to the host what containers still write while they are stopped."""
-        tunnel = self._tunnel
-        if force or tunnel is None:
-            await in_thread(roots.disconnect, name="sync disconnect")
-        elif roots.all():
-            try:
-                await in_thread(
-                    lambda: tunnel.run(_STOP_ENGINE, timeout_s=_STOP_ENGINE_S), name="engine stop"
-                )
-            except TunnelError as error:
-                log.warning("the engine did not stop: %s", error)
-        await in_thread(roots.close, name="sync close")
 
     def _transition(self, new: State, reason: str = "") -> None:
         log.info("state %s %s", new, reason)
@@ -518,6 +478,7 @@ class Service:
                 f"machine {name} cannot be stopped in order: {driver.paused}",
                 hint=f"{space.HINT}; or lose what it has not written: wherry stop --force {name}",
             )
+        self._stop_asked = True
         self._stop_wanted.set()
         await self._on_wait_stopped(params, emit)
         if self._left is not None:

@@ -1,4 +1,4 @@
-"""Bringing a machine's VM up, to the point where its sshd listens."""
+"""Bringing a machine's VM up, or taking over one that runs: the guest's part of a start."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ from wherry.config.model import Config
 from wherry.core.bridge import in_thread
 from wherry.core.errors import StageError, WherryError
 from wherry.core.files import write_atomic
-from wherry.service import console, space, state
+from wherry.service import console, engine, space, state
 from wherry.service.engine_settings import EngineSettings
 from wherry.service.stages import Bounds, Stages
+from wherry.tunnel.tunnel import Tunnel
 from wherry.vm import disk, image
 from wherry.vm.driver import MachineSpec, ProcessIdentity
 from wherry.vm.qemu import probe, programs
@@ -35,6 +36,7 @@ _BOOT_TRIES = 3
 anything, and another try is as good as the first."""
 
 _QUIT_S = 10.0
+_ENGINE_RETRY_S = 0.1
 _CONSOLE_HINT = "see: wherry logs --source console"
 
 
@@ -217,6 +219,27 @@ class Boot:
             timeout_s=self.bounds.boot_s,
             hint=_CONSOLE_HINT,
         )
+
+    async def await_engine(self, tunnel: Tunnel) -> str:
+        """Ask until the engine answers, and return its version.
+
+        Its socket is there before it listens. The caller sets the bound.
+
+        :raises WherryError: the guest said that it cannot go on, and why.
+        """
+        timeout_s = self.bounds.engine_s
+        while True:
+            try:
+                return await in_thread(
+                    lambda: engine.ping(tunnel.open_unix(engine.SOCKET, timeout_s=timeout_s)),
+                    name="engine ping",
+                )
+            except WherryError as error:
+                log.info("the engine is not ready: %s", error)
+                failure = console.explain(console.read(self._paths.console_log))
+                if failure:
+                    raise WherryError(failure, hint=_CONSOLE_HINT) from error
+            await asyncio.sleep(_ENGINE_RETRY_S)
 
     async def unless_exit(self, driver: QemuDriver, work: Awaitable[T]) -> T:
         """Await ``work``; if the VM ends or is paused first, fail with the reason for that.

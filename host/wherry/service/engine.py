@@ -44,13 +44,19 @@ _EVENTS = "/events?filters=" + json.dumps(
 @contextlib.contextmanager
 def _bounded(stream: Stream, timeout_s: float) -> Iterator[None]:
     """Close a stream in which nothing comes to an end, which wakes who waits in it."""
-    timer = threading.Timer(timeout_s, stream.close)
+    late = threading.Event()
+
+    def give_up() -> None:
+        late.set()
+        stream.close()
+
+    timer = threading.Timer(timeout_s, give_up)
     timer.daemon = True
     timer.start()
     try:
         yield
     except WherryError as error:
-        if timer.finished.is_set():
+        if late.is_set():
             raise WherryError(f"the engine did not answer within {timeout_s:g} s") from error
         raise
     finally:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 import time
 
@@ -25,6 +26,9 @@ _FORCE_TIMEOUT_S = 30.0
 """Closing what is open has bounds of its own, which together are shorter."""
 
 _POLL_S = 0.02
+
+_LOG_PREFIX = re.compile(r"^\S+ \S+ [A-Z]+ [\w.]+: ")
+"""What the log has before the message: time, level and the part of the program."""
 
 
 def answers(layout: Layout, paths: MachinePaths) -> bool:
@@ -73,6 +77,7 @@ def ensure(layout: Layout, paths: MachinePaths) -> bool:
     if answers(layout, paths):
         return False
     deadline = Deadline(_APPEAR_TIMEOUT_S)
+    logged = paths.service_log.stat().st_size if paths.service_log.is_file() else 0
     child = _launch(layout, paths)
     try:
         while not deadline.passed:
@@ -84,7 +89,7 @@ def ensure(layout: Layout, paths: MachinePaths) -> bool:
                 # Another start won, or the service before is not quite gone.
                 child = _launch(layout, paths)
             elif status is not None:
-                raise _died(paths)
+                raise _died(paths, logged)
             time.sleep(_POLL_S)
     except BaseException:
         _end(child)
@@ -182,12 +187,19 @@ def _is_free(paths: MachinePaths) -> bool:
         return True  # where no lock can be taken, no service has one
 
 
-def _died(paths: MachinePaths) -> WherryError:
+def _died(paths: MachinePaths, logged: int) -> WherryError:
+    """Explain the end of a service by the last that it said.
+
+    :param logged: the log's size before it began; what is older tells of another.
+    """
     try:
-        lines = paths.service_log.read_text(errors="replace").strip().splitlines()
+        said = paths.service_log.read_bytes()
     except OSError:
-        lines = []
-    reason = lines[-1] if lines else "it left no message"
+        said = b""
+    # A log that is shorter than before was rotated.
+    said = said[logged if logged <= len(said) else 0 :]
+    lines = said.decode(errors="replace").strip().splitlines()
+    reason = _LOG_PREFIX.sub("", lines[-1]) if lines else "it left no message"
     return WherryError(
         f"the service of machine {paths.name} ended: {reason}", hint=f"see {paths.service_log}"
     )

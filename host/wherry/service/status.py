@@ -23,7 +23,8 @@ def describe(
     """Return the fields of ``wherry status --json``.
 
     :param record: what the service knows; None to read it from disk.
-    :param config: the settings that the VM runs with; None for those of its next start.
+    :param config: the settings that the VM runs with; None to read those from disk, or the
+        ones of its next start.
     :param live: fields that only a running service has.
     """
     if record is None:
@@ -48,18 +49,20 @@ def describe(
         "default_socket": None,
         "directory": str(paths.directory),
     }
+    started = record.qemu is not None
+    if started and record.image is not None:
+        fields["image"] = dict(record.image)
     try:
         if config is None:
-            config = load(paths.config, layout.platform)
+            as_launched = started and paths.launched_config.exists()
+            config = load(paths.launched_config if as_launched else paths.config, layout.platform)
         fields |= {
             "cpus": config.cpus,
             "memory_bytes": config.memory_bytes,
             "disk_bytes": config.disk_bytes,
             "default_socket": default_socket.describe(layout, paths, config),
         }
-        if record.qemu is not None and record.image is not None:
-            fields["image"] = dict(record.image)
-        else:
+        if fields["image"] is None:
             chosen = image.choose(layout, config.image, layout.platform.architecture())
             fields |= {
                 "image": {"version": chosen.version, "sha256": chosen.sha256},

@@ -87,6 +87,9 @@ class Driver(Protocol):
         :raises WherryError: it is not there, or does not answer.
         """
 
+    def expect_shutdown(self) -> None:
+        """Take the guest's own powering off for intended from now on."""
+
     async def release(self) -> None:
         """Give up control of the VM, which goes on running."""
 
