@@ -37,7 +37,9 @@ SetEnv PATH=/run/bin:/usr/bin:/bin
 def main(settings: dict[str, Any]) -> None:
     """Boot as the settings say, then be the guest until it powers off."""
     control = socket.socket(fileno=settings["control"])
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "mode=755", "none", str(RUN)], check=True)
+    for place in (RUN, Path("/var/lib")):
+        subprocess.run(["mount", "-t", "tmpfs", "-o", "mode=755", "none", str(place)], check=True)
+    Path("/var/lib/docker").mkdir()
     # The user's shell starts with whatever the user keeps there, and as slowly.
     for start_file in (Path.home() / ".bashrc", Path("/etc/bash.bashrc")):
         if start_file.exists():
@@ -46,6 +48,10 @@ def main(settings: dict[str, Any]) -> None:
         (RUN / directory).mkdir()
     (RUN / "bin/poweroff").write_text("#!/bin/sh\n" if settings.get("deaf") else POWEROFF)
     (RUN / "bin/poweroff").chmod(0o755)
+    for name in ("iptables", "iptables-restore", "ip6tables", "ip6tables-restore"):
+        # The agent's rules are for a network that is the guest's own, and this one is not.
+        (RUN / "bin" / name).write_text("#!/bin/sh\n")
+        (RUN / "bin" / name).chmod(0o755)
     (RUN / "bin/python3").symlink_to(Path(sys.executable).resolve())
     (RUN / "sshd_config").write_text(SSHD_CONFIG)
     for name in ("host_key", "authorized_key"):
