@@ -19,6 +19,7 @@ from pathlib import Path
 import psutil
 import pytest
 from fake_host import Done, FakeHost, mount_arguments, mounted, wait_until
+from fake_qemu import unshare
 
 GONE = "the virtual machine, which ran before, goes on; repeat the command, or end it"
 
@@ -155,7 +156,8 @@ def stepped(host: FakeHost, *arguments: str) -> Done:
     fake.write_text(stat.replace(boot, f"btime {int(boot.split()[1]) + 2}"))
     with subprocess.Popen(
         [
-            *("unshare", "--mount", "sh", "-c"),
+            *unshare()[:-4],
+            *("sh", "-c"),
             'mount --bind "$1" /proc/stat && shift && exec "$@"',
             *("-", fake, sys.executable, "-m", "wherry", *arguments),
         ],

@@ -261,6 +261,7 @@ wherry.cli.main(sys.argv[1:])
 """
 
 
+@pytest.mark.skipif(os.getuid() != 0, reason="needs root, to be somebody else")
 def test_a_home_that_is_not_ours(host: FakeHost) -> None:
     theirs = host.directory / "theirs"
     theirs.mkdir(mode=0o755)

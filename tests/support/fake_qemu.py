@@ -47,6 +47,16 @@ def behaviour() -> dict[str, Any]:
         return {}
 
 
+def unshare() -> tuple[str, ...]:
+    """Return the command that runs another in the guest's own namespaces.
+
+    Whoever is not root becomes its master by a user namespace. He stays who he is in it, as
+    sshd would change to users that the namespace has not, if it ran as root.
+    """
+    own = ("--user", "--map-current-user", "--keep-caps") if os.getuid() != 0 else ()
+    return ("unshare", *own, "--mount", "--pid", "--fork", "--kill-child", "--mount-proc")
+
+
 def main(argv: list[str]) -> int:
     """Do what a QEMU with these arguments would."""
     wanted = behaviour()
@@ -177,7 +187,7 @@ class Machine:
         guest = Path(__file__).with_name("fake_guest.py")
         subprocess.Popen(
             [
-                *("unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc"),
+                *unshare(),
                 *(sys.executable, "-IS", str(guest), json.dumps(settings)),
             ],
             pass_fds=[theirs.fileno()],
