@@ -231,20 +231,6 @@ def test_a_service_that_hangs_while_it_starts_ends_the_command(host: FakeHost) -
     host.at_rest()
 
 
-def test_status_and_list_tell_of_a_service_that_hangs(host: FakeHost) -> None:
-    for name in ("default", "other"):
-        host.good("start", name)
-    for name in ("default", "other"):
-        os.kill(host.status(name)["service_pid"], signal.SIGSTOP)
-    begun = time.monotonic()
-    machines = json.loads(host.good("list", "--json"))
-    assert time.monotonic() - begun < 2 * 5.0
-    assert len(machines) == 2
-    for each in machines:
-        assert (each["state"], "did not answer within" in each["reason"]) == ("running", True)
-    assert "State:       running (the machine's service did not" in host.good("status")
-
-
 def test_a_stuck_engine_does_not_keep_the_start(host: FakeHost) -> None:
     host.behave(stuck=["/volumes", "/containers/json"])
     host.make()

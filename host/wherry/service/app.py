@@ -147,35 +147,31 @@ class Service:
         forced = asyncio.create_task(self._force_wanted.wait(), name="force wanted")
         try:
             await asyncio.wait({start, wanted}, return_when=asyncio.FIRST_COMPLETED)
-            if not start.done() and self._boot.adopted:
-                # Containers run in it. Who wants it stopped has that done in order, as soon as
-                # it is taken over; who ends this service alone ends nothing else.
-                if self._stop_asked:
-                    await asyncio.wait({start, forced}, return_when=asyncio.FIRST_COMPLETED)
-                else:
-                    self._left = self._left_alone(WherryError("the start was interrupted"))
-            if not start.done():
+            if self._boot.adopted and self._stop_asked:
+                # Containers run in it: it is stopped in order as soon as it is taken over.
+                await asyncio.wait({start, forced}, return_when=asyncio.FIRST_COMPLETED)
+            interrupted = not start.done()
+            if interrupted:
                 start.cancel()
                 await asyncio.gather(start, return_exceptions=True)
-                self._fail_start(self._left or WherryError("the start was interrupted"))
-                if self._left is not None:
-                    await self._tear_down(force=True, leave=True)
-                    self._transition(State.BROKEN, self._left.message)
-                    return 1
-            elif (error := start.exception()) is not None:
-                log.error("%s", error, exc_info=error)
-                if self._boot.must_live and not self._force:
-                    error = self._left = self._left_alone(error)
-                self._fail_start(error)
-                await self._tear_down(force=True, leave=self._left is not None)
-                self._transition(State.BROKEN, getattr(error, "message", str(error)))
-                await self._linger(wanted)
-                return 1
+                error: BaseException | None = WherryError("the start was interrupted")
             else:
+                error = start.exception()
+            if error is None:
                 ended = await self._await_end(wanted)
                 if ended is not None and not ended.expected:
                     await self._tear_down(force=True)
                     self._transition(State.BROKEN, ended.reason)
+                    return 1
+            else:
+                log.error("%s", error, exc_info=error)
+                if self._boot.must_live and not self._force:
+                    error = self._left = self._left_alone(error)
+                self._fail_start(error)
+                if self._left is not None or not interrupted:
+                    await self._tear_down(force=True, leave=self._left is not None)
+                    self._transition(State.BROKEN, getattr(error, "message", str(error)))
+                    await self._linger(wanted)
                     return 1
             await self._tear_down(force=self._force)
             self._transition(State.STOPPED)
@@ -423,7 +419,8 @@ class Service:
         log.info("state %s %s", new, reason)
         record = replace(self._record, state=new, reason=reason)
         if new in (State.STOPPED, State.BROKEN):
-            qemu = record.qemu if self._left is not None else None
+            gone = self._left is None and self._boot.driver is not None
+            qemu = None if gone else record.qemu
             record = replace(record, service=None, qemu=qemu, started=0.0)
         self._record = record
         self._save()
