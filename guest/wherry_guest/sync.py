@@ -361,6 +361,7 @@ class _Root:
             durable=False,
             cache=f"{self._directory}/stage/{request.root}.cache",
             trust=_ORDERED if request.ordered else system.boot_id(),
+            told=True,
         )
         return SyncOpened(
             boot_id=system.boot_id(),
@@ -391,13 +392,14 @@ class _Root:
             # sooner, a copy that is empty because it is new could pass for one that was emptied.
             os.close(os.open(self._marker, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600))
         changes = self._watcher.take(self._tree)
-        if request.full or not self._scanned:
-            snapshot = self._end.scan(rewritten=changes.files if changes is not None else ())
-        elif changes is None:
-            snapshot = self._end.scan((), self._unsettled)
-        else:
-            directories = None if changes.lost else changes.directories
-            snapshot = self._end.scan(directories, changes.files | self._unsettled)
+        if changes is None:
+            changes = Changes()
+        full = request.full or not self._scanned or changes.lost
+        snapshot = self._end.scan(
+            None if full else changes.directories,
+            changes.files | self._unsettled,
+            lost=changes.lost,
+        )
         self._scanned = True
         self._unsettled = snapshot.requeue
         self._files_read += snapshot.files_read
@@ -505,7 +507,18 @@ class _Root:
         return Done()
 
     def _apply(self, request: SyncApply) -> Done:
-        self._tell(self._end.apply(self._operations()))
+        operations = self._operations()
+        next_frame = self._arriving()
+        contents = (
+            wire.parse_arrival(key, mtime_ns, chunks, len(operations))
+            for key, mtime_ns, chunks in wire.Contents(next_frame)
+        )
+
+        def work() -> list[Result]:
+            # The host has found them to be right when it read them.
+            return list(self._end.apply(operations, contents, verify=False))
+
+        self._tell(self._receive(next_frame, work))
         return Done()
 
     def _operations(self) -> list[Operation]:

@@ -29,12 +29,12 @@ import time
 
 from wherry_sync import handles, inplace, kernel, records
 from wherry_sync.entry import FILE, LINK, Directory, Leaf, is_file, name_problem, split
-from wherry_sync.operation import DONE, FAILED, STALE, Operation, Result, Stale
-from wherry_sync.stage import Stage, same_contents
+from wherry_sync.operation import DONE, FAILED, STALE, Arrival, Operation, Result, Stale
+from wherry_sync.stage import Damaged, Journal, Stage, same_contents
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from wherry_sync.entry import Entry
     from wherry_sync.scan import Scanner
@@ -86,32 +86,67 @@ class Applier:
         self._policy = policy
         self._checkpoint = checkpoint
         self._uses: dict[bytes, int] = {}
+        self._parent = ("", handles.Handle(-1))
+        self._verify = True
+        # What the contents failed with, as against the disk.
+        self._cut: OSError | None = None
         self.pinned: set[str] = set()
         """Files whose inode stays, so they are rewritten in place."""
 
     def apply(
-        self, fd: int, operations: Sequence[Operation], root_name: str = ""
+        self,
+        fd: int,
+        operations: Sequence[Operation],
+        root_name: str = "",
+        contents: Iterable[Arrival] = (),
+        *,
+        verify: bool = True,
     ) -> Iterator[Result]:
         """Carry out operations, and yield what came of each as soon as it is known.
 
         :param fd: the root; if the root is a file, the directory that it is in.
         :param root_name: the root's name if it is a file.
+        :param contents: of some operations, in their order; those of the others are staged.
+        :param verify: whether ``contents`` have to be found to be what they are announced as.
         """
+        self._verify = verify
+        self._cut = None
         self._uses.clear()
         for operation in operations:
             if operation.after is not None and is_file(operation.after):
                 digest = _digest(operation.after)
                 self._uses[digest] = self._uses.get(digest, 0) + 1
-        for operation in operations:
-            self._checkpoint("operation")
-            try:
-                self._one(fd, operation, root_name)
-            except Stale as error:
-                yield Result(operation, STALE, str(error))
-            except OSError as error:
-                yield Result(operation, FAILED, (error.strerror or str(error)).lower())
-            else:
-                yield Result(operation, DONE)
+        stream = iter(contents)
+        current = next(stream, None)
+        try:
+            for number, operation in enumerate(operations):
+                self._checkpoint("operation")
+                while current is not None and current.number < number:
+                    current = next(stream, None)
+                given = current if current is not None and current.number == number else None
+                if given is not None:
+                    given.chunks = self._arriving(given.chunks)
+                try:
+                    self._one(fd, operation, root_name, given)
+                except (Stale, Damaged) as error:
+                    yield Result(operation, STALE, str(error))
+                except OSError as error:
+                    if self._cut is error:
+                        raise
+                    yield Result(operation, FAILED, (error.strerror or str(error)).lower())
+                else:
+                    yield Result(operation, DONE)
+            for _ in stream:
+                pass
+        finally:
+            self._leave()
+
+    def _arriving(self, chunks: Iterable[bytes]) -> Iterator[bytes]:
+        try:
+            yield from chunks
+        except OSError as error:
+            self._cut = error
+            raise
 
     def finish_in_place(self, fd: int, root_name: str = "") -> None:
         """Finish a write in place that a crash interrupted, before anything else is done.
@@ -119,9 +154,9 @@ class Applier:
         What is there now may also have been edited since, so it is rescued first.
         """
         entry = self._stage.journal()
-        if entry is None or not entry[3]:
+        if entry is None or not entry.in_place:
             return
-        path, before, after, _ = entry
+        path, before, after = entry.path, entry.before, entry.after
         parent, name = (path, "") if root_name else split(path)
         try:
             with handles.open_directory(fd, parent) as directory:
@@ -130,27 +165,38 @@ class Applier:
                 if (
                     isinstance(current, Leaf)
                     and status is not None
+                    and before is not None
                     and after is not None
                     and current.kind == FILE
                     and not same_contents(current, before)
                     and not same_contents(current, after)
-                    and self._stage.has(after)
                 ):
-                    copy = self._stage.name("t")
-                    inplace.copy(directory, name, self._stage.fd, copy)
-                    self._stage.rescue(copy, path)
-                    inplace.rewrite(directory, name, self._stage, after, 0, self._checkpoint)
+                    self._finish(directory, name, entry, before, after)
         except FileNotFoundError:
             pass
         self._stage.end()
 
-    def _one(self, fd: int, operation: Operation, root_name: str) -> None:
+    def _finish(self, fd: int, name: str, entry: Journal, before: Leaf, after: Leaf) -> None:
+        if entry.tail:
+            if not inplace.begins(fd, name, before):
+                return
+        elif not self._stage.has(after):
+            return
+        copy = self._stage.name("t")
+        inplace.copy(fd, name, self._stage.fd, copy)
+        self._stage.rescue(copy, entry.path)
+        if entry.tail:
+            inplace.finish_append(fd, name, before, entry.tail)
+        else:
+            inplace.rewrite(fd, name, self._stage, after, 0, self._checkpoint)
+
+    def _one(self, fd: int, operation: Operation, root_name: str, given: Arrival | None) -> None:
         path = operation.path
-        if any(name_problem(name) for name in path.split("/")) and not (root_name and not path):
-            raise OSError("the path is not one of this tree")
         parent, name = split(path)
+        if path.startswith("/") or (name_problem(name) and not (root_name and not path)):
+            raise OSError("the path is not one of this tree")
         try:
-            directory = handles.open_directory(fd, parent)
+            parent_fd = self._enter(fd, parent)
         except (FileNotFoundError, NotADirectoryError) as error:
             if operation.after is None:
                 return
@@ -159,11 +205,32 @@ class Applier:
             if error.errno == errno.ELOOP:
                 raise Stale("a directory on the way became a link") from error
             raise
-        with directory as parent_fd:
-            in_place = bool(root_name) or path in self.pinned
-            self._change(parent_fd, name or root_name, operation, in_place=in_place)
+        in_place = bool(root_name) or path in self.pinned
+        self._change(parent_fd, name or root_name, operation, given, in_place=in_place)
 
-    def _change(self, fd: int, name: str, operation: Operation, *, in_place: bool) -> None:
+    def _enter(self, fd: int, path: str) -> int:
+        """Open a directory, or return the one of the last operation if it is the same.
+
+        An operation on the directory itself is one in another directory, so none is kept that
+        an operation has removed.
+        """
+        known, handle = self._parent
+        if handle.fd < 0 or known != path:
+            self._leave()
+            if any(name_problem(name) for name in path.split("/") if path):
+                raise OSError("the path is not one of this tree")
+            handle = handles.open_directory(fd, path)
+            self._parent = (path, handle)
+        return handle.fd
+
+    def _leave(self) -> None:
+        if self._parent[1].fd >= 0:
+            os.close(self._parent[1].fd)
+        self._parent = ("", handles.Handle(-1))
+
+    def _change(
+        self, fd: int, name: str, operation: Operation, given: Arrival | None, *, in_place: bool
+    ) -> None:
         before, after = operation.before, operation.after
         current, status = self._scanner.probe(fd, operation.path, name)
         if _shallow_equal(current, after):
@@ -177,6 +244,14 @@ class Applier:
             before = status = None
             if after is None:
                 return
+        if given is not None and isinstance(after, Leaf) and is_file(after):
+            if isinstance(before, Leaf) and is_file(before):
+                assert status is not None
+                self._update(
+                    fd, name, operation.path, before, after, status, given, in_place=in_place
+                )
+                return
+            self._stage.receive(after, given.mtime_ns, given.chunks)
         if isinstance(after, Directory):
             if before is not None:
                 assert status is not None
@@ -209,7 +284,7 @@ class Applier:
 
     def _remove(self, fd: int, name: str, path: str, before: Leaf, status: os.stat_result) -> None:
         """Take a file or link out of the tree."""
-        self._stage.begin(path, before, None, in_place=False)
+        self._stage.begin(Journal(path, before, None))
         taken = self._stage.name("t")
         self._checkpoint("displace")
         os.rename(name, taken, src_dir_fd=fd, dst_dir_fd=self._stage.fd)
@@ -223,7 +298,7 @@ class Applier:
         self._stage.discard(taken)
 
     def _create(self, fd: int, name: str, path: str, after: Leaf) -> None:
-        self._stage.begin(path, None, after, in_place=False)
+        self._stage.begin(Journal(path, None, after))
         made = self._make(after, None, os.fstat(fd))
         ours = os.stat(made, dir_fd=self._stage.fd, follow_symlinks=False)
         self._checkpoint("create")
@@ -258,7 +333,7 @@ class Applier:
                 return
             start = inplace.start(self._stage, before, after)
             if in_place or status.st_nlink > 1 or start:
-                self._stage.begin(path, before, after, in_place=True)
+                self._stage.begin(Journal(path, before, after, in_place=True))
                 self._checkpoint("in place")
                 step = self._checkpoint
                 try:
@@ -272,9 +347,70 @@ class Applier:
                 self._note(fd, name, path, after, mtime_ns)
                 self._forget(after)
                 return
-        self._stage.begin(path, before, after, in_place=False)
+        self._stage.begin(Journal(path, before, after))
         made = self._make(after, status, os.fstat(fd))
         ours = os.stat(made, dir_fd=self._stage.fd, follow_symlinks=False)
+        self._swap(fd, name, path, before, after, status, made, ours)
+
+    def _update(
+        self,
+        fd: int,
+        name: str,
+        path: str,
+        before: Leaf,
+        after: Leaf,
+        status: os.stat_result,
+        given: Arrival,
+        *,
+        in_place: bool,
+    ) -> None:
+        """Give a file the contents that come now, with as few system calls as will do."""
+        if given.start:
+            if given.start != before.size:
+                raise Stale("it is not as long as it should be")
+            tail = b"".join(given.chunks)
+            if given.start + len(tail) != after.size:
+                raise Damaged("the contents are not those announced")
+            self._stage.begin(Journal(path, before, after, in_place=True, tail=tail))
+            self._checkpoint("append")
+            try:
+                inplace.append(fd, name, tail, given.mtime_ns, status)
+                self._checkpoint("appended")
+            except (Stale, OSError):
+                self._stage.end()
+                raise
+            self._stage.end()
+            if before.executable != after.executable:
+                self._set_executable(fd, name, None, after.executable)
+            self._note(fd, name, path, after, given.mtime_ns)
+            return
+        may_append = given.start is None and before.size < after.size
+        if in_place or status.st_nlink > 1 or may_append:
+            self._stage.receive(after, given.mtime_ns, given.chunks)
+            self._replace(fd, name, path, before, after, status, in_place=in_place)
+            return
+        mode = with_executable(status.st_mode & 0o777, after.executable)
+        owner = (status.st_uid, status.st_gid)
+        adopted = owner if os.geteuid() == 0 and owner != (0, os.getegid()) else None
+        made, ours = self._stage.write(after, given, mode, adopted, verify=self._verify)
+        self._stage.begin(Journal(path, before, after, made=made))
+        self._swap(fd, name, path, before, after, status, made, ours)
+
+    def _swap(
+        self,
+        fd: int,
+        name: str,
+        path: str,
+        before: Leaf,
+        after: Leaf,
+        status: os.stat_result,
+        made: str,
+        ours: os.stat_result,
+    ) -> None:
+        """Put a file or link of the stage in the place of another one.
+
+        :param status: of the one that is there, and ``ours`` of the other.
+        """
         self._checkpoint("exchange")
         try:
             self._exchange(made, fd, name)

@@ -61,10 +61,7 @@ def rewrite(
     target = os.open(name, flags, dir_fd=fd)
     try:
         status = os.fstat(target)
-        if expected is not None and (
-            (status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
-            != (expected.st_ino, expected.st_size, expected.st_mtime_ns, expected.st_ctime_ns)
-        ):
+        if expected is not None and _changed(status, expected):
             raise Stale("it was written at the last moment")
         if after.size > status.st_size:
             _reserve(target, status.st_size, after.size)
@@ -72,11 +69,8 @@ def rewrite(
         try:
             position = start
             while data := os.pread(source, _STEP_BYTES, position):
-                view = memoryview(data)
-                while view:
-                    written = os.pwrite(target, view, position)
-                    position += written
-                    view = view[written:]
+                _write(target, data, position)
+                position += len(data)
                 checkpoint("written in place")
             if status.st_size > after.size:
                 os.ftruncate(target, after.size)
@@ -88,6 +82,69 @@ def rewrite(
     finally:
         os.close(target)
     return mtime_ns
+
+
+def append(fd: int, name: str, tail: bytes, mtime_ns: int, expected: os.stat_result) -> None:
+    """Write something to a file's end.
+
+    :param expected: what the file's status must be when it is open; it is the last check.
+    :raises Stale: it is not; nothing was written.
+    :raises OSError: it cannot be written.
+    """
+    flags = os.O_WRONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    target = os.open(name, flags, dir_fd=fd)
+    try:
+        status = os.fstat(target)
+        if _changed(status, expected):
+            raise Stale("it was written at the last moment")
+        try:
+            _write(target, tail, status.st_size)
+        except OSError:
+            # The disk is full, say: as it was before.
+            os.ftruncate(target, status.st_size)
+            raise
+        os.utime(target, ns=(mtime_ns, mtime_ns))
+    finally:
+        os.close(target)
+
+
+def begins(fd: int, name: str, before: Leaf) -> bool:
+    """Whether a file begins with all of the contents that it had before.
+
+    :raises OSError: it cannot be read.
+    """
+    descriptor = handles.open_regular(fd, name)
+    try:
+        return hashing.read_digest(descriptor, before.size) == (before.digest, before.size)
+    finally:
+        os.close(descriptor)
+
+
+def finish_append(fd: int, name: str, before: Leaf, tail: bytes) -> None:
+    """Write what was to be appended to a file, and nothing after that."""
+    target = os.open(name, os.O_WRONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=fd)
+    try:
+        _write(target, tail, before.size)
+        os.ftruncate(target, before.size + len(tail))
+    finally:
+        os.close(target)
+
+
+def _changed(status: os.stat_result, expected: os.stat_result) -> bool:
+    return (status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns) != (
+        expected.st_ino,
+        expected.st_size,
+        expected.st_mtime_ns,
+        expected.st_ctime_ns,
+    )
+
+
+def _write(target: int, data: bytes, position: int) -> None:
+    view = memoryview(data)
+    while view:
+        written = os.pwrite(target, view, position)
+        position += written
+        view = view[written:]
 
 
 def _reserve(target: int, size: int, wanted: int) -> None:

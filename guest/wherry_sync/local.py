@@ -22,7 +22,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 
-    from wherry_sync.operation import Operation, Result
+    from wherry_sync.operation import Arrival, Operation, Result
     from wherry_sync.stage import Rescued
 
 _READ_BYTES = 256 * 1024
@@ -39,6 +39,7 @@ class LocalEndpoint:
     :param single: whether the root is a file; None for what is there.
     :param cache: file with what an earlier endpoint knew of the tree; see :meth:`save_cache`.
     :param trust: the token that it must have been saved with; see :mod:`wherry_sync.cache`.
+    :param told: see :class:`~wherry_sync.scan.Scanner`.
     :raises OSError: the stage cannot be made, or is on another filesystem.
     """
 
@@ -55,6 +56,7 @@ class LocalEndpoint:
         durable: bool = True,
         cache: str | None = None,
         trust: str = "",
+        told: bool = False,
     ) -> None:
         self.boot = boot
         self._cache = cache
@@ -70,7 +72,7 @@ class LocalEndpoint:
             self._granularity_ns = granularity_ns = records.granularity_ns(
                 self._stage.fd, self._stage.name("part")
             )
-            self._scanner = Scanner(ignore, granularity_ns=granularity_ns)
+            self._scanner = Scanner(ignore, granularity_ns=granularity_ns, told=told)
             known = load(cache, trust) if cache is not None else None
             if known is not None:
                 self._scanner.know(*known)
@@ -98,13 +100,20 @@ class LocalEndpoint:
         self._scanner.set_ignore(ignore)
 
     def scan(
-        self, dirty: Collection[str] | None = None, rewritten: Collection[str] = ()
+        self,
+        dirty: Collection[str] | None = None,
+        rewritten: Collection[str] = (),
+        *,
+        lost: bool = False,
     ) -> Snapshot:
         """Return the tree as it is now.
 
         :param rewritten: files whose contents are to be read whatever their records say; the
             root's own path is empty.
+        :param lost: whether there may be files that others wrote to and that are not in it.
         """
+        if lost:
+            self._scanner.forget_notes()
         try:
             with self._opened() as (fd, name):
                 # A write in place that failed half-way is nobody's edit.
@@ -163,11 +172,21 @@ class LocalEndpoint:
             taken.add(leaf.digest)
         return taken
 
-    def apply(self, operations: Sequence[Operation]) -> Iterator[Result]:
-        """Carry out operations in their order; yield what came of each."""
+    def apply(
+        self,
+        operations: Sequence[Operation],
+        contents: Iterable[Arrival] = (),
+        *,
+        verify: bool = True,
+    ) -> Iterator[Result]:
+        """Carry out operations in their order; yield what came of each.
+
+        :param contents: of some of them; those of the others are staged.
+        :param verify: whether contents have to be found to be what they are announced as.
+        """
         self._touched.update(split(operation.path)[0] for operation in operations)
         with self._opened() as (fd, name):
-            yield from self._applier.apply(fd, operations, name)
+            yield from self._applier.apply(fd, operations, name, contents, verify=verify)
             self._applier.finish_in_place(fd, name)
         self._stage.discard_contents()
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from wherry_sync.entry import Entry
 
 DONE, STALE, FAILED = "done", "stale", "failed"
@@ -44,6 +46,26 @@ class Operation:
 
     def __repr__(self) -> str:
         return f"Operation({self.path!r}, {self.before!r} -> {self.after!r})"
+
+
+class Arrival:
+    """Contents that come while operations are carried out, in the operations' order.
+
+    :ivar number: of the operation that they are for.
+    :ivar mtime_ns: time of modification that the file gets.
+    :ivar start: so many bytes, all that the file has, stay; only what comes after them comes.
+        Zero for a file that does not begin with its old contents, None where that is unknown.
+    """
+
+    __slots__ = ("chunks", "mtime_ns", "number", "start")
+
+    def __init__(
+        self, number: int, mtime_ns: int, chunks: Iterable[bytes], start: int | None = None
+    ) -> None:
+        self.number = number
+        self.mtime_ns = mtime_ns
+        self.chunks = chunks
+        self.start = start
 
 
 class Result:

@@ -99,6 +99,8 @@ class Scanner:
 
     :param granularity_ns: of the filesystem's clock; see :func:`records.granularity_ns`.
     :param now_ns: the wall clock.
+    :param told: whether who calls :meth:`scan` knows of every file that another process wrote
+        to. Then what we wrote ourselves needs not be read, however short ago that was.
     """
 
     def __init__(
@@ -107,7 +109,9 @@ class Scanner:
         *,
         granularity_ns: int = records.COARSE_NS,
         now_ns: Callable[[], int] = time.time_ns,
+        told: bool = False,
     ) -> None:
+        self._told = told
         self._ignore = ignore
         self._granularity_ns = granularity_ns
         self._now_ns = now_ns
@@ -206,8 +210,13 @@ class Scanner:
 
     def note(self, path: str, leaf: Leaf, status: os.stat_result) -> None:
         """Have the next scan know what we wrote ourselves, unless it was changed since."""
-        if records.settled(status, self._now_ns(), self._granularity_ns):
+        if self._told or records.settled(status, self._now_ns(), self._granularity_ns):
             self._notes[path] = (records.record(status), leaf)
+
+    def forget_notes(self) -> None:
+        """Have the next scan read what we wrote ourselves: others may have written to it."""
+        if self._told:
+            self._notes.clear()
 
     def _node(self, path: str) -> Node | None:
         node: Node | None = self._root
@@ -251,6 +260,7 @@ class Scanner:
                 current, read = linked[number]
                 if join(path, name) not in read and (record != current or number in surely):
                     del node.records[name]
+                    self._notes.pop(join(path, name), None)
                     found.add(path)
             pending.extend((join(path, name), child) for name, child in node.nodes.items())
         return found

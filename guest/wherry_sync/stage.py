@@ -7,7 +7,8 @@ between the two. What is in it:
 ``part-N``      contents being received
 ``c-DIGEST``    contents received and verified, waiting to be placed
 ``t-N``         one file between stage and tree: about to be placed, or just displaced
-``journal``     the operation that is under way: path, before, after, and how
+``x-N``         likewise, if the journal names it; else a file that is being written
+``journal``     the operation that is under way: see :class:`Journal`
 ``b-N``         files and directories being built; see :mod:`wherry_sync.build`
 ``rescued-N``   what somebody wrote at the last moment, for the user to have;
                 ``rescued-N.path`` says where it was
@@ -15,7 +16,8 @@ between the two. What is in it:
 
 Invariant: a file that a user or a container wrote is never removed from here unless it equals
 the entry that the operation was told to replace. After a crash, :meth:`Stage.open` decides
-about each ``t-N`` by that rule, with the journal; the rest but rescued files is rubbish.
+about each ``t-N``, and the ``x-N`` that is named, by that rule, with the journal; the rest but
+rescued files is rubbish.
 """
 
 from __future__ import annotations
@@ -30,6 +32,8 @@ from wherry_sync.entry import FILE, LINK, Leaf, file, link
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
+
+    from wherry_sync.operation import Arrival
 
 _NEW = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 _JOURNAL = "journal"
@@ -64,6 +68,35 @@ class Rescued:
         self.name = name
         self.path = path
         self.leaf = leaf
+
+
+class Journal:
+    """An operation that was under way.
+
+    :ivar in_place: whether the file itself is written to.
+    :ivar made: the file in the stage that is exchanged with the one in the tree, if it is not
+        called ``t-N``.
+    :ivar tail: what is appended, if that is all that is done in place.
+    """
+
+    __slots__ = ("after", "before", "in_place", "made", "path", "tail")
+
+    def __init__(
+        self,
+        path: str,
+        before: Leaf | None,
+        after: Leaf | None,
+        *,
+        in_place: bool = False,
+        made: str = "",
+        tail: bytes = b"",
+    ) -> None:
+        self.path = path
+        self.before = before
+        self.after = after
+        self.in_place = in_place
+        self.made = made
+        self.tail = tail
 
 
 class Stage:
@@ -145,6 +178,51 @@ class Stage:
         finally:
             os.close(descriptor)
 
+    def write(
+        self,
+        leaf: Leaf,
+        arrival: Arrival,
+        mode: int,
+        owner: tuple[int, int] | None,
+        *,
+        verify: bool,
+    ) -> tuple[str, os.stat_result]:
+        """Make a file ``x-N`` that is ready to be exchanged; return its name and status.
+
+        :param mode: permission bits, and ``owner`` the ids or None for our own.
+        :param verify: whether the digest is to be compared, besides the size.
+        :raises Damaged: they do not have the leaf's size or digest.
+        """
+        name = self.name("x")
+        descriptor = os.open(name, _NEW, mode, dir_fd=self.fd)
+        try:
+            state = hashing.new() if verify else None
+            size = 0
+            for chunk in arrival.chunks:
+                size += len(chunk)
+                if size > leaf.size:
+                    break
+                if state is not None:
+                    state.update(chunk)
+                written = os.write(descriptor, chunk)
+                while written < len(chunk):
+                    written += os.write(descriptor, memoryview(chunk)[written:])
+            if size != leaf.size or (state is not None and state.digest() != leaf.digest):
+                raise Damaged("the contents are not those announced")
+            if owner is not None:
+                os.fchown(descriptor, *owner)
+            os.utime(descriptor, ns=(arrival.mtime_ns, arrival.mtime_ns))
+            status = os.fstat(descriptor)
+            if stat.S_IMODE(status.st_mode) != mode:
+                os.fchmod(descriptor, mode)
+                status = os.fstat(descriptor)
+        except BaseException:
+            os.unlink(name, dir_fd=self.fd)
+            raise
+        finally:
+            os.close(descriptor)
+        return name, status
+
     def open_contents(self, leaf: Leaf) -> int:
         """Open contents that were received.
 
@@ -204,30 +282,39 @@ class Stage:
 
     # Not losing what was displaced
 
-    def begin(self, path: str, before: Leaf | None, after: Leaf | None, *, in_place: bool) -> None:
+    def begin(self, journal: Journal) -> None:
         """Write down the operation that is about to touch the tree.
 
         One that works in place is written to the disk, and the contents too, because it can be
         finished after a crash of the system and of nothing less.
         """
-        fields = (path.encode(), before or b"", after or b"", b"in place" if in_place else b"")
+        before, after, in_place = journal.before, journal.after, journal.in_place
+        fields = (
+            journal.path.encode(),
+            before or b"",
+            after or b"",
+            b"in place" if in_place else b"",
+            journal.made.encode(),
+            journal.tail,
+        )
         data = b"".join(len(field).to_bytes(4, "big") + field for field in fields)
         os.pwrite(self._journal, len(data).to_bytes(4, "big") + data, 0)
         if in_place and self._durable:
             assert after is not None
-            contents = self.open_contents(after)
-            try:
-                kernel.flush_disk(contents)
-            finally:
-                os.close(contents)
-            os.fsync(self.fd)
+            if not journal.tail:
+                contents = self.open_contents(after)
+                try:
+                    kernel.flush_disk(contents)
+                finally:
+                    os.close(contents)
+                os.fsync(self.fd)
             kernel.flush_disk(self._journal)
 
     def end(self) -> None:
         """Write down that no operation works in place any more."""
         os.pwrite(self._journal, bytes(4), 0)
 
-    def journal(self) -> tuple[str, Leaf | None, Leaf | None, bool] | None:
+    def journal(self) -> Journal | None:
         """Return the last operation that was begun; None if there was none, or it is torn."""
         size = int.from_bytes(os.pread(self._journal, 4, 0), "big")
         data = os.pread(self._journal, size, 4)
@@ -238,18 +325,20 @@ class Stage:
             if len(fields[-1]) != length:
                 return None
             data = data[4 + length :]
-        if len(fields) != 4:
+        if len(fields) != 6:
             return None
-        path, before, after, in_place = fields
+        path, before, after, in_place, made, tail = fields
         try:
             text = path.decode()
         except UnicodeDecodeError:
             return None
-        return (
+        return Journal(
             text,
             Leaf(before) if before else None,
             Leaf(after) if after else None,
-            bool(in_place),
+            in_place=bool(in_place),
+            made=made.decode("ascii"),
+            tail=tail,
         )
 
     def leaf(self, name: str) -> Leaf:
@@ -298,23 +387,25 @@ class Stage:
         :param expected: called with a displaced file that its operation was told to remove:
             its name, its path, and what it is. Whether it took the file.
         """
-        entry = self.journal()
-        path, before, after, in_place = entry if entry is not None else ("", None, None, False)
+        entry = self.journal() or Journal("", None, None)
         names = set(self._names())
         for name in names:
-            if name.startswith("t-"):
+            if name.startswith("t-") or name == entry.made:
                 leaf = self.leaf(name)
-                if same_contents(leaf, after):
+                if same_contents(leaf, entry.after):
                     self.discard(name)
-                elif not same_contents(leaf, before):
-                    self.rescue(name, path)
-                elif not expected(name, path, leaf):
+                elif not same_contents(leaf, entry.before):
+                    self.rescue(name, entry.path)
+                elif not expected(name, entry.path, leaf):
                     self.discard(name)
             elif (
-                name.startswith("part-")
-                or (name.startswith("c-") and not in_place)
+                name.startswith(("part-", "x-"))
+                or (name.startswith("c-") and not entry.in_place)
                 or (name.endswith(".path") and name.removesuffix(".path") not in names)
             ):
                 self.discard(name)
             elif name.startswith("b-"):
                 self.discard_tree(name)
+        if not entry.in_place:
+            # Numbers begin anew, so a name in it may come again.
+            self.end()

@@ -14,17 +14,19 @@ SyncScan                                                     changes, then paths
 SyncMissing leaves                                           numbers of leaves
 SyncRead    paths                                            (contents)
 SyncStage   leaves, then contents                            numbers of leaves
-SyncApply   operations                                       results
+SyncApply   operations, then contents                        results
 SyncBuild   operations, then contents                        results
 SyncRescued                                                  name, path, leaf
 =========== ================================================ ==========================
 
 A bulk frame of :data:`CONTENTS` is a piece of a row of files: each begins with a key, which is
 its number in the list that was asked for or the leaf that it shall be, and its time of
-modification; then come its bytes and its end. Small files share a frame, and no file is
-announced with a size, as files change. Who finds half-way that a file has changed says so, and
-its bytes are for nothing. A bulk frame of :data:`PACKED` is the same, compressed by zstd (RFC
-8878), after the length that it has then; the host makes such frames if the agent can read them.
+modification; then come its bytes and its end. To SyncApply the key is the operation's number
+and how many bytes the file has already, if what comes is only the rest of it. Small files share
+a frame, and no file is announced with a size, as files change. Who finds half-way that a file
+has changed says so, and its bytes are for nothing. A bulk frame of :data:`PACKED` is the same,
+compressed by zstd (RFC 8878), after the length that it has then; the host makes such frames if
+the agent can read them.
 
 What comes from the guest is hostile until checked: the checks are here, and what fails them is
 a :class:`~wherry_wire.frames.WireError`, which ends the connection.
@@ -47,6 +49,7 @@ from wherry_sync.entry import (
     Leaf,
     name_problem,
 )
+from wherry_sync.operation import Arrival
 from wherry_sync.stage import Damaged
 from wherry_wire.frames import MAX_PAYLOAD_BYTES, Frame, WireError
 
@@ -75,6 +78,7 @@ _CONTENTS_FULL_BYTES = MAX_PAYLOAD_BYTES - CHUNK_BYTES - 64
 _LENGTH = struct.Struct(">I")
 _BEGIN = struct.Struct(">cBqI")
 _DATA = struct.Struct(">cI")
+_ARRIVAL = struct.Struct(">IQ")
 _DIRECTORY = b"D"
 _FILE_BYTES = 10 + DIGEST_BYTES
 
@@ -180,6 +184,24 @@ def parse_number(data: bytes, limit: int) -> int:
     if len(data) != 4 or number >= limit:
         raise WireError("a number is out of range")
     return number
+
+
+def pack_arrival(number: int, start: int) -> bytes:
+    """Return the key of what comes for an operation; see :class:`Arrival`."""
+    return _ARRIVAL.pack(number, start)
+
+
+def parse_arrival(key: bytes, mtime_ns: int, chunks: Iterable[bytes], limit: int) -> Arrival:
+    """Return what comes for one of ``limit`` operations.
+
+    :raises WireError: the key is none.
+    """
+    if len(key) != _ARRIVAL.size:
+        raise WireError("a key is malformed")
+    number, start = _ARRIVAL.unpack(key)
+    if number >= limit:
+        raise WireError("a number is out of range")
+    return Arrival(number, mtime_ns, chunks, start)
 
 
 def pack_number(number: int) -> bytes:

@@ -13,9 +13,9 @@ from sync_trees import FIFO, read, text, tree, write
 
 from wherry_sync import kernel
 from wherry_sync.apply import Policy, with_executable
-from wherry_sync.entry import EMPTY, Leaf, link, lookup
+from wherry_sync.entry import EMPTY, Entry, Leaf, is_file, link, lookup
 from wherry_sync.local import LocalEndpoint
-from wherry_sync.operation import DONE, FAILED, STALE, Operation, Result
+from wherry_sync.operation import DONE, FAILED, STALE, Arrival, Operation, Result
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="directory descriptors")
 
@@ -29,8 +29,9 @@ class Crash(BaseException):
 class Place:
     """A tree and its endpoint."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, how: str = "staged") -> None:
         self.directory = directory
+        self.how = how
         self.root = directory / "root"
         self.root.mkdir()
         self.action: Callable[[str], None] = lambda point: None
@@ -53,12 +54,22 @@ class Place:
 
     def do(self, *operations: Operation) -> list[Result]:
         self.end.scan()
-        for operation in operations:
-            after = operation.after
-            if isinstance(after, Leaf) and after[0] == b"F"[0]:
-                data = next(value for value in CONTENTS if text(value).digest == after.digest)
-                self.end.stage_all([(after, MTIME_NS, [data.encode()])])
-        return list(self.end.apply(operations))
+        contents = []
+        for number, operation in enumerate(operations):
+            before, after = operation.before, operation.after
+            if not is_file(after) or (is_file(before) and digest(before) == digest(after)):
+                continue
+            assert isinstance(after, Leaf)
+            data = value_of(after).encode()
+            if self.how == "staged":
+                self.end.stage_all([(after, MTIME_NS, [data])])
+                continue
+            start = None
+            if self.how == "known":
+                had = value_of(before).encode() if is_file(before) else b""
+                start = len(had) if data.startswith(had) else 0
+            contents.append(Arrival(number, MTIME_NS, [data[start or 0 :]], start))
+        return list(self.end.apply(operations, contents, verify=self.how != "known"))
 
     def one(self, path: str, before: object, after: object) -> Result:
         (result,) = self.do(Operation(path, tree(before), tree(after)))
@@ -76,9 +87,19 @@ class Place:
 CONTENTS = ["1", "2", "3", "1 and more", "short", ""]
 
 
-@pytest.fixture
-def place(tmp_path: Path) -> Iterator[Place]:
-    found = Place(tmp_path)
+def digest(entry: Entry | None) -> bytes:
+    assert isinstance(entry, Leaf)
+    return entry.digest
+
+
+def value_of(entry: Entry | None) -> str:
+    return next(value for value in CONTENTS if text(value).digest == digest(entry))
+
+
+@pytest.fixture(params=["staged", "along", "known"])
+def place(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Place]:
+    """A place whose contents were staged before, come along, or are known to be appended."""
+    found = Place(tmp_path, request.param)
     yield found
     found.end.close()
 
@@ -412,10 +433,51 @@ def test_50_a_full_disk_leaves_the_file_as_it_was(
     def full(*arguments: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(os, "posix_fallocate", full)
+    if place.how == "known":
+        # There is room for a part of it.
+        monkeypatch.setattr(os, "pwrite", filling(full))
+    else:
+        monkeypatch.setattr(os, "posix_fallocate", full)
     result = place.one("log", "1", "1 and more")
     assert (result.status, result.reason) == (FAILED, "no space left on device")
     assert read(place.root) == {"log": "1"}
+
+
+def filling(then: Callable[..., None], prefix: bytes = b" and more") -> Callable[..., int]:
+    """Return a pwrite that writes half of what begins so, and then does something else."""
+    original = os.pwrite
+
+    def pwrite(descriptor: int, data: bytes, position: int) -> int:
+        if bytes(data) == prefix:
+            return original(descriptor, prefix[: len(prefix) // 2], position)
+        if prefix.endswith(bytes(data)):
+            then()
+        return original(descriptor, data, position)
+
+    return pwrite
+
+
+@pytest.mark.parametrize("place", ["known"], indirect=True)
+@pytest.mark.parametrize("edited", [None, "mine", "1 and my"])
+def test_a_torn_append_is_never_an_edit(
+    place: Place, monkeypatch: pytest.MonkeyPatch, edited: str | None
+) -> None:
+    write(place.root, {"log": "1"})
+
+    def crash() -> None:
+        raise Crash
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pwrite", filling(crash))
+        with pytest.raises(Crash):
+            place.one("log", "1", "1 and more")
+    assert read(place.root) == {"log": "1 and"}
+    if edited is not None:
+        (place.root / "log").write_text(edited)
+    place.restart()
+    assert read(place.root) == {"log": "mine" if edited == "mine" else "1 and more"}
+    # One that is an edit, and nothing else, is left where it is.
+    assert place.rescued() == ([] if edited == "mine" else [("log", edited or "1 and")])
 
 
 def test_the_next_scan_looks_where_we_have_changed_something(place: Place) -> None:

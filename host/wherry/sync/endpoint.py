@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 from wherry_sync.entry import Leaf
-from wherry_sync.operation import Operation, Result
+from wherry_sync.operation import Arrival, Operation, Result
 from wherry_sync.scan import Snapshot
 from wherry_sync.stage import Rescued
 
@@ -67,12 +67,17 @@ class Endpoint(Protocol):
     def stage_local(self, leaf: Leaf, path: str) -> bool:
         """Take contents from a path of the same tree; False if they are not there."""
 
-    def apply(self, operations: Sequence[Operation]) -> Iterator[Result]:
+    def apply(
+        self, operations: Sequence[Operation], contents: Iterable[Arrival] = ()
+    ) -> Iterator[Result]:
         """Carry out operations in order, and yield one result each, in order.
 
         Idempotent: what is already as it shall be is done. Nothing is done where something
         else is than an operation says. Stopping half-way, by a crash too, leaves each path as
         it was or as it shall be. Staged contents are gone afterwards.
+
+        :param contents: of some operations that make a file or change its contents, in their
+            order, with no ``start``; those of the others are staged.
         """
 
     def build(

@@ -17,9 +17,9 @@ from typing import Protocol, TypeVar
 from wherry.core.errors import WherryError
 from wherry.sync.packing import Packer
 from wherry_sync import hashing, wire
-from wherry_sync.entry import Entry, Leaf, is_problem, is_untracked, updated
+from wherry_sync.entry import FILE, Entry, Leaf, is_problem, is_untracked, updated
 from wherry_sync.ignore import NOTHING, Ignore
-from wherry_sync.operation import DONE, FAILED, STALE, Operation, Result
+from wherry_sync.operation import DONE, FAILED, STALE, Arrival, Operation, Result
 from wherry_sync.scan import Snapshot
 from wherry_sync.stage import Damaged, Gone, Rescued
 from wherry_wire.frames import Decoder, Frame, WireError
@@ -231,10 +231,26 @@ class RemoteEndpoint:
         """Have contents taken from another path of the copy."""
         return self._call(SyncStageLocal(leaf=leaf.hex(), path=path), SyncYes).done
 
-    def apply(self, operations: Sequence[Operation]) -> Iterator[Result]:
-        """Carry out operations in the guest; yield what came of each."""
+    def apply(
+        self, operations: Sequence[Operation], contents: Iterable[Arrival] = ()
+    ) -> Iterator[Result]:
+        """Carry out operations in the guest; yield what came of each.
+
+        :param contents: small ones, as each is held in memory. What is found not to be the
+            operation's is left out, which makes that stale.
+        """
         self._send_operations(operations)
-        self._send((pack(SyncApply(), 0),))
+        try:
+            self._send((pack(SyncApply(), 0),))
+            self._send_contents(
+                found
+                for arrival in contents
+                if (found := _shortened(operations[arrival.number], arrival)) is not None
+            )
+        except BaseException:
+            # The other end of a root failed, in the midst of a file perhaps.
+            self.close()
+            raise
         yield from self._results(operations)
 
     def build(
@@ -459,6 +475,23 @@ class RemoteEndpoint:
     def _broken(self, error: WireError) -> OSError:
         self.close()
         return OSError(f"the agent in the guest broke the protocol: {error}")
+
+
+def _shortened(operation: Operation, arrival: Arrival) -> tuple[bytes, int, Iterable[bytes]] | None:
+    """Return what has to be sent of a file that is changed: if it only grew, what it got.
+
+    None if it is not that file any more.
+    """
+    before, after = operation.before, operation.after
+    try:
+        data = b"".join(_verified(after, arrival.chunks))
+    except Damaged:
+        return None
+    start = 0
+    if isinstance(before, Leaf) and before.kind == FILE and 0 < before.size < len(data):
+        same = hashing.digest(data[: before.size]) == before.digest
+        start = before.size if same else 0
+    return wire.pack_arrival(arrival.number, start), arrival.mtime_ns, (data[start:],)
 
 
 def _verified(after: Entry | None, chunks: Iterable[bytes]) -> Iterator[bytes]:

@@ -16,12 +16,20 @@ A path whose contents moved away under way is left out and comes up again in the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import (
+    Callable,
+    Collection,
+    Container,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from dataclasses import dataclass, field
 
 from wherry.sync.core import safety
 from wherry.sync.core.keep import Keep
-from wherry.sync.core.plan import SidePlan, plan
+from wherry.sync.core.plan import SidePlan, needs, plan
 from wherry.sync.core.reconcile import (
     GUEST,
     HOST,
@@ -39,7 +47,7 @@ from wherry_sync.apply import no_fault
 from wherry_sync.build import needed
 from wherry_sync.diff import diff, shallow
 from wherry_sync.entry import FILE, Entry, Leaf, lookup, share, updated
-from wherry_sync.operation import DONE, FAILED, Operation, Result
+from wherry_sync.operation import DONE, FAILED, Arrival, Operation, Result
 from wherry_sync.scan import Snapshot
 from wherry_sync.stage import Gone
 
@@ -225,13 +233,32 @@ class Cycle:
         for side in (HOST, GUEST):
             undone |= self._transfer(side, plans[side], outcome)
         for side in (HOST, GUEST):
-            operations = [found for found in plans[side].operations if found.path not in undone]
-            undone |= self._note(self._ends[side].apply(operations) if operations else (), outcome)
+            undone |= self._note(self._apply(side, plans[side], undone), outcome)
         for side in (HOST, GUEST):
             undone |= self._note(self._build(side, plans[side].builds), outcome)
         return {
             decision.path: decision.result for decision in decisions if decision.path not in undone
         }
+
+    def _apply(self, side: int, todo: SidePlan, undone: Container[str]) -> Iterable[Result]:
+        """Have one side carry out operations, while the other one sends what is sent along."""
+        operations = [found for found in todo.operations if found.path not in undone]
+        if not operations:
+            return ()
+        numbers: dict[bytes, int] = {}
+        wanted = []
+        for number, operation in enumerate(operations):
+            digest = needs(operation)
+            if digest in todo.along:
+                after = operation.after
+                assert isinstance(after, Leaf)
+                numbers[digest] = number
+                wanted.append((operation.path, after))
+        contents = (
+            Arrival(numbers[leaf.digest], mtime_ns, chunks)
+            for leaf, mtime_ns, chunks in self._watched(self._ends[1 - side].read_all(wanted))
+        )
+        return self._ends[side].apply(operations, contents if wanted else ())
 
     def _transfer(self, side: int, todo: SidePlan, outcome: Outcome) -> set[str]:
         """Stage what one side needs; return the paths for which that was not possible."""
@@ -251,11 +278,7 @@ class Cycle:
         absent = {leaf.digest for _, leaf in wanted} - taken
         if not absent:
             return set()
-        paths = {
-            operation.path
-            for operation in todo.operations
-            if operation.after is not None and _needs(operation) in absent
-        }
+        paths = {operation.path for operation in todo.operations if needs(operation) in absent}
         outcome.requeue |= paths
         return paths
 
@@ -308,12 +331,3 @@ def _stay(found: Reconciliation, outcome: Outcome) -> None:
             reason = "it was changed in the guest, where the mount is read-only"
             outcome.problems.append(Problem(decision.path, reason))
     found.decisions = kept
-
-
-def _needs(operation: Operation) -> bytes:
-    """Return the digest of the contents that an operation needs; empty for none."""
-    before, after = operation.before, operation.after
-    if not isinstance(after, Leaf) or after.kind != FILE:
-        return b""
-    had = before.digest if isinstance(before, Leaf) and before.kind == FILE else b""
-    return b"" if had == after.digest else after.digest

@@ -14,6 +14,9 @@ from wherry.sync.core.reconcile import Decision
 from wherry_sync.entry import Directory, Entry, Leaf, is_file
 from wherry_sync.operation import Operation
 
+ALONG_BYTES = 1 << 20
+"""Contents up to this size are sent with the operation that needs them, and no sooner."""
+
 
 @dataclass(frozen=True, slots=True)
 class Want:
@@ -33,12 +36,14 @@ class SidePlan:
     """What one side has to do.
 
     :ivar builds: what is new, to be made after the operations.
-    :ivar wants: of the operations.
+    :ivar wants: of the operations, to be staged before them.
+    :ivar along: digests of what is sent along with the operations.
     """
 
     operations: tuple[Operation, ...]
     builds: tuple[Operation, ...]
     wants: tuple[Want, ...]
+    along: frozenset[bytes]
 
 
 def ordered(operations: Iterable[Operation]) -> tuple[Operation, ...]:
@@ -65,13 +70,28 @@ def plan(decisions: Iterable[Decision], side: Callable[[Decision], Operation | N
     }
     operations, builds = _split(everything, leaving)
     wants: dict[bytes, Want] = {}
+    along: set[bytes] = set()
     for operation in operations:
-        before, after = _file(operation.before), _file(operation.after)
-        if after is None or (before is not None and before.digest == after.digest):
+        digest = needs(operation)
+        after = _file(operation.after)
+        if not digest or after is None:
             continue
-        want = Want(after, operation.path, leaving.get(after.digest))
-        wants.setdefault(after.digest, want)
-    return SidePlan(tuple(operations), tuple(builds), tuple(wants.values()))
+        if digest in along:
+            # Several files need it: it is sent once.
+            along.discard(digest)
+        elif digest not in wants and digest not in leaving and after.size <= ALONG_BYTES:
+            along.add(digest)
+        wants.setdefault(digest, Want(after, operation.path, leaving.get(digest)))
+    staged = tuple(want for digest, want in wants.items() if digest not in along)
+    return SidePlan(tuple(operations), tuple(builds), staged, frozenset(along))
+
+
+def needs(operation: Operation) -> bytes:
+    """Return the digest of the contents that an operation needs; empty for none."""
+    before, after = _file(operation.before), _file(operation.after)
+    if after is None or (before is not None and before.digest == after.digest):
+        return b""
+    return after.digest
 
 
 def _split(
