@@ -21,9 +21,10 @@ import time
 
 from wherry_guest import system
 from wherry_guest.session import failure
-from wherry_sync import packing, wire
+from wherry_sync import blocks, packing, wire
 from wherry_sync.apply import Policy
 from wherry_sync.diff import diff
+from wherry_sync.entry import is_file
 from wherry_sync.fanotify import Changes, Watch
 from wherry_sync.ignore import Ignore
 from wherry_sync.local import LocalEndpoint
@@ -48,12 +49,15 @@ from wherry_wire.messages import (
     SyncOpened,
     SyncPin,
     SyncRead,
+    SyncReadBlocks,
     SyncReadRescued,
     SyncRescued,
     SyncScan,
     SyncScanned,
     SyncStage,
+    SyncStageBlocks,
     SyncStageLocal,
+    SyncSums,
     SyncYes,
     pack,
     unpack,
@@ -64,7 +68,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
     from typing import TypeVar
 
-    from wherry_sync.entry import Entry
+    from wherry_sync.entry import Entry, Leaf
 
     T = TypeVar("T")
 
@@ -207,6 +211,17 @@ def serve(connection: socket.socket, directory: str, watcher: Watcher) -> None:
             root.close()
 
 
+def _file(data: str) -> Leaf:
+    """Return the entry of a file in a message."""
+    try:
+        leaf = wire.parse_leaf(bytes.fromhex(data))
+    except ValueError as error:
+        raise WireError("an entry is malformed") from error
+    if not is_file(leaf):
+        raise WireError("an entry is no file's")
+    return leaf
+
+
 def _remove(path: str) -> None:
     try:
         os.unlink(path)
@@ -253,6 +268,9 @@ class _Root:
             SyncRead: self._read,
             SyncStage: self._stage,
             SyncStageLocal: self._stage_local,
+            SyncSums: self._sums,
+            SyncReadBlocks: self._read_blocks,
+            SyncStageBlocks: self._stage_blocks,
             SyncApply: self._apply,
             SyncBuild: self._build,
             SyncFlush: self._flush,
@@ -491,6 +509,38 @@ class _Root:
         leaf = wire.parse_leaf(bytes.fromhex(request.leaf))
         path = wire.parse_path(request.path.encode())
         return SyncYes(done=self._end.stage_local(leaf, path))
+
+    def _sums(self, request: SyncSums) -> Done:
+        path, leaf = wire.parse_path(request.path.encode()), _file(request.leaf)
+        self._send(wire.rows(wire.pieces(self._end.sums(path, leaf))))
+        return Done()
+
+    def _numbers(self, leaf: Leaf) -> list[int]:
+        limit = blocks.count(leaf.size)
+        return [wire.parse_number(number, limit) for (number,) in self._asked(1)]
+
+    def _read_blocks(self, request: SyncReadBlocks) -> Done:
+        path, leaf = wire.parse_path(request.path.encode()), _file(request.leaf)
+        mtime_ns, chunks = self._end.read_blocks(path, leaf, self._numbers(leaf))
+        self._send(wire.contents([(b"", mtime_ns, chunks)]))
+        return Done()
+
+    def _stage_blocks(self, request: SyncStageBlocks) -> SyncYes:
+        path = wire.parse_path(request.path.encode())
+        leaf, base = _file(request.leaf), _file(request.base)
+        numbers = self._numbers(leaf)
+        next_frame = self._arriving()
+
+        def take() -> bool:
+            done = False
+            for _, mtime_ns, chunks in wire.Contents(next_frame):
+                # The host has found the blocks to be right when it read them.
+                done = self._end.stage_blocks(
+                    leaf, path, base, numbers, mtime_ns, chunks, verify=False
+                )
+            return done
+
+        return SyncYes(done=self._receive(next_frame, take))
 
     def _build(self, request: SyncBuild) -> Done:
         operations = self._operations()

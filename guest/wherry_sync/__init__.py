@@ -13,6 +13,7 @@ records    which digests of an earlier scan may be trusted (git's racy rule)
 scan       a directory -> its tree
 cache      what a scanner knows, kept over restarts
 operation  one change of one path, with what must be there before
+blocks     of a big file, only what has changed
 stage      contents on their way in, beside the tree; what must not get lost
 inplace    rewriting a file that must keep its inode
 apply      operation -> what happened

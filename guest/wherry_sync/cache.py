@@ -18,7 +18,7 @@ The file is written beside its place and renamed. It is not flushed: one that a 
 damaged has a wrong checksum, and is as good as none.
 
 ======================= ======================================================
-``wherry-scan\\x01``     what this is, and the version of all that follows
+``wherry-scan\\x02``     what this is, and the version of all that follows
 32 bytes                BLAKE2b of the rest
 length, token           32 bits, big-endian, as all lengths; UTF-8
 record, leaf            of a root that is a file: each with its length; else empty
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
     Known = tuple[Node, tuple[bytes, Leaf]]
 
-_MAGIC = b"wherry-scan\x01"
+_MAGIC = b"wherry-scan\x02"
 _LENGTH = struct.Struct(">I")
 # Names' bytes; files, links and directories.
 _COUNTS = struct.Struct(">IIII")

@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import os
 import stat
+import time
+from functools import partial
 
-from wherry_sync import handles, kernel, records
+from wherry_sync import blocks, handles, hashing, kernel, records
 from wherry_sync.apply import Applier, Policy, no_fault
 from wherry_sync.build import Builder
 from wherry_sync.cache import load, save
-from wherry_sync.entry import Leaf, split
+from wherry_sync.entry import Leaf, is_file, split
 from wherry_sync.ignore import NOTHING, Ignore
 from wherry_sync.scan import Scanner, Snapshot
-from wherry_sync.stage import Damaged, Gone, Stage
+from wherry_sync.stage import Damaged, Gone, Stage, same_contents
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -134,13 +136,111 @@ class LocalEndpoint:
 
     def read(self, path: str) -> tuple[int, Iterator[bytes]]:
         """Return a file's time of modification and its contents."""
+        descriptor = self._open_file(path)
+        return os.fstat(descriptor).st_mtime_ns, _chunks(descriptor)
+
+    def _open_file(self, path: str) -> int:
         parent, name = split(path)
         try:
             with self._opened() as (fd, root_name), handles.open_directory(fd, parent) as directory:
-                descriptor = handles.open_regular(directory, name or root_name)
+                return handles.open_regular(directory, name or root_name)
         except OSError as error:
             raise Gone(f"{path} cannot be read: {error}") from error
-        return os.fstat(descriptor).st_mtime_ns, _chunks(descriptor)
+
+    def recall(self, leaf: Leaf) -> bytes:
+        """Return a file's sums if they are known; else nothing."""
+        return self._scanner.sums.get(leaf.digest)
+
+    def sums(self, path: str, leaf: Leaf) -> bytes:
+        """Return a file's sums; nothing if it is not that file any more."""
+        found = self.recall(leaf)
+        if found:
+            return found
+        try:
+            descriptor = self._open_file(path)
+        except Gone:
+            return b""
+        try:
+            found, _ = hashing.read_sums(descriptor, leaf.size)
+        finally:
+            os.close(descriptor)
+        if hashing.root(found) != leaf.digest:
+            return b""
+        self._scanner.sums.keep(leaf.digest, found)
+        return found
+
+    def read_blocks(
+        self, path: str, leaf: Leaf, numbers: Sequence[int]
+    ) -> tuple[int, Iterator[bytes]]:
+        """Return a file's time of modification in ns, and some of its blocks.
+
+        :raises Gone: it cannot be read. In the iterator, Damaged: it is not that file any more.
+        """
+        sums = self.sums(path, leaf)
+        if not sums:
+            raise Gone(f"{path} has changed")
+        descriptor = self._open_file(path)
+        mtime_ns = os.fstat(descriptor).st_mtime_ns
+        os.close(descriptor)
+        opened = partial(self._open_file, path)
+        return mtime_ns, blocks.read(opened, leaf.size, numbers, sums)
+
+    def stage_blocks(
+        self,
+        leaf: Leaf,
+        path: str,
+        base: Leaf,
+        numbers: Sequence[int],
+        mtime_ns: int,
+        chunks: Iterable[bytes],
+        *,
+        verify: bool = True,
+    ) -> bool:
+        """Take contents of which only some blocks come; the others are those of a file here.
+
+        :param base: what the file has to be, and ``path`` where it is.
+        :param verify: whether the result has to be found to be right.
+        :returns: whether they were taken.
+        """
+        parent, name = split(path)
+        try:
+            with self._opened() as (fd, root_name), handles.open_directory(fd, parent) as directory:
+                name = name or root_name
+                current, status = self._scanner.probe(directory, path, name)
+                if status is not None and not verify:
+                    # So that any other process's write from here on shows.
+                    waited = time.time_ns() - status.st_ctime_ns
+                    if 0 <= waited <= self._granularity_ns:
+                        time.sleep((self._granularity_ns - waited + 1_000_000) / 1e9)
+                        current, status = self._scanner.probe(directory, path, name)
+                if status is None or not isinstance(current, Leaf):
+                    return False
+                if not is_file(current) or not same_contents(base, current):
+                    return False
+                source = handles.open_regular(directory, name)
+        except OSError:
+            return False
+        record = records.record(status)
+        state = hashing.new() if verify else None
+        grown = False
+
+        def fill(target: int) -> None:
+            nonlocal grown
+            grown = blocks.assemble(target, source, leaf, base.size, numbers, chunks, state)
+            if state is not None:
+                if state.digest() != leaf.digest:
+                    raise Damaged("the contents are not those announced")
+            elif records.record(os.fstat(source)) != record:
+                raise Damaged("the file was changed meanwhile")
+
+        try:
+            self._stage.make(leaf, mtime_ns, fill)
+        except Damaged:
+            return False
+        finally:
+            os.close(source)
+        self._stage.grown[leaf.digest] = (base.digest, base.size if grown else 0)
+        return True
 
     def stage_local(self, leaf: Leaf, path: str) -> bool:
         """Take contents from this tree, if they are still at the path."""

@@ -18,6 +18,7 @@ import stat
 import time
 
 from wherry_sync import handles, hashing, records
+from wherry_sync.blocks import LEAST_BYTES, Sums
 from wherry_sync.entry import (
     EMPTY,
     IGNORED,
@@ -112,6 +113,8 @@ class Scanner:
         told: bool = False,
     ) -> None:
         self._told = told
+        self.sums = Sums()
+        """Of files that were read."""
         self._ignore = ignore
         self._granularity_ns = granularity_ns
         self._now_ns = now_ns
@@ -473,7 +476,12 @@ class Scanner:
                 now_ns = self._now_ns()
                 before = os.fstat(descriptor)
                 size = before.st_size if earlier is None else earlier[0]
-                digest, length = hashing.read_digest(descriptor, size)
+                if size < LEAST_BYTES:
+                    digest, length = hashing.read_digest(descriptor, size)
+                else:
+                    sums, length = hashing.read_sums(descriptor, size)
+                    digest = hashing.root(sums)
+                    self.sums.keep(digest, sums)
                 after = os.fstat(descriptor)
                 self._found.files_read += 1
                 self._found.bytes_read += length

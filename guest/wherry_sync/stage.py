@@ -113,6 +113,9 @@ class Stage:
         os.makedirs(path, 0o700, exist_ok=True)
         self.fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         self._number = 0
+        self.grown: dict[bytes, tuple[bytes, int]] = {}
+        """Of contents by their digest: the digest of earlier ones with which they were compared,
+        and how many bytes these are if the contents begin with all of them, else 0."""
         names = self._names()
         for name in names:
             number = name.removeprefix("rescued-").removesuffix(".path")
@@ -155,9 +158,8 @@ class Stage:
         :raises Damaged: they do not have the leaf's size or digest.
         :raises OSError: the disk is full, or failed.
         """
-        part = self.name("part")
-        descriptor = os.open(part, _NEW, 0o600, dir_fd=self.fd)
-        try:
+
+        def fill(descriptor: int) -> None:
             state = hashing.new()
             size = 0
             for chunk in chunks:
@@ -170,6 +172,15 @@ class Stage:
                     view = view[os.write(descriptor, view) :]
             if size != leaf.size or state.digest() != leaf.digest:
                 raise Damaged("the contents are not those announced")
+
+        self.make(leaf, mtime_ns, fill)
+
+    def make(self, leaf: Leaf, mtime_ns: int, fill: Callable[[int], object]) -> None:
+        """Have contents written to a new file; when that returns, they are received."""
+        part = self.name("part")
+        descriptor = os.open(part, _NEW, 0o600, dir_fd=self.fd)
+        try:
+            fill(descriptor)
             os.utime(descriptor, ns=(mtime_ns, mtime_ns))
             os.rename(part, f"c-{leaf.digest.hex()}", src_dir_fd=self.fd, dst_dir_fd=self.fd)
         except BaseException:
@@ -266,6 +277,7 @@ class Stage:
 
     def discard_contents(self) -> None:
         """Remove all contents that were received and not taken, and what was not placed."""
+        self.grown.clear()
         for name in self._names():
             if name.startswith(("c-", "part-")):
                 self.discard(name)

@@ -7,17 +7,20 @@ size of a frame. Requests do not overlap. The messages are in :mod:`wherry_wire.
 A bulk frame of :data:`ROWS` is a list of rows, each a fixed number of fields, each with its
 length before it. What the fields are belongs to the request:
 
-=========== ================================================ ==========================
-request     rows before it                                   rows before its answer
-=========== ================================================ ==========================
+=============== ============================================ ==========================
+request         rows before it                               rows before its answer
+=============== ============================================ ==========================
 SyncScan                                                     changes, then paths
-SyncMissing leaves                                           numbers of leaves
-SyncRead    paths                                            (contents)
-SyncStage   leaves, then contents                            numbers of leaves
-SyncApply   operations, then contents                        results
-SyncBuild   operations, then contents                        results
+SyncMissing     leaves                                       numbers of leaves
+SyncRead        paths                                        (contents)
+SyncSums                                                     pieces of the sums
+SyncReadBlocks  numbers of blocks                            (contents)
+SyncStage       leaves, then contents                        numbers of leaves
+SyncStageBlocks numbers of blocks, then contents
+SyncApply       operations, then contents                    results
+SyncBuild       operations, then contents                    results
 SyncRescued                                                  name, path, leaf
-=========== ================================================ ==========================
+=============== ============================================ ==========================
 
 A bulk frame of :data:`CONTENTS` is a piece of a row of files: each begins with a key, which is
 its number in the list that was asked for or the leaf that it shall be, and its time of
@@ -75,6 +78,7 @@ CHUNK_BYTES = 128 * 1024
 _ROWS_FULL_BYTES = MAX_PAYLOAD_BYTES - 96 * 1024
 _CONTENTS_FULL_BYTES = MAX_PAYLOAD_BYTES - CHUNK_BYTES - 64
 
+_PIECE_BYTES = 64 * 1024
 _LENGTH = struct.Struct(">I")
 _BEGIN = struct.Struct(">cBqI")
 _DATA = struct.Struct(">cI")
@@ -202,6 +206,12 @@ def parse_arrival(key: bytes, mtime_ns: int, chunks: Iterable[bytes], limit: int
     if number >= limit:
         raise WireError("a number is out of range")
     return Arrival(number, mtime_ns, chunks, start)
+
+
+def pieces(data: bytes) -> Iterator[tuple[bytes]]:
+    """Yield rows that make up some bytes."""
+    for start in range(0, len(data), _PIECE_BYTES):
+        yield (data[start : start + _PIECE_BYTES],)
 
 
 def pack_number(number: int) -> bytes:

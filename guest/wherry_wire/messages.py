@@ -390,6 +390,34 @@ class SyncStageLocal(Message):
     path: str
 
 
+class SyncSums(Message):
+    """Request: the digests of a file's blocks, if it is still that file."""
+
+    TYPE = 0x36
+
+    path: str
+    leaf: str  # in hexadecimal
+
+
+class SyncReadBlocks(Message):
+    """Request: these blocks of a file."""
+
+    TYPE = 0x37
+
+    path: str
+    leaf: str
+
+
+class SyncStageBlocks(Message):
+    """Request: take contents of the blocks that follow, and else of a file's, up to the end."""
+
+    TYPE = 0x38
+
+    leaf: str
+    path: str
+    base: str  # what the file has to be
+
+
 class SyncApply(Message):
     """Request: carry out these operations."""
 

@@ -64,6 +64,37 @@ class Endpoint(Protocol):
         :returns: the digests of those that were taken.
         """
 
+    def recall(self, leaf: Leaf) -> bytes:
+        """Return a file's sums (:mod:`wherry_sync.blocks`) if they are known at once."""
+
+    def sums(self, path: str, leaf: Leaf) -> bytes:
+        """Return a file's sums; nothing if it is not that file any more. Idempotent."""
+
+    def read_blocks(
+        self, path: str, leaf: Leaf, numbers: Sequence[int]
+    ) -> tuple[int, Iterator[bytes]]:
+        """Return a file's time of modification in ns, and some of its blocks.
+
+        :raises Gone: it cannot be read. In the iterator, Damaged: it is not that file any more.
+        """
+
+    def stage_blocks(
+        self,
+        leaf: Leaf,
+        path: str,
+        base: Leaf,
+        numbers: Sequence[int],
+        mtime_ns: int,
+        chunks: Iterable[bytes],
+    ) -> bool:
+        """Take contents of which only some blocks come; the others are those of a file here.
+
+        Whether they were taken: not if the file is not ``base``, or the result not the leaf.
+
+        :param numbers: ascending.
+        :param chunks: the blocks' bytes, in pieces of any size.
+        """
+
     def stage_local(self, leaf: Leaf, path: str) -> bool:
         """Take contents from a path of the same tree; False if they are not there."""
 

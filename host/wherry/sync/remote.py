@@ -16,8 +16,8 @@ from typing import Protocol, TypeVar
 
 from wherry.core.errors import WherryError
 from wherry.sync.packing import Packer
-from wherry_sync import hashing, wire
-from wherry_sync.entry import FILE, Entry, Leaf, is_problem, is_untracked, updated
+from wherry_sync import blocks, hashing, wire
+from wherry_sync.entry import DIGEST_BYTES, FILE, Entry, Leaf, is_problem, is_untracked, updated
 from wherry_sync.ignore import NOTHING, Ignore
 from wherry_sync.operation import DONE, FAILED, STALE, Arrival, Operation, Result
 from wherry_sync.scan import Snapshot
@@ -39,12 +39,15 @@ from wherry_wire.messages import (
     SyncOpened,
     SyncPin,
     SyncRead,
+    SyncReadBlocks,
     SyncReadRescued,
     SyncRescued,
     SyncScan,
     SyncScanned,
     SyncStage,
+    SyncStageBlocks,
     SyncStageLocal,
+    SyncSums,
     SyncYes,
     pack,
     unpack,
@@ -226,6 +229,57 @@ class RemoteEndpoint:
         rows: list[tuple[bytes, ...]] = []
         self._answer(Done, self._collect(rows, 1))
         return set(sent) - {digest for (digest,) in rows}
+
+    def recall(self, leaf: Leaf) -> bytes:
+        """Return nothing: what the guest knows, it has to be asked for."""
+        return b""
+
+    def sums(self, path: str, leaf: Leaf) -> bytes:
+        """Return a file's sums; nothing if it is not that file any more."""
+        found = bytearray()
+        size = blocks.count(leaf.size) * DIGEST_BYTES
+
+        def take(payload: bytes) -> None:
+            for (piece,) in wire.parse_rows(payload, 1):
+                found.extend(piece)
+            if len(found) > size:
+                raise WireError("there are too many sums")
+
+        self._call(SyncSums(path=path, leaf=leaf.hex()), Done, take)
+        sums = bytes(found)
+        if sums and (len(sums) != size or hashing.root(sums) != leaf.digest):
+            raise self._broken(WireError("the sums are not the file's"))
+        return sums
+
+    def read_blocks(
+        self, path: str, leaf: Leaf, numbers: Sequence[int]
+    ) -> tuple[int, Iterator[bytes]]:
+        """Return a file's time of modification in ns, and some of its blocks."""
+        self._send(wire.rows((wire.pack_number(number),) for number in numbers))
+        files = self._contents(SyncReadBlocks(path=path, leaf=leaf.hex()))
+        for _, mtime_ns, chunks in files:
+            return mtime_ns, _last(chunks, files)
+        raise Gone(f"{path} cannot be read")
+
+    def stage_blocks(
+        self,
+        leaf: Leaf,
+        path: str,
+        base: Leaf,
+        numbers: Sequence[int],
+        mtime_ns: int,
+        chunks: Iterable[bytes],
+    ) -> bool:
+        """Send some blocks of a file, the rest of which is in another one in the guest."""
+        self._send(wire.rows((wire.pack_number(number),) for number in numbers))
+        try:
+            self._send((pack(SyncStageBlocks(leaf=leaf.hex(), path=path, base=base.hex()), 0),))
+            self._send_contents([(b"", mtime_ns, chunks)])
+        except BaseException:
+            # The other end of a root failed, in the midst of a file perhaps.
+            self.close()
+            raise
+        return self._answer(SyncYes).done
 
     def stage_local(self, leaf: Leaf, path: str) -> bool:
         """Have contents taken from another path of the copy."""

@@ -29,7 +29,7 @@ from dataclasses import dataclass, field
 
 from wherry.sync.core import safety
 from wherry.sync.core.keep import Keep
-from wherry.sync.core.plan import SidePlan, needs, plan
+from wherry.sync.core.plan import SidePlan, Want, needs, plan
 from wherry.sync.core.reconcile import (
     GUEST,
     HOST,
@@ -43,6 +43,7 @@ from wherry.sync.core.recover import recover
 from wherry.sync.core.store import Store
 from wherry.sync.core.traits import Traits
 from wherry.sync.endpoint import Endpoint
+from wherry_sync import blocks
 from wherry_sync.apply import no_fault
 from wherry_sync.build import needed
 from wherry_sync.diff import diff, shallow
@@ -50,6 +51,9 @@ from wherry_sync.entry import FILE, Entry, Leaf, lookup, share, updated
 from wherry_sync.operation import DONE, FAILED, Arrival, Operation, Result
 from wherry_sync.scan import Snapshot
 from wherry_sync.stage import Gone
+
+_WORTH = 0.75
+"""Of the blocks of a file; if more of them have changed, all of it is sent."""
 
 
 @dataclass(slots=True)
@@ -270,7 +274,9 @@ class Cycle:
         for leaf in end.missing(want.leaf for want in todo.wants):
             want = wants[leaf.digest]
             self._checkpoint("transfer")
-            if want.local is None or not end.stage_local(leaf, want.local):
+            if want.local is not None and end.stage_local(leaf, want.local):
+                continue
+            if not self._transfer_blocks(side, want):
                 wanted.append((want.path, leaf))
         if not wanted:
             return set()
@@ -281,6 +287,24 @@ class Cycle:
         paths = {operation.path for operation in todo.operations if needs(operation) in absent}
         outcome.requeue |= paths
         return paths
+
+    def _transfer_blocks(self, side: int, want: Want) -> bool:
+        """Stage what one side needs by those blocks that it has not; False if that failed."""
+        end, other = self._ends[side], self._ends[1 - side]
+        leaf, base = want.leaf, want.base
+        if base is None or min(leaf.size, base.size) < blocks.LEAST_BYTES:
+            return False
+        # Who sends has read the old version too, if it had it before.
+        old = other.recall(base) or end.sums(want.path, base)
+        new = other.sums(want.path, leaf) if old else b""
+        numbers = blocks.changed(old, new)
+        if not new or len(numbers) > _WORTH * blocks.count(leaf.size):
+            return False
+        try:
+            mtime_ns, chunks = other.read_blocks(want.path, leaf, numbers)
+        except Gone:
+            return False
+        return end.stage_blocks(leaf, want.path, base, numbers, mtime_ns, chunks)
 
     def _watched(
         self, contents: Iterable[tuple[Leaf, int, Iterable[bytes]]]

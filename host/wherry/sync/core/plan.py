@@ -24,11 +24,13 @@ class Want:
 
     :ivar path: where the other side has them.
     :ivar local: where this side has them, as when a file was renamed; None if nowhere known.
+    :ivar base: the file that this side has at the path, if it has one.
     """
 
     leaf: Leaf
     path: str
     local: str | None
+    base: Leaf | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +83,8 @@ def plan(decisions: Iterable[Decision], side: Callable[[Decision], Operation | N
             along.discard(digest)
         elif digest not in wants and digest not in leaving and after.size <= ALONG_BYTES:
             along.add(digest)
-        wants.setdefault(digest, Want(after, operation.path, leaving.get(digest)))
+        want = Want(after, operation.path, leaving.get(digest), _file(operation.before))
+        wants.setdefault(digest, want)
     staged = tuple(want for digest, want in wants.items() if digest not in along)
     return SidePlan(tuple(operations), tuple(builds), staged, frozenset(along))
 
