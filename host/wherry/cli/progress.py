@@ -1,4 +1,4 @@
-"""The stages of a start, on a terminal alone."""
+"""The stages of a start, and how far a synchronisation is, on a terminal alone."""
 
 from __future__ import annotations
 
@@ -50,5 +50,46 @@ def stages() -> Iterator[Show]:
                 tasks[stage] = progress.add_task(_WORDS.get(stage, stage), total=1)
             elif stage in tasks:
                 progress.update(tasks[stage], completed=1)
+
+        yield show
+
+
+def progress_line(transfer: Mapping[str, Any]) -> str:
+    """Return how far a synchronisation is, in words."""
+    left_s = transfer["left_s"]
+    left = "" if left_s is None else f", {left_s:.0f} s left"
+    return (
+        f"{transfer['files_done']} of {transfer['files']} files,"
+        f" {transfer['bytes_done'] / 1e6:.1f} of {transfer['bytes'] / 1e6:.1f} MB,"
+        f" {transfer['bytes_per_s'] / 1e6:.1f} MB/s{left}"
+    )
+
+
+@contextmanager
+def sync_progress() -> Iterator[Show]:
+    """Show how far each root is that is being synchronised, on a line of its own."""
+    if not stderr_is_terminal():
+        yield lambda event: None
+        return
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.progress import BarColumn, Progress, TextColumn
+
+    columns = (BarColumn(bar_width=20), TextColumn("{task.description}"))
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        tasks: dict[str, Any] = {}
+
+        def show(event: Mapping[str, Any]) -> None:
+            path, transfer = str(event["path"]), event["transfer"]
+            if transfer is None:
+                return
+            if path not in tasks:
+                tasks[path] = progress.add_task("", total=None)
+            progress.update(
+                tasks[path],
+                description=f"{escape(path)}: {progress_line(transfer)}",
+                total=transfer["bytes"] or 1,
+                completed=transfer["bytes_done"],
+            )
 
         yield show

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import datetime
 import os
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import click
 
 from wherry.cli.common import json_option, layout, print_json, print_table
+from wherry.cli.progress import progress_line, sync_progress
 from wherry.config.layout import DEFAULT_NAME
 
 
@@ -59,6 +61,9 @@ def status(name: str, as_json: bool) -> None:
             click.echo(f"  Reason:     {root['reason']}")
         if root["watch_problem"]:
             click.echo(f"  Not watched: {root['watch_problem']}")
+        if root["transfer"] is not None:
+            click.echo(f"  Progress:   {progress_line(root['transfer'])}")
+            click.echo(f"  At:         {root['transfer']['path']}")
         click.echo(f"  Moved:      {root['bytes_moved'] / 1e6:.1f} MB")
         click.echo(f"  Conflicts:  {root['conflicts']}")
         for problem in root["problems"]:
@@ -70,7 +75,8 @@ def status(name: str, as_json: bool) -> None:
 @click.pass_obj
 def add(name: str, path: Path) -> None:
     """Synchronise PATH from now on, whether a container mounts it or not."""
-    _call(name, "sync_add", path=_absolute(path))
+    with sync_progress() as show:
+        _call(name, "sync_add", show, path=_absolute(path))
 
 
 @sync.command()
@@ -90,7 +96,9 @@ def remove(name: str, path: Path) -> None:
 @click.pass_obj
 def flush(name: str, path: Path | None, as_json: bool) -> None:
     """Wait until PATH, or everything, is equal on both sides."""
-    found = _call(name, "sync_flush", path=_absolute(path) if path is not None else None)
+    with sync_progress() as show:
+        chosen = _absolute(path) if path is not None else None
+        found = _call(name, "sync_flush", show, path=chosen)
     if as_json:
         print_json(found)
 
@@ -147,10 +155,15 @@ def _absolute(path: Path) -> str:
     return os.path.normpath(Path.cwd() / path)
 
 
-def _call(name: str, method: str, **params: Any) -> Any:
+def _call(
+    name: str,
+    method: str,
+    on_event: Callable[[Mapping[str, Any]], None] = lambda event: None,
+    **params: Any,
+) -> Any:
     from wherry.control.client import call
     from wherry.service import machine
 
     where = layout()
     paths = machine.require(where, name)
-    return call(where.platform, paths.control_socket, method, params)
+    return call(where.platform, paths.control_socket, method, params, on_event=on_event)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import threading
+import time
 from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ from wherry.core.errors import UsageError, WherryError
 from wherry.core.files import write_atomic
 from wherry.sync.barrier import hold
 from wherry.sync.core.keep import Keep, Kept
+from wherry.sync.core.transfer import Transfer
 from wherry.sync.roots import Roots
 from wherry.sync.session import Session
 from wherry_sync.entry import LINK
@@ -31,11 +34,17 @@ def handlers(
 
         return handle
 
+    def telling(function: Callable[..., Any]) -> Callable[..., Awaitable[Any]]:
+        def handle(params: Mapping[str, Any], emit: Any) -> Awaitable[Any]:
+            return in_thread(lambda: function(roots(), emit, **params), name=function.__name__)
+
+        return handle
+
     return {
         "sync_list": threaded(_list),
-        "sync_add": threaded(_add),
+        "sync_add": telling(_add),
         "sync_remove": threaded(_remove),
-        "sync_flush": threaded(_flush),
+        "sync_flush": telling(_flush),
         "sync_conflicts": threaded(_conflicts),
         "sync_resolve": threaded(_resolve),
     }
@@ -59,15 +68,42 @@ def describe(session: Session) -> dict[str, Any]:
             {"path": problem.path, "reason": problem.reason} for problem in status.problems
         ],
         "watch_problem": status.watch_problem,
+        "transfer": tell(status.transfer, time.monotonic()) if status.transfer else None,
     }
 
 
-def _add(roots: Roots, path: str) -> dict[str, Any]:
+def tell(transfer: Transfer, now_s: float) -> dict[str, Any]:
+    """Return how far a transfer is, as ``--json`` has it."""
+    return {
+        "path": transfer.path,
+        "files": transfer.total_files,
+        "files_done": transfer.done_files,
+        "bytes": transfer.total_bytes,
+        "bytes_done": transfer.done_bytes,
+        "bytes_per_s": transfer.rate(now_s),
+        "left_s": transfer.left_s(now_s),
+    }
+
+
+def _hold(sessions: list[Session], emit: Callable[[dict[str, Any]], object]) -> None:
+    """Wait for barriers, and tell now and then how far they are."""
+
+    def wait(event: threading.Event, timeout_s: float) -> bool:
+        if event.wait(timeout_s):
+            return True
+        for session in sessions:
+            emit(describe(session))
+        return False
+
+    hold(sessions, fresh=True, wait=wait)
+
+
+def _add(roots: Roots, emit: Callable[[dict[str, Any]], object], path: str) -> dict[str, Any]:
     if not Path(path).exists():
         raise UsageError(f"{path} does not exist")
     session = roots.require(path)
     roots.keep(str(session.root.path))
-    hold([session], fresh=True)
+    _hold([session], emit)
     return describe(session)
 
 
@@ -75,14 +111,16 @@ def _remove(roots: Roots, path: str) -> None:
     roots.remove(path)
 
 
-def _flush(roots: Roots, path: str | None = None) -> list[dict[str, Any]]:
+def _flush(
+    roots: Roots, emit: Callable[[dict[str, Any]], object], path: str | None = None
+) -> list[dict[str, Any]]:
     sessions = roots.all()
     if path is not None:
         session = roots.holding(path)
         if session is None:
             raise WherryError(f"{path} is not synchronised", hint="see: wherry sync list")
         sessions = [session]
-    hold(sessions, fresh=True)
+    _hold(sessions, emit)
     return [describe(session) for session in sessions]
 
 

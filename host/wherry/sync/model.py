@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from wherry.sync.core.reconcile import Problem
+from wherry.sync.core.transfer import Transfer
 from wherry.sync.remote import Place
 
 
@@ -41,6 +42,7 @@ class Status:
     :ivar state: connecting, scanning, sending, watching, halted, disconnected.
     :ivar bytes_moved: contents that were sent or received since the session began.
     :ivar problems: paths that are not equal on both sides, and why.
+    :ivar transfer: what is being carried over now.
     """
 
     root: Root
@@ -51,3 +53,4 @@ class Status:
     problems: list[Problem] = field(default_factory=list)
     conflicts: int = 0
     watch_problem: str = ""
+    transfer: Transfer | None = None

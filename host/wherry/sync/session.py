@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import closing
+from dataclasses import replace
 from typing import Any, TypeVar
 
 from wherry.core.errors import WherryError
@@ -84,6 +85,7 @@ class Session:
         self._moved_at = time.monotonic()
         self._status = Status(root, "connecting")
         self._remote: RemoteEndpoint | None = None
+        self._cycle: Cycle | None = None
         self._watch: HostWatch | None = None
         self._watched_at = 0.0
         self._unflushed_since = 0.0
@@ -157,9 +159,13 @@ class Session:
 
     def status(self) -> Status:
         """Return how the root is."""
+        cycle = self._cycle
+        transfer = cycle.transfer if cycle is not None else None
         with self._lock:
             found = self._status
-            return Status(**{name: getattr(found, name) for name in found.__dataclass_fields__})
+            copied = {name: getattr(found, name) for name in found.__dataclass_fields__}
+        copied["transfer"] = replace(transfer) if transfer is not None else None
+        return Status(**copied)
 
     @property
     def is_troubled(self) -> bool:
@@ -217,19 +223,18 @@ class Session:
     def _serve(self, store: Store, conflicts: Keep, trash: Keep) -> None:
         host = self._open_host(store, trash)
         with closing(host):
-            cycle: Cycle | None = None
-            while self._await_work(connected=cycle is not None):
+            while self._await_work(connected=self._cycle is not None):
                 if self._call(conflicts):
                     continue
                 try:
-                    if cycle is None:
-                        cycle = self._open_guest(host, store, conflicts)
-                    self._work(cycle, host, conflicts)
+                    if self._cycle is None:
+                        self._cycle = self._open_guest(host, store, conflicts)
+                    self._work(self._cycle, host, conflicts)
                 except (OSError, WherryError) as error:
-                    cycle = None
+                    self._cycle = None
                     self._drop(error)
-            if cycle is not None:
-                self._part(cycle, host, store)
+            if self._cycle is not None:
+                self._part(self._cycle, host, store)
 
     def _open_host(self, store: Store, trash: Keep) -> LocalEndpoint:
         root = self.root

@@ -10,6 +10,7 @@ safety      whether a tree may be believed at all; pure
 recover     what an ancestor is worth after a loss of power; pure
 store       the ancestor and what is not on both disks yet; SQLite
 keep        files that must not get lost: conflicts, and the trash
+transfer    how far that is
 cycle       scan, decide, transfer, apply, remember
 =========== =====================================================================
 

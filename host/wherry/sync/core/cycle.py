@@ -42,6 +42,7 @@ from wherry.sync.core.reconcile import (
 from wherry.sync.core.recover import recover
 from wherry.sync.core.store import Store
 from wherry.sync.core.traits import Traits
+from wherry.sync.core.transfer import Transfer
 from wherry.sync.endpoint import Endpoint
 from wherry_sync import blocks
 from wherry_sync.apply import no_fault
@@ -108,6 +109,8 @@ class Cycle:
         self._met = False
         self.one_way = False
         """Whether changes in the guest stay there."""
+        self.transfer: Transfer | None = None
+        """What is being carried over, while a round does that."""
 
     def run(
         self,
@@ -233,6 +236,18 @@ class Cycle:
             plan(decisions, lambda decision: decision.host),
             plan(decisions, lambda decision: decision.guest),
         )
+        sizes = [leaf.size for todo in plans for leaf in todo.contents()]
+        self.transfer = Transfer(len(sizes), sum(sizes))
+        try:
+            undone = self._carry(plans, outcome)
+        finally:
+            self.transfer = None
+        return {
+            decision.path: decision.result for decision in decisions if decision.path not in undone
+        }
+
+    def _carry(self, plans: tuple[SidePlan, SidePlan], outcome: Outcome) -> set[str]:
+        """Transfer and apply; return the paths at which that was not done."""
         undone: set[str] = set()
         for side in (HOST, GUEST):
             undone |= self._transfer(side, plans[side], outcome)
@@ -240,9 +255,7 @@ class Cycle:
             undone |= self._note(self._apply(side, plans[side], undone), outcome)
         for side in (HOST, GUEST):
             undone |= self._note(self._build(side, plans[side].builds), outcome)
-        return {
-            decision.path: decision.result for decision in decisions if decision.path not in undone
-        }
+        return undone
 
     def _apply(self, side: int, todo: SidePlan, undone: Container[str]) -> Iterable[Result]:
         """Have one side carry out operations, while the other one sends what is sent along."""
@@ -260,7 +273,7 @@ class Cycle:
                 wanted.append((operation.path, after))
         contents = (
             Arrival(numbers[leaf.digest], mtime_ns, chunks)
-            for leaf, mtime_ns, chunks in self._watched(self._ends[1 - side].read_all(wanted))
+            for leaf, mtime_ns, chunks in self._watched(self._ends[1 - side], wanted)
         )
         return self._ends[side].apply(operations, contents if wanted else ())
 
@@ -280,7 +293,7 @@ class Cycle:
                 wanted.append((want.path, leaf))
         if not wanted:
             return set()
-        taken = end.stage_all(self._watched(other.read_all(wanted)))
+        taken = end.stage_all(self._watched(other, wanted))
         absent = {leaf.digest for _, leaf in wanted} - taken
         if not absent:
             return set()
@@ -304,12 +317,20 @@ class Cycle:
             mtime_ns, chunks = other.read_blocks(want.path, leaf, numbers)
         except Gone:
             return False
-        return end.stage_blocks(leaf, want.path, base, numbers, mtime_ns, chunks)
+        assert self.transfer is not None
+        self.transfer.begin(want.path)
+        self._checkpoint("transfer")
+        done = end.stage_blocks(leaf, want.path, base, numbers, mtime_ns, chunks)
+        if done:
+            self.transfer.end(leaf.size)
+        return done
 
     def _watched(
-        self, contents: Iterable[tuple[Leaf, int, Iterable[bytes]]]
+        self, end: Endpoint, wanted: Sequence[tuple[str, Leaf]]
     ) -> Iterator[tuple[Leaf, int, Iterable[bytes]]]:
-        for leaf, mtime_ns, chunks in contents:
+        """Yield contents that one side reads."""
+        assert self.transfer is not None
+        for leaf, mtime_ns, chunks in self.transfer.watch(wanted, end.read_all(wanted)):
             self._checkpoint("transfer")
             yield leaf, mtime_ns, chunks
 
@@ -328,7 +349,7 @@ class Cycle:
             wanted.append((operations[number].path, own))
         contents = (
             (numbers[id(leaf)], mtime_ns, chunks)
-            for leaf, mtime_ns, chunks in self._watched(self._ends[1 - side].read_all(wanted))
+            for leaf, mtime_ns, chunks in self._watched(self._ends[1 - side], wanted)
         )
         return self._ends[side].build(operations, contents)
 

@@ -7,10 +7,11 @@ in another case takes it, and contents that a deletion removes were staged befor
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterable
+from collections.abc import Callable, Container, Iterable, Iterator
 from dataclasses import dataclass
 
 from wherry.sync.core.reconcile import Decision
+from wherry_sync.build import needed
 from wherry_sync.entry import Directory, Entry, Leaf, is_file
 from wherry_sync.operation import Operation
 
@@ -46,6 +47,17 @@ class SidePlan:
     builds: tuple[Operation, ...]
     wants: tuple[Want, ...]
     along: frozenset[bytes]
+
+    def contents(self) -> Iterator[Leaf]:
+        """Yield the files whose contents are needed from the other side, most likely."""
+        yield from (want.leaf for want in self.wants if want.local is None)
+        for operation in self.operations:
+            if needs(operation) in self.along and isinstance(operation.after, Leaf):
+                yield operation.after
+        for number in needed(self.builds):
+            after = self.builds[number].after
+            assert isinstance(after, Leaf)
+            yield after
 
 
 def ordered(operations: Iterable[Operation]) -> tuple[Operation, ...]:
