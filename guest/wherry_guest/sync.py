@@ -434,6 +434,7 @@ class _Root:
             files_read=snapshot.files_read,
             bytes_read=snapshot.bytes_read,
             changes=len(found),
+            rescued=self._end.has_rescued(),
         )
 
     def _missing(self, request: SyncMissing) -> Done:

@@ -332,6 +332,10 @@ class LocalEndpoint:
         if self._cache is not None:
             save(self._cache, self._scanner.known(), self._trust if trust is None else trust)
 
+    def has_rescued(self) -> bool:
+        """Whether :meth:`rescued` has something."""
+        return self._stage.has_rescued()
+
     def rescued(self) -> list[Rescued]:
         """Return what was saved from being overwritten at the last moment."""
         return list(self._stage.rescued())

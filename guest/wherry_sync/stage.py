@@ -379,6 +379,10 @@ class Stage:
             os.close(marker)
         os.rename(name, kept, src_dir_fd=self.fd, dst_dir_fd=self.fd)
 
+    def has_rescued(self) -> bool:
+        """Whether anything was kept for the user."""
+        return any(name.startswith("rescued-") for name in self._names())
+
     def rescued(self) -> Iterator[Rescued]:
         """Yield what was kept for the user."""
         for name in sorted(self._names()):

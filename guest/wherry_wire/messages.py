@@ -349,6 +349,7 @@ class SyncScanned(Message):
     files_read: int
     bytes_read: int
     changes: int  # so many of the rows are changes; the rest are paths to look at again
+    rescued: bool  # there is something that SyncRescued would tell
 
 
 class SyncMissing(Message):

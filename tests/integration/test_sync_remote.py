@@ -28,6 +28,8 @@ from wherry.sync.core.store import Store
 from wherry.sync.model import Paths, Root
 from wherry.sync.remote import Place, RemoteEndpoint
 from wherry.sync.session import Session
+from wherry_sync import hashing
+from wherry_sync.entry import file
 from wherry_sync.local import LocalEndpoint
 from wherry_wire.frames import Frame
 from wherry_wire.messages import Done, SyncScanned, pack
@@ -308,7 +310,10 @@ def rows(*fields: bytes) -> bytes:
 
 def scanned(changes: int, *, present: bool = True) -> bytes:
     return pack(
-        SyncScanned(present=present, device=1, files_read=0, bytes_read=0, changes=changes), 0
+        SyncScanned(
+            present=present, device=1, files_read=0, bytes_read=0, changes=changes, rescued=False
+        ),
+        0,
     )
 
 
@@ -354,7 +359,6 @@ def test_a_hostile_file_does_not_lead_out_of_the_root(tmp_path: Path) -> None:
     ours = LocalEndpoint(os.fspath(host), os.fspath(tmp_path / "stage"), "b")
     answers = [
         opened(),
-        pack(Done(), 0),
         rows(b"", b"D", b"d", b"D", b"d/l", b"L" + os.fsencode(outside)) + scanned(3),
         pack(Done(), 0),
     ]
@@ -403,3 +407,42 @@ def test_a_copy_that_was_made_for_one_inside_is_a_new_one(pair: Pair) -> None:
     pair.open()
     pair.barrier()
     assert read(pair.host) == read(pair.there) == {"a": "a", "b": "b", "d": {"c": "d/c"}}
+
+
+@pytest.mark.parametrize("side", ["host", "guest"])
+def test_38_of_a_change_only_what_has_changed_is_sent(pair: Pair, side: str) -> None:
+    """A megabyte in a big file by blocks, and what a small one got at its end."""
+    (pair.host / "big").write_bytes(os.urandom(16_000_000))
+    (pair.host / "log").write_bytes(os.urandom(200_000))
+    pair.barrier()
+    here, there = (pair.host, pair.there) if side == "host" else (pair.there, pair.host)
+    for position in (8_000_000, 16_000_000):
+        inodes = [(there / name).stat().st_ino for name in ("big", "log")]
+        before = pair.session.status().bytes_moved
+        with (here / "big").open("r+b") as file:
+            file.seek(position)
+            file.write(os.urandom(1_000_000))
+        with (here / "log").open("ab") as file:
+            file.write(b"one more line\n")
+        pair.barrier()
+        for name in ("big", "log"):
+            assert (there / name).read_bytes() == (here / name).read_bytes()
+        # Whole blocks, and the other way a small file is sent as a whole.
+        limit = 1_600_000 if side == "host" else 1_800_000
+        assert 1_000_000 < pair.session.status().bytes_moved - before < limit
+        kept = [(there / name).stat().st_ino for name in ("big", "log")]
+        assert (kept[0] == inodes[0]) == (position == 16_000_000)
+        assert kept[1] == inodes[1]
+
+
+@pytest.mark.parametrize("answer", [b"", b"x" * 32, b"x" * 64, b"x" * 96])
+def test_sums_of_a_hostile_guest_are_those_of_the_file_or_none(answer: bytes) -> None:
+    leaf = file(False, 2 * hashing.CHUNK_BYTES, hashing.root(b"y" * 64))
+    reply = (rows(answer) if answer else b"") + pack(Done(), 0)
+    end = RemoteEndpoint(Stream(Hostile(opened(), reply).ours), Place("r1", "/r"))
+    if answer:
+        with pytest.raises(OSError, match="broke the protocol"):
+            end.sums("f", leaf)
+    else:
+        assert end.sums("f", leaf) == b""
+    end.close()

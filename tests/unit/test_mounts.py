@@ -28,6 +28,7 @@ class Session:
         self.error: WherryError | None = None
         self.is_troubled = False
         self.idle_s = 0.0
+        self.where = ""
 
     def ask(self, *, fresh: bool) -> Ticket:
         self.asked.append(fresh)
@@ -200,8 +201,9 @@ def test_a_barrier_that_fails_refuses_a_request_and_lets_an_answer_pass(
 def test_a_wait_without_progress_ends(api: Api, session: Session) -> None:
     session.ask = lambda *, fresh: Ticket(0, fresh)  # type: ignore[method-assign]
     session.idle_s = 61
+    session.where = " at a/b, after 2 of 3 files"
     session.root = type("Root", (), {"path": Path("/src")})()  # type: ignore[attr-defined]
-    with pytest.raises(Refusal, match="makes no progress"):
+    with pytest.raises(Refusal, match="makes no progress at a/b, after 2 of 3 files"):
         api.send("POST", "/containers/box/start")
 
 

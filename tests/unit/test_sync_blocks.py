@@ -56,7 +56,7 @@ edits = st.lists(
 
 
 @given(edits, st.sampled_from([0, 1, 3 * CHUNK_BYTES, 4 * CHUNK_BYTES - 1]), st.booleans())
-@settings(deadline=None, max_examples=25)
+@settings(deadline=None, max_examples=12)
 def test_what_is_put_together_is_the_new_version(
     edits: list[tuple[str, int, int]], size: int, hashed: bool
 ) -> None:

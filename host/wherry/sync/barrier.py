@@ -74,13 +74,8 @@ def hold(
     for session, ticket in asked:
         while not wait(ticket.done, _SLICE_S):
             if session.idle_s > STALL_S:
-                transfer = session.status().transfer
-                where = ""
-                if transfer is not None and transfer.path:
-                    where = f" at {transfer.path}, after {transfer.done_files} of"
-                    where += f" {transfer.total_files} files"
                 raise WherryError(
-                    f"the synchronisation of {session.root.path} makes no progress{where}",
+                    f"the synchronisation of {session.root.path} makes no progress{session.where}",
                     hint="see: wherry sync status",
                 )
         ticket.check()

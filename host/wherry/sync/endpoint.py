@@ -132,7 +132,8 @@ class Endpoint(Protocol):
         """Return when all that was in the tree at the call is on the disk. Idempotent."""
 
     def rescued(self) -> list[Rescued]:
-        """Return the files that were saved from being overwritten; see :mod:`stage`."""
+        """Return the files that were saved from being overwritten up to the last scan; see
+        :mod:`wherry_sync.stage`."""
 
     def read_rescued(self, name: str) -> Iterator[bytes]:
         """Return the contents of one of them."""

@@ -117,7 +117,7 @@ class RemoteEndpoint:
         self._decoder = Decoder()
         self._frames: list[Frame] = []
         self._known: Entry | None = None
-        self._scanned = False
+        self._rescued = False
         self._guard = _Guard(stream, silence_s)
         try:
             opened = self._call(
@@ -176,6 +176,7 @@ class RemoteEndpoint:
             self._known = updated(self._known, changes)
         if reply.present != (self._known is not None):
             raise self._broken(WireError("the tree is not complete"))
+        self._rescued = reply.rescued
         found = Snapshot()
         found.root = self._known
         found.device = reply.device
@@ -370,7 +371,12 @@ class RemoteEndpoint:
         self._call(SyncFlush(last=True), Done)
 
     def rescued(self) -> list[Rescued]:
-        """Return what was saved in the guest from being overwritten."""
+        """Return what was saved in the guest from being overwritten, if the last scan told of it.
+
+        So a round in which nothing was takes one question less.
+        """
+        if not self._rescued:
+            return []
         rows: list[tuple[bytes, ...]] = []
         self._call(SyncRescued(), Done, self._collect(rows, 3))
         try:

@@ -42,6 +42,10 @@ _POLL_S = 5.0
 """How often everything is looked at where the host's changes cannot be watched."""
 
 _REWATCH_S = 30.0
+# While very much changes, as in an installation in a container, rounds that nobody waits for take
+# half of the time at most, so that they do not hold up what they follow.
+_SHORT_S = 0.25
+_LONGEST_REST_S = 2.0
 _RETRY_S = (0.2, 1.0, 5.0)
 _JOIN_S = 30.0
 _CALL_S = 30.0
@@ -88,6 +92,7 @@ class Session:
         self._cycle: Cycle | None = None
         self._watch: HostWatch | None = None
         self._watched_at = 0.0
+        self._rested_at = 0.0
         self._unflushed_since = 0.0
         self._missed = False
         self._failures = 0
@@ -171,6 +176,14 @@ class Session:
     def is_troubled(self) -> bool:
         """Whether the next barrier will most likely fail."""
         return self._status.state in ("halted", "disconnected")
+
+    @property
+    def where(self) -> str:
+        """What it is at, as the end of a sentence that says that it is stalled."""
+        transfer = self.status().transfer
+        if transfer is None or not transfer.path:
+            return ""
+        return f" at {transfer.path}, after {transfer.done_files} of {transfer.total_files} files"
 
     @property
     def idle_s(self) -> float:
@@ -285,15 +298,15 @@ class Session:
         with self._lock:
             deadline = time.monotonic() + self._patience(connected)
             while not self._closing:
-                changed = self._host_changed or self._guest_changed
-                if self._tickets or (changed and connected):
+                now = time.monotonic()
+                changed = connected and (self._host_changed or self._guest_changed)
+                if self._tickets or (changed and now >= self._rested_at):
                     break
                 if self._calls:
                     return True
-                left = deadline - time.monotonic()
-                if left <= 0:
+                if now >= deadline and not changed:
                     return True
-                self._lock.wait(left)
+                self._lock.wait((self._rested_at if changed else deadline) - now)
             if self._closing:
                 return False
             hurried = bool(self._tickets)
@@ -340,6 +353,7 @@ class Session:
         exact = self._watch is not None and self._watch.exact
         full = first or (any(ticket.fresh for ticket in tickets) and not exact)
         full = full or not (tickets or host_changed or guest_changed)
+        begun = time.monotonic()
         try:
             outcome = self._rounds(cycle, full)
         except BaseException as error:
@@ -353,6 +367,9 @@ class Session:
             for ticket in tickets:
                 ticket.tried = True
             raise
+        took_s = time.monotonic() - begun
+        if not tickets and took_s > _SHORT_S:
+            self._rested_at = time.monotonic() + min(took_s, _LONGEST_REST_S)
         self._report(outcome, len(list(conflicts)))
         self._finish(tickets, self._failure(outcome))
         if waited_s >= _FLUSH_LATEST_S:

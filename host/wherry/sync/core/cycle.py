@@ -3,8 +3,9 @@
 :meth:`Cycle.run` can be stopped at any point by any means and run again, by a new process too;
 it goes on from what is on the two sides and in the store. The order is what makes that so:
 
-1. What was rescued on either side is kept, then forgotten there.
-2. Both sides are scanned. A root that cannot be believed ends the round.
+1. Both sides are scanned.
+2. What was rescued on either side is kept, then forgotten there. A root that cannot be believed
+   ends the round.
 3. After a loss of power the ancestor is changed (:mod:`recover`), once.
 4. All paths decided on are pending, on the disk.
 5. What a conflict would overwrite is kept, on the disk. Contents are staged.
@@ -125,8 +126,8 @@ class Cycle:
         :raises OSError: a side cannot be reached or its disk fails; run again later.
         """
         outcome = Outcome()
-        self._collect_rescued()
         host, guest = (end.scan(part) for end, part in zip(self._ends, dirty, strict=True))
+        self._collect_rescued()
         outcome.requeue = host.requeue | guest.requeue
         outcome.halt = self._meet(host, guest, marked)
         if outcome.halt is not None:
