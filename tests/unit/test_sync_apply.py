@@ -443,6 +443,16 @@ def test_50_a_full_disk_leaves_the_file_as_it_was(
     assert read(place.root) == {"log": "1"}
 
 
+@pytest.mark.parametrize("place", ["known"], indirect=True)
+@pytest.mark.parametrize("written", ["1 too", "3"])
+def test_32_a_write_just_before_an_append_survives(place: Place, written: str) -> None:
+    path = place.root / "log"
+    write(place.root, {"log": "1"})
+    place.action = lambda point: path.write_text(written) and None if point == "append" else None
+    assert place.one("log", "1", "1 and more").status == STALE
+    assert read(place.root) == {"log": written}
+
+
 def filling(then: Callable[..., None], prefix: bytes = b" and more") -> Callable[..., int]:
     """Return a pwrite that writes half of what begins so, and then does something else."""
     original = os.pwrite

@@ -9,7 +9,7 @@ from hashlib import blake2b
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from sync_pair import Pair, scratch
 
@@ -56,6 +56,8 @@ edits = st.lists(
 
 
 @given(edits, st.sampled_from([0, 1, 3 * CHUNK_BYTES, 4 * CHUNK_BYTES - 1]), st.booleans())
+@example([("write", 10, 1), ("append", 0, 100)], 3 * CHUNK_BYTES, False)
+@example([("append", 0, CHUNK_BYTES + 1)], 4 * CHUNK_BYTES - 1, True)
 @settings(deadline=None, max_examples=12)
 def test_what_is_put_together_is_the_new_version(
     edits: list[tuple[str, int, int]], size: int, hashed: bool
