@@ -133,6 +133,9 @@ class Applier:
                 except OSError as error:
                     if self._cut is error:
                         raise
+                    if self._is_gone(error):
+                        yield Result(operation, STALE, "the directory it is in has changed")
+                        continue
                     yield Result(operation, FAILED, (error.strerror or str(error)).lower())
                 else:
                     yield Result(operation, DONE)
@@ -222,6 +225,11 @@ class Applier:
             handle = handles.open_directory(fd, path)
             self._parent = (path, handle)
         return handle.fd
+
+    def _is_gone(self, error: OSError) -> bool:
+        """Whether an operation failed because its directory has been removed meanwhile."""
+        fd = self._parent[1].fd
+        return isinstance(error, FileNotFoundError) and fd >= 0 and os.fstat(fd).st_nlink == 0
 
     def _leave(self) -> None:
         if self._parent[1].fd >= 0:

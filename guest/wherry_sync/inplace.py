@@ -90,22 +90,29 @@ def rewrite(
 def append(fd: int, name: str, tail: bytes, mtime_ns: int, expected: os.stat_result) -> None:
     """Write something to a file's end.
 
+    What somebody else appends at the same moment is not overwritten; both are in the file then.
+
     :param expected: what the file's status must be when it is open; it is the last check.
-    :raises Stale: it is not; nothing was written.
+    :raises Stale: it is not, or the file is longer now than it should be.
     :raises OSError: it cannot be written.
     """
-    flags = os.O_WRONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    flags = os.O_WRONLY | os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     target = os.open(name, flags, dir_fd=fd)
     try:
         status = os.fstat(target)
         if _changed(status, expected):
             raise Stale("it was written at the last moment")
+        done = 0
         try:
-            _write(target, tail, status.st_size)
+            while done < len(tail):
+                done += os.write(target, tail[done:] if done else tail)
         except OSError:
             # The disk is full, say: as it was before.
-            os.ftruncate(target, status.st_size)
+            if os.fstat(target).st_size == status.st_size + done:
+                os.ftruncate(target, status.st_size)
             raise
+        if os.fstat(target).st_size != status.st_size + done:
+            raise Stale("it was written at the last moment")
         os.utime(target, ns=(mtime_ns, mtime_ns))
     finally:
         os.close(target)

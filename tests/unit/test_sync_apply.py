@@ -435,7 +435,7 @@ def test_50_a_full_disk_leaves_the_file_as_it_was(
 
     if place.how == "known":
         # There is room for a part of it.
-        monkeypatch.setattr(os, "pwrite", filling(full))
+        monkeypatch.setattr(os, "write", filling(full))
     else:
         monkeypatch.setattr(os, "posix_fallocate", full)
     result = place.one("log", "1", "1 and more")
@@ -453,18 +453,52 @@ def test_32_a_write_just_before_an_append_survives(place: Place, written: str) -
     assert read(place.root) == {"log": written}
 
 
-def filling(then: Callable[..., None], prefix: bytes = b" and more") -> Callable[..., int]:
-    """Return a pwrite that writes half of what begins so, and then does something else."""
-    original = os.pwrite
+@pytest.mark.parametrize("place", ["known"], indirect=True)
+def test_two_appends_at_the_same_moment_are_both_there(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = place.root / "log"
+    write(place.root, {"log": "1"})
+    original = os.write
 
-    def pwrite(descriptor: int, data: bytes, position: int) -> int:
-        if bytes(data) == prefix:
-            return original(descriptor, prefix[: len(prefix) // 2], position)
-        if prefix.endswith(bytes(data)):
+    def late(descriptor: int, data: bytes) -> int:
+        if bytes(data) == b" and more":
+            with path.open("a") as file:
+                file.write(" and mine")
+        return original(descriptor, data)
+
+    monkeypatch.setattr(os, "write", late)
+    assert place.one("log", "1", "1 and more").status == STALE
+    assert read(place.root) == {"log": "1 and mine and more"}
+
+
+def test_a_directory_that_goes_between_two_operations_is_no_failure(place: Place) -> None:
+    write(place.root, {"d": {"a": "1"}})
+
+    def action(point: str) -> None:
+        if point == "create":
+            (place.root / "d" / "a").unlink(missing_ok=True)
+            (place.root / "d").rmdir()
+            place.action = lambda point: None
+
+    place.action = action
+    operations = [Operation(f"d/{name}", None, text(name)) for name in ("2", "3")]
+    assert [result.status for result in place.do(*operations)] == [STALE, STALE]
+    assert read(place.root) == {}
+
+
+def filling(then: Callable[..., None], data: bytes = b" and more") -> Callable[..., int]:
+    """Return a write that writes half of some data, and then does something else."""
+    original = os.write
+
+    def write(descriptor: int, piece: bytes) -> int:
+        if bytes(piece) == data:
+            return original(descriptor, data[: len(data) // 2])
+        if data.endswith(bytes(piece)):
             then()
-        return original(descriptor, data, position)
+        return original(descriptor, piece)
 
-    return pwrite
+    return write
 
 
 @pytest.mark.parametrize("place", ["known"], indirect=True)
@@ -478,7 +512,7 @@ def test_a_torn_append_is_never_an_edit(
         raise Crash
 
     with monkeypatch.context() as patch:
-        patch.setattr(os, "pwrite", filling(crash))
+        patch.setattr(os, "write", filling(crash))
         with pytest.raises(Crash):
             place.one("log", "1", "1 and more")
     assert read(place.root) == {"log": "1 and"}
