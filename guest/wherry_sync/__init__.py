@@ -16,6 +16,7 @@ operation  one change of one path, with what must be there before
 blocks     of a big file, only what has changed
 stage      contents on their way in, beside the tree; what must not get lost
 inplace    rewriting a file that must keep its inode
+moves      between stage and tree, losing nothing
 apply      operation -> what happened
 local      all of it as one endpoint
 fanotify   what has changed in trees of the guest, told by its kernel

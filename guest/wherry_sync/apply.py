@@ -25,10 +25,10 @@ from __future__ import annotations
 import errno
 import os
 import stat
-import time
 
-from wherry_sync import handles, inplace, kernel, records
+from wherry_sync import handles, inplace
 from wherry_sync.entry import FILE, LINK, Directory, Leaf, is_file, name_problem, split
+from wherry_sync.moves import Moves
 from wherry_sync.operation import DONE, FAILED, STALE, Arrival, Operation, Result, Stale
 from wherry_sync.stage import Damaged, Journal, Stage, same_contents
 
@@ -86,6 +86,7 @@ class Applier:
         self._policy = policy
         self._checkpoint = checkpoint
         self._uses: dict[bytes, int] = {}
+        self._moves = Moves(stage, checkpoint)
         self._parent = ("", handles.Handle(-1))
         self._verify = True
         # What the contents failed with, as against the disk.
@@ -293,13 +294,7 @@ class Applier:
     def _remove(self, fd: int, name: str, path: str, before: Leaf, status: os.stat_result) -> None:
         """Take a file or link out of the tree."""
         self._stage.begin(Journal(path, before, None))
-        taken = self._stage.name("t")
-        self._checkpoint("displace")
-        os.rename(name, taken, src_dir_fd=fd, dst_dir_fd=self._stage.fd)
-        self._checkpoint("displaced")
-        if not self._is_still(taken, before, status):
-            self._put_back(taken, fd, name, path)
-            raise Stale("it was written at the last moment")
+        taken = self._moves.displace(fd, name, path, before, status)
         if self._policy.keep is not None:
             self._policy.keep(self._stage.fd, taken, path, before)
             self._checkpoint("kept")
@@ -311,7 +306,7 @@ class Applier:
         ours = os.stat(made, dir_fd=self._stage.fd, follow_symlinks=False)
         self._checkpoint("create")
         try:
-            self._place(made, fd, name)
+            self._moves.place(made, fd, name)
         except FileExistsError as error:
             self._stage.discard(made)
             raise Stale("something was made there meanwhile") from error
@@ -419,23 +414,7 @@ class Applier:
 
         :param status: of the one that is there, and ``ours`` of the other.
         """
-        self._checkpoint("exchange")
-        try:
-            self._exchange(made, fd, name)
-        except OSError:
-            self._stage.discard(made)
-            raise
-        self._checkpoint("exchanged")
-        if not self._is_still(made, before, status):
-            # What is in the stage was written after the check: it goes back where it was,
-            # and what comes out in exchange is ours, unless that was written to as well.
-            self._exchange(made, fd, name)
-            back = os.stat(made, dir_fd=self._stage.fd, follow_symlinks=False)
-            if _same_status(ours, back):
-                self._stage.discard(made)
-            else:
-                self._stage.rescue(made, path)
-            raise Stale("it was written at the last moment")
+        self._moves.swap(fd, name, path, before, status, made, ours)
         if self._policy.keep is not None and before.kind != after.kind:
             self._policy.keep(self._stage.fd, made, path, before)
         self._stage.discard(made)
@@ -483,43 +462,6 @@ class Applier:
         finally:
             os.close(descriptor)
 
-    def _place(self, made: str, fd: int, name: str) -> None:
-        """Move a file from the stage to a name that has nothing."""
-        if not kernel.rename_exclusive(self._stage.fd, made, fd, name):
-            os.link(made, name, src_dir_fd=self._stage.fd, dst_dir_fd=fd, follow_symlinks=False)
-            self._stage.discard(made)
-
-    def _exchange(self, made: str, fd: int, name: str) -> None:
-        """Swap a file in the stage with one in the tree.
-
-        Where the filesystem cannot, the displaced file is held by a second name; that misses
-        a file that is itself replaced between the two steps.
-        """
-        if kernel.exchange(self._stage.fd, made, fd, name):
-            return
-        held = self._stage.name("t")
-        os.link(name, held, src_dir_fd=fd, dst_dir_fd=self._stage.fd, follow_symlinks=False)
-        os.rename(made, name, src_dir_fd=self._stage.fd, dst_dir_fd=fd)
-        os.rename(held, made, src_dir_fd=self._stage.fd, dst_dir_fd=self._stage.fd)
-
-    def _put_back(self, taken: str, fd: int, name: str, path: str) -> None:
-        try:
-            self._place(taken, fd, name)
-        except OSError:
-            self._stage.rescue(taken, path)
-
-    def _is_still(self, taken: str, before: Leaf, checked: os.stat_result) -> bool:
-        """Whether a displaced file is what was checked before it was displaced."""
-        status = os.stat(taken, dir_fd=self._stage.fd, follow_symlinks=False)
-        if stat.S_ISREG(status.st_mode) and _same_status(checked, status):
-            # A rename changes the time of change, so it is the other time that has to be old
-            # enough to tell of a write.
-            if status.st_mtime_ns < time.time_ns() - 5 * records.COARSE_NS:
-                return True
-        elif not stat.S_ISREG(status.st_mode) and not stat.S_ISLNK(status.st_mode):
-            return False
-        return self._stage.leaf(taken) == before
-
     def _note(self, fd: int, name: str, path: str, after: Leaf, mtime_ns: int) -> None:
         """Tell the scanner what we put there, unless somebody has written to it already.
 
@@ -557,12 +499,3 @@ def _shallow_equal(one: Entry | None, other: Entry | None) -> bool:
     if isinstance(one, Directory) or isinstance(other, Directory):
         return isinstance(one, Directory) and isinstance(other, Directory)
     return one == other
-
-
-def _same_status(one: os.stat_result, other: os.stat_result) -> bool:
-    return (one.st_mode, one.st_ino, one.st_size, one.st_mtime_ns) == (
-        other.st_mode,
-        other.st_ino,
-        other.st_size,
-        other.st_mtime_ns,
-    )
