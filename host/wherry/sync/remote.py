@@ -6,15 +6,11 @@ and what breaks the protocol ends the connection.
 
 from __future__ import annotations
 
-import contextlib
 import json
-import threading
-import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
 
-from wherry.core.errors import WherryError
+from wherry.sync.connection import SILENCE_S, Connection, Stream
 from wherry.sync.packing import Packer
 from wherry_sync import blocks, hashing, wire
 from wherry_sync.entry import DIGEST_BYTES, FILE, Entry, Leaf, is_problem, is_untracked, updated
@@ -22,14 +18,12 @@ from wherry_sync.ignore import NOTHING, Ignore
 from wherry_sync.operation import DONE, FAILED, STALE, Arrival, Operation, Result
 from wherry_sync.scan import Snapshot
 from wherry_sync.stage import Damaged, Gone, Rescued
-from wherry_wire.frames import Decoder, Frame, WireError
+from wherry_wire.frames import WireError
 from wherry_wire.messages import (
     Done,
-    Failure,
     Message,
     SyncApply,
     SyncBuild,
-    SyncBusy,
     SyncEnd,
     SyncFlush,
     SyncForgetRescued,
@@ -50,30 +44,9 @@ from wherry_wire.messages import (
     SyncSums,
     SyncYes,
     pack,
-    unpack,
 )
 
-_RECEIVE_BYTES = 256 * 1024
-_SEND_BYTES = 256 * 1024
 _STATUSES = {b"d": DONE, b"s": STALE, b"f": FAILED}
-
-SILENCE_S = 30.0
-"""How long the guest may say nothing; at work on something long it speaks every 2 s."""
-
-M = TypeVar("M", bound=Message)
-
-
-class Stream(Protocol):
-    """What of :class:`wherry.tunnel.stream.Stream` is needed here."""
-
-    def recv(self, size: int, /) -> bytes:
-        """Wait for bytes and return up to ``size`` of them; ``b""`` at the end."""
-
-    def sendall(self, data: bytes, /) -> None:
-        """Send all of ``data``."""
-
-    def close(self) -> None:
-        """End it, and wake whoever waits in :meth:`recv` or :meth:`sendall`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +67,7 @@ class Place:
     directory_mode: int = 0o777
 
 
-class RemoteEndpoint:
+class RemoteEndpoint(Connection):
     """A root's copy in the guest.
 
     :param stream: a connection to the agent's socket for roots; owned from now on.
@@ -112,13 +85,9 @@ class RemoteEndpoint:
         progress: Callable[[int], object] = lambda size: None,
         silence_s: float = SILENCE_S,
     ) -> None:
-        self._stream = stream
-        self._progress = progress
-        self._decoder = Decoder()
-        self._frames: list[Frame] = []
+        super().__init__(stream, progress, silence_s)
         self._known: Entry | None = None
         self._rescued = False
-        self._guard = _Guard(stream, silence_s)
         try:
             opened = self._call(
                 SyncOpen(
@@ -138,11 +107,6 @@ class RemoteEndpoint:
         self.boot = opened.boot_id
         self.fresh = opened.fresh
         self._packer = Packer() if opened.packed else None
-
-    def close(self) -> None:
-        """End the connection; safe to call twice and from any thread."""
-        self._guard.close()
-        self._stream.close()
 
     def mount(self) -> None:
         """Have the copy appear at its path, for containers. Idempotent.
@@ -396,40 +360,9 @@ class RemoteEndpoint:
         """Remove one of them."""
         self._call(SyncForgetRescued(name=name), Done)
 
-    # The protocol
-
     def _read(self, paths: list[str]) -> Iterator[tuple[bytes, int, Iterator[bytes]]]:
         self._send(wire.rows((path.encode(),) for path in paths))
         return self._contents(SyncRead())
-
-    def _contents(self, request: Message) -> Iterator[tuple[bytes, int, Iterator[bytes]]]:
-        """Send a request that is answered by contents, and yield these."""
-        self._send((pack(request, 0),))
-        ended = False
-
-        def next_frame() -> bytes | None:
-            nonlocal ended
-            if ended:
-                return None
-            frame = self._next()
-            if frame.type == wire.CONTENTS:
-                self._progress(len(frame.payload))
-                return frame.payload
-            self._expect(frame, Done)
-            ended = True
-            return None
-
-        with self._guard:
-            try:
-                yield from wire.Contents(next_frame)
-            except WireError as error:
-                raise self._broken(error) from error
-            finally:
-                # Whoever stops half-way leaves the rest to be read. When that fails, the connection
-                # has ended, which the next request tells.
-                with contextlib.suppress(OSError):
-                    while not ended and not self._guard.closed:
-                        next_frame()
 
     def _numbers(self, request: Message, limit: int) -> list[int]:
         rows: list[tuple[bytes, ...]] = []
@@ -438,103 +371,6 @@ class RemoteEndpoint:
             return [wire.parse_number(number, limit) for (number,) in rows]
         except WireError as error:
             raise self._broken(error) from error
-
-    def _collect(self, rows: list[tuple[bytes, ...]], width: int) -> Callable[[bytes], None]:
-        def collect(payload: bytes) -> None:
-            rows.extend(wire.parse_rows(payload, width))
-            if len(rows) > wire.MAX_ROWS:
-                raise WireError("the list is too long")
-
-        return collect
-
-    def _call(
-        self, request: Message, kind: type[M], take: Callable[[bytes], None] | None = None
-    ) -> M:
-        """Send a request and return its answer; rows before it go to ``take``."""
-        self._send((pack(request, 0),))
-        return self._answer(kind, take)
-
-    def _answer(self, kind: type[M], take: Callable[[bytes], None] | None = None) -> M:
-        with self._guard:
-            while True:
-                frame = self._next()
-                if frame.type != wire.ROWS:
-                    return self._expect(frame, kind)
-                try:
-                    if take is None:
-                        raise WireError("rows that nobody asked for")
-                    take(frame.payload)
-                except WireError as error:
-                    raise self._broken(error) from error
-
-    def _expect(self, frame: Frame, kind: type[M]) -> M:
-        try:
-            reply = unpack(frame)
-            if isinstance(reply, Failure):
-                raise OSError(f"in the guest: {reply.message[:500]}")
-            if not isinstance(reply, kind):
-                raise WireError(f"{type(reply).__name__} instead of {kind.__name__}")
-        except WireError as error:
-            raise self._broken(error) from error
-        return reply
-
-    def _next(self) -> Frame:
-        while True:
-            while not self._frames:
-                try:
-                    data = self._stream.recv(_RECEIVE_BYTES)
-                except (OSError, WherryError) as error:
-                    raise self._lost(error) from error
-                if not data:
-                    raise self._lost(None)
-                self._guard.heard()
-                # That the guest is at work is progress.
-                self._progress(0)
-                try:
-                    self._frames = self._decoder.feed(data)
-                except WireError as error:
-                    raise self._broken(error) from error
-                self._frames.reverse()
-            frame = self._frames.pop()
-            if frame.type != SyncBusy.TYPE:
-                return frame
-
-    def _send(
-        self,
-        frames: Iterable[bytes],
-        progress: Callable[[int], object] = lambda size: None,
-        packer: Packer | None = None,
-    ) -> None:
-        """Send frames, several at once where they are small."""
-        buffer = bytearray()
-        with self._guard:
-            for frame in frames:
-                buffer += frame
-                progress(len(frame))
-                if len(buffer) >= _SEND_BYTES:
-                    begun = time.perf_counter()
-                    self._send_now(buffer)
-                    if packer is not None:
-                        packer.sent(len(buffer), time.perf_counter() - begun)
-                    buffer = bytearray()
-            if buffer:
-                self._send_now(buffer)
-
-    def _send_now(self, data: bytearray) -> None:
-        try:
-            self._stream.sendall(bytes(data))
-        except (OSError, WherryError) as error:
-            raise self._lost(error) from error
-        self._guard.heard()
-
-    def _lost(self, error: Exception | None) -> OSError:
-        reason = self._guard.reason or (str(error) if error is not None else "it was closed")
-        self.close()
-        return OSError(f"the connection to the guest was lost: {reason}")
-
-    def _broken(self, error: WireError) -> OSError:
-        self.close()
-        return OSError(f"the agent in the guest broke the protocol: {error}")
 
 
 def _shortened(operation: Operation, arrival: Arrival) -> tuple[bytes, int, Iterable[bytes]] | None:
@@ -574,52 +410,3 @@ def _last(chunks: Iterator[bytes], files: Iterator[object]) -> Iterator[bytes]:
     yield from chunks
     for _ in files:
         pass
-
-
-class _Guard:
-    """Closes the stream when the guest says nothing for too long while it is waited for."""
-
-    def __init__(self, stream: Stream, silence_s: float) -> None:
-        self._stream = stream
-        self._silence_s = silence_s
-        self._changed = threading.Condition()
-        self._depth = 0
-        self._deadline = 0.0
-        self.closed = False
-        self.reason = ""
-        threading.Thread(target=self._run, name="sync guard", daemon=True).start()
-
-    def __enter__(self) -> None:
-        with self._changed:
-            self._depth += 1
-            self._deadline = time.monotonic() + self._silence_s
-            if self._depth == 1:
-                self._changed.notify()
-
-    def __exit__(self, *_: object) -> None:
-        with self._changed:
-            self._depth -= 1
-
-    def heard(self) -> None:
-        """Begin to count anew."""
-        self._deadline = time.monotonic() + self._silence_s
-
-    def close(self) -> None:
-        """End the thread; safe to call twice."""
-        with self._changed:
-            self.closed = True
-            self._changed.notify()
-
-    def _run(self) -> None:
-        with self._changed:
-            while not self.closed:
-                if not self._depth:
-                    self._changed.wait()
-                    continue
-                left = self._deadline - time.monotonic()
-                if left > 0:
-                    self._changed.wait(left)
-                    continue
-                self.reason = f"the guest said nothing for {self._silence_s:g} s"
-                self._stream.close()
-                return
