@@ -2,9 +2,10 @@
 
 A cycle goes through here twice. :meth:`Store.begin` writes down, before anything is touched,
 that its paths are pending on both sides, with what was there for certain; :meth:`Store.commit`
-writes what both sides have now into the ancestor. Both are one transaction each and on the disk
-when they return. Later :meth:`Store.confirm` forgets what was pending before a side's disk was
-flushed.
+writes what both sides have now into the ancestor. Later :meth:`Store.confirm` forgets what was
+pending before a side's disk was flushed. Each is one transaction. The first is on the disk when it
+returns, as is whatever tells of boots; the other two need not be: the log keeps their order, so
+what a loss of power takes is the last of them, and that leaves what a crash before them would.
 
 So whatever stops when, either the ancestor is what both sides had, or the path is pending; what
 a side that lost power has at a pending path is judged by :mod:`wherry.sync.core.recover`.
@@ -124,7 +125,7 @@ class Store:
     def commit(self, changes: Mapping[str, Entry | None]) -> None:
         """Change the ancestor by what :func:`~wherry_sync.diff.diff` says."""
         self._checkpoint("commit")
-        with _Transaction(self._database):
+        with _Transaction(self._database, lazy=True):
             self._change(changes)
         self._checkpoint("committed")
 
@@ -149,7 +150,7 @@ class Store:
     def confirm(self, side: int, ticket: int) -> None:
         """Note that a side has on its disk all that was pending when the ticket was taken."""
         self._checkpoint("confirm")
-        with _Transaction(self._database):
+        with _Transaction(self._database, lazy=True):
             self._execute(
                 "DELETE FROM pending WHERE root = ? AND side = ? AND number <= ?",
                 self._root,
@@ -227,14 +228,22 @@ class Store:
 
 
 class _Transaction:
-    def __init__(self, database: sqlite3.Connection) -> None:
+    """A transaction, on the disk at its end; or at the end of a later one, if it is lazy."""
+
+    def __init__(self, database: sqlite3.Connection, *, lazy: bool = False) -> None:
         self._database = database
+        self._lazy = lazy
 
     def __enter__(self) -> None:
+        if self._lazy:
+            # With a write-ahead log this waits for the disk at a checkpoint alone.
+            self._database.execute("PRAGMA synchronous = NORMAL")
         self._database.execute("BEGIN IMMEDIATE")
 
     def __exit__(self, kind: object, *_: object) -> None:
         self._database.execute("COMMIT" if kind is None else "ROLLBACK")
+        if self._lazy:
+            self._database.execute("PRAGMA synchronous = FULL")
 
 
 def _data(entry: Entry | None) -> bytes | None:
