@@ -21,6 +21,7 @@ from sync_guest import Guest, Stream
 from sync_trees import read
 
 from wherry.core.errors import WherryError
+from wherry.sync import session as session_module
 from wherry.sync.core.cycle import Cycle
 from wherry.sync.core.keep import Keep
 from wherry.sync.core.reconcile import HOST
@@ -446,3 +447,21 @@ def test_sums_of_a_hostile_guest_are_those_of_the_file_or_none(answer: bytes) ->
     else:
         assert end.sums("f", leaf) == b""
     end.close()
+
+
+def test_rounds_that_nobody_waits_for_rest_after_a_long_one(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pair.barrier()
+    monkeypatch.setattr(session_module, "_SHORT_S", 0.0)
+    monkeypatch.setattr(session_module, "min", max, raising=False)
+    # Whatever it took, it rests for as long as it may.
+    monkeypatch.setattr(session_module, "_LONGEST_REST_S", WAIT_S)
+    (pair.host / "first").write_text("1")
+    until(lambda: (pair.there / "first").exists())
+    until(lambda: pair.session.status().state == "watching")
+    (pair.host / "second").write_text("2")
+    time.sleep(0.3)
+    assert not (pair.there / "second").exists()
+    pair.barrier()
+    assert (pair.there / "second").exists()
