@@ -18,7 +18,7 @@ concern to anybody, in the stage, and placed when all of it is there:
 What was built needs not be read by the next scan: nobody else could write to it before it was
 placed, and it is placed when the filesystem's clock has gone on since the last write of ours,
 so a write by anybody shows in its time of change. Files that are placed alone get a new time of
-change by that, so they are read again.
+change by that, so they are read again where nobody tells of writes (see :class:`Scanner`).
 """
 
 from __future__ import annotations
@@ -138,6 +138,7 @@ class Builder:
         self._ready: list[_Ready] = []
         self._results: list[Result] = []
         self._notes: list[tuple[int, Leaf, os.stat_result]] = []
+        self._alone: dict[int, os.stat_result] = {}
         self._originals: dict[int, tuple[int, int]] = {}
         self._broken = ""
         # What the contents failed with, as against the disk.
@@ -225,6 +226,8 @@ class Builder:
             status = self._write(fd, made, after, directory.like, given, number, original)
             if directory.staged:
                 self._notes.append((number, after, status))
+            else:
+                self._alone[number] = status
         if directory.staged:
             self._ready[-1].last = number
         else:
@@ -372,17 +375,33 @@ class Builder:
             try:
                 with handles.open_directory(self._root, ready.parent) as fd:
                     self._rename(ready, fd)
+                    found = handles.status(fd, ready.name)
             except (FileExistsError, FileNotFoundError, NotADirectoryError):
                 self._refuse(ready, STALE, "something was made there meanwhile")
             except OSError as error:
                 self._refuse(ready, FAILED, (error.strerror or str(error)).lower())
             else:
                 placed.update(range(ready.first, ready.last + 1))
+                self._note_alone(ready, found)
             self._checkpoint("placed")
         now_ns = time.time_ns()
         for number, leaf, status in self._notes:
             if number in placed and status.st_ctime_ns < now_ns - self._granularity_ns:
                 self._scanner.note(self._results[number].operation.path, leaf, status)
+
+    def _note_alone(self, ready: _Ready, found: os.stat_result | None) -> None:
+        """Tell the scanner of a file that was placed by itself, unless it was written to."""
+        made = self._alone.get(ready.first)
+        operation = self._results[ready.first].operation
+        if made is None or found is None or not isinstance(operation.after, Leaf):
+            return
+        if (made.st_mode, made.st_ino, made.st_size, made.st_mtime_ns) == (
+            found.st_mode,
+            found.st_ino,
+            found.st_size,
+            found.st_mtime_ns,
+        ):
+            self._scanner.note(operation.path, operation.after, found)
 
     def _rename(self, ready: _Ready, fd: int) -> None:
         if kernel.rename_exclusive(self._stage.fd, ready.made, fd, ready.name):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
@@ -14,12 +15,12 @@ from sync_trees import read, text, tree
 
 from wherry.sync.core.plan import plan
 from wherry.sync.core.reconcile import reconcile
-from wherry_sync import build, kernel, wire
+from wherry_sync import build, kernel, records, wire
 from wherry_sync.apply import Policy
 from wherry_sync.diff import diff
 from wherry_sync.entry import EMPTY, Leaf, is_file
 from wherry_sync.local import LocalEndpoint
-from wherry_sync.operation import DONE, FAILED, STALE, Operation, Result
+from wherry_sync.operation import DONE, FAILED, STALE, Arrival, Operation, Result
 from wherry_sync.stage import Damaged
 from wherry_wire.frames import Decoder
 
@@ -49,13 +50,14 @@ class Place:
         self.policy = Policy(0o640, 0o750)
         self.open()
 
-    def open(self) -> None:
+    def open(self, *, told: bool = False) -> None:
         self.end = LocalEndpoint(
             os.fspath(self.root),
             os.fspath(self.stage),
             "boot",
             policy=self.policy,
             checkpoint=lambda point: self.action(point),
+            told=told,
         )
 
     def build(self, value: dict[str, object], **options: bool) -> dict[str, Result]:
@@ -110,6 +112,27 @@ def test_what_was_built_is_not_read_again_but_a_write_after_it_is_seen(place: Pl
     found = place.end.scan()
     assert found.files_read == 1
     assert found.root == tree({"new": {**value["new"], "f3": "2"}})
+
+
+def test_where_writes_are_told_nothing_of_ours_is_read_again_but_what_was_written_to(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place.end.close()
+    # As on a filesystem on which changes in a row have the same time.
+    monkeypatch.setattr(records, "granularity_ns", lambda *arguments: 60_000_000_000)
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    place.open(told=True)
+    place.end.scan()
+    place.build({"a": "1", "b": "1"})
+    change = Operation("a", text("1"), text("2"))
+    (done,) = place.end.apply([change], [Arrival(0, MTIME_NS, [b"2"])])
+    assert done.status == DONE
+    assert place.end.scan(()).files_read == 0
+    place.build({"c": "1", "d": "1"})
+    assert place.end.scan((), ("c",)).files_read == 1
+    place.build({"e": "1", "f": "1"})
+    # And c, which was read too soon after it was made.
+    assert place.end.scan((), lost=True).files_read == 3
 
 
 @pytest.mark.parametrize("there", ["file", "directory", "link"])
