@@ -88,6 +88,14 @@ found = [image["directory"] for image in json.load(sys.stdin) if image["architec
 print(*found[:1])' "$(uname -m)"
 }
 
+# What runs the tests of Windows: Wine, and a compiler for one function that it lacks.
+prepare_wine() {
+    [ "$(uname -sm)" = "Linux x86_64" ] || die "Wine runs Windows' programs on x86_64 Linux alone"
+    need_packages wine64 gcc-mingw-w64-x86-64-win32
+    say "Windows' Python under Wine (the first time takes a minute)"
+    python "$top/tests/support/wine.py" -c pass
+}
+
 # Have the guest image of this checkout: built here on Linux, the released one elsewhere.
 prepare_image() {
     local present

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from wherry_sync.apply import Policy
     from wherry_sync.scan import Scanner
 
-_NEW = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+_NEW = handles.NEW_FLAGS
 _COPY_BYTES = 1 << 20
 # Fewer files are read again sooner than it takes to wait for the clock.
 _WORTH_WAITING = 16

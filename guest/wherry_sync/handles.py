@@ -6,6 +6,7 @@ leads out of the root. The descriptor that a caller holds stays the directory th
 wherever it is moved to.
 
 This is for POSIX; a system without directory descriptors needs its own version of this module.
+Windows is one: it can import what uses this (:data:`POSSIBLE`), and no more.
 """
 
 from __future__ import annotations
@@ -13,9 +14,18 @@ from __future__ import annotations
 import os
 import stat
 
-DIRECTORY_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+POSSIBLE = os.open in os.supports_dir_fd
+"""Whether this system has directory descriptors."""
+
+
+def _flags(*names: str) -> int:
+    return sum(getattr(os, name, 0) for name in names)
+
+
+DIRECTORY_FLAGS = _flags("O_RDONLY", "O_DIRECTORY", "O_NOFOLLOW", "O_CLOEXEC")
 # A fifo that took a file's place must not block the open.
-READ_FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+READ_FLAGS = _flags("O_RDONLY", "O_NOFOLLOW", "O_NONBLOCK", "O_CLOEXEC")
+NEW_FLAGS = _flags("O_RDWR", "O_CREAT", "O_EXCL", "O_NOFOLLOW", "O_CLOEXEC")
 
 
 class Handle:

@@ -10,8 +10,10 @@ import ctypes
 import errno
 import os
 
+from wherry_sync import handles
+
 _UNKNOWN = {errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP}
-_library = ctypes.CDLL(None, use_errno=True)
+_library = ctypes.CDLL(None, use_errno=True) if handles.POSSIBLE else None
 # The function with its values of "fail if the target exists" and "exchange the two".
 _renames = (("renameat2", 1, 2), ("renameatx_np", 4, 2))
 _rename, _NO_REPLACE, _EXCHANGE = next(
@@ -57,7 +59,7 @@ def flush(fd: int) -> None:
 
     :raises OSError: the disk failed.
     """
-    if hasattr(_library, "syncfs"):
+    if _library is not None and hasattr(_library, "syncfs"):
         if _library.syncfs(fd) != 0:
             code = ctypes.get_errno()
             raise OSError(code, os.strerror(code))

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
     from wherry_sync.operation import Arrival
 
-_NEW = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+_NEW = handles.NEW_FLAGS
 _JOURNAL = "journal"
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import random
+import select
 import signal
 import socket
 import sys
@@ -268,14 +269,17 @@ class PipeLike:
     def fileno(self) -> int:
         return -1
 
+    def await_gone(self) -> None:
+        poller = select.poll()
+        poller.register(self._end, 0)
+        poller.poll()
+
 
 class PipeListener:
     def __init__(self, path: Path) -> None:
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._socket.bind(str(path))
         self._socket.listen()
-
-    docker_host = "npipe:////./pipe/test"
 
     def accept(self) -> PipeLike:
         return PipeLike(self._socket.accept()[0])
@@ -311,6 +315,13 @@ def test_a_client_on_a_pipe(proxy: Proxy, tmp_path: Path) -> None:
             client.request("GET", "/never")
             eventually(lambda: ("GET", "/never") in proxy.engine.said)
         assert proxy.engine.cancelled.wait(5)
+        with Client(path) as client:
+            client.request("POST", "/containers/c/wait")
+            client.until(b"\r\n\r\n")
+            client.sock.shutdown(socket.SHUT_WR)
+        # The engine has nothing to say, and no failing write tells that the client has left.
+        eventually(lambda: endpoint.counters.active == 0, timeout_s=10)
+        proxy.engine.exit.set()
         proxy.engine.stop()
         with Client(path) as client:
             client.request("GET", "/_ping")

@@ -49,7 +49,7 @@ def node_modules() -> Path:
         # Their install scripts only compile optional speed-ups.
         _run([PROGRAMS / "npm", "ci", "--ignore-scripts", "--no-audit", "--no-fund"], target)
 
-    return _cached(f"node-{_digest(lock.read_bytes())}", make) / "node_modules"
+    return cached(f"node-{digest(lock.read_bytes())}", make) / "node_modules"
 
 
 def debian_root() -> Path:
@@ -66,7 +66,7 @@ def debian_root() -> Path:
     def make(target: Path) -> None:
         _run([*argv, target, f"deb {host_mirror()} {DEBIAN_SUITE} main"], target.parent)
 
-    return _cached(f"debian-{_digest(' '.join(argv).encode())}.tar.gz", make)
+    return cached(f"debian-{digest(' '.join(argv).encode())}.tar.gz", make)
 
 
 def debian_programs() -> Path:
@@ -82,7 +82,7 @@ def debian_programs() -> Path:
             _run(["dpkg-deb", "-x", package, "."], target)
             package.unlink()
 
-    return _cached(f"programs-{_digest(' '.join(HOST_PACKAGES).encode())}", make) / "usr" / "bin"
+    return cached(f"programs-{digest(' '.join(HOST_PACKAGES).encode())}", make) / "usr" / "bin"
 
 
 def main() -> None:
@@ -94,11 +94,11 @@ def main() -> None:
         debian_programs()
 
 
-def _digest(data: bytes) -> str:
+def digest(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()[:12]
 
 
-def _cached(name: str, make: Callable[[Path], None]) -> Path:
+def cached(name: str, make: Callable[[Path], None]) -> Path:
     """Return the cache's entry; what is not there is made under another name, then renamed."""
     cache = Path(platformdirs.user_cache_dir("wherry")) / "tests"
     cache.mkdir(parents=True, exist_ok=True)

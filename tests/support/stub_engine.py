@@ -1,4 +1,7 @@
-"""An engine on a Unix socket that answers as dockerd does, and a stream to it without SSH."""
+"""An engine on a Unix socket that answers as dockerd does, and a stream to it without SSH.
+
+On Windows it is on the loopback network.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 import h11
@@ -20,6 +24,7 @@ from wherry.tunnel.stream import DrainWrite, Sink
 
 WINDOW_BYTES = 2 * 1024 * 1024
 WAIT_S = 20.0
+FAMILY = getattr(socket, "AF_UNIX", socket.AF_INET)
 
 
 def pattern(size: int, seed: int = 0) -> bytes:
@@ -58,13 +63,15 @@ class StubEngine:
         self._connections: set[socket.socket] = set()
         self._threads: list[threading.Thread] = []
         self._listener: socket.socket | None = None
+        self._address: Any = ("127.0.0.1", 0)
         self.start()
 
     def start(self) -> None:
         self.path.unlink(missing_ok=True)
-        listener = self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        listener.bind(str(self.path))
+        listener = self._listener = socket.socket(FAMILY, socket.SOCK_STREAM)
+        listener.bind(str(self.path) if FAMILY != socket.AF_INET else self._address)
         listener.listen(512)
+        self._address = listener.getsockname()
 
         def accept() -> None:
             with contextlib.suppress(OSError):
@@ -103,9 +110,9 @@ class StubEngine:
                 connection.shutdown(socket.SHUT_RDWR)
 
     def connect(self) -> socket.socket:
-        connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        connection = socket.socket(FAMILY, socket.SOCK_STREAM)
         try:
-            connection.connect(str(self.path))
+            connection.connect(self._address)
         except OSError:
             connection.close()
             raise
@@ -335,10 +342,14 @@ class SocketStream:
             pass
         self._inbox.close()
         self._inbox.tell_end(self._error, gone=self._gone or self._closed)
-        poller = select.poll()
-        poller.register(self._sock.fileno(), 0)
-        while not self._closed and not poller.poll(50):
-            pass
+        if hasattr(select, "poll"):
+            poller = select.poll()
+            poller.register(self._sock.fileno(), 0)
+            while not self._closed and not poller.poll(50):
+                pass
+        else:
+            with self._room:
+                self._room.wait_for(lambda: self._closed)
         self._gone = True
         self._inbox.tell_end(self._error, gone=True)
         with self._room:
@@ -365,6 +376,12 @@ class SocketStream:
         return count
 
     def sendall(self, data: memoryview | bytes, waiting: Callable[[], None] | None = None) -> None:
+        if not hasattr(select, "poll"):
+            try:
+                self._sock.sendall(data)
+            except OSError as error:
+                raise TunnelError("the stub engine takes no more") from error
+            return
         poller = select.poll()
         poller.register(self._sock.fileno(), select.POLLOUT)
         left = memoryview(data)
@@ -419,12 +436,15 @@ class SocketStream:
 
 
 class Client:
-    """A raw client of a Unix socket; every wait is bounded."""
+    """A raw client of a Unix socket, or of what is connected already; every wait is bounded."""
 
-    def __init__(self, path: Path, timeout_s: float = WAIT_S) -> None:
-        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self.sock.settimeout(timeout_s)
-        self.sock.connect(str(path))
+    def __init__(self, place: Path | Any, timeout_s: float = WAIT_S) -> None:
+        if isinstance(place, Path):
+            self.sock = socket.socket(FAMILY, socket.SOCK_STREAM)
+            self.sock.settimeout(timeout_s)
+            self.sock.connect(str(place))
+        else:
+            self.sock = place
         self.buffer = bytearray()
 
     def __enter__(self) -> Client:

@@ -22,7 +22,14 @@ SLOW_IMPORTS = ("asyncio", "cryptography", "msgspec", "paramiko", "psutil", "qem
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize(
     "command",
-    ["ruff check", "ruff format --check", "mypy", "lint-imports"],
+    [
+        "ruff check",
+        "ruff format --check",
+        "mypy",
+        "mypy --platform win32 --cache-dir .mypy_cache/win32"
+        " -p wherry.platform.windows -m wherry.platform",
+        "lint-imports",
+    ],
 )
 def test_tools(command: str) -> None:
     program, *arguments = command.split()

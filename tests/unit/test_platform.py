@@ -56,7 +56,7 @@ def test_a_socket_is_the_users_alone_whatever_the_umask(host: Platform, tmp_path
     finally:
         os.umask(before)
     assert stat.S_IMODE((tmp_path / "s").stat().st_mode) == 0o600
-    assert listener.docker_host == f"unix://{tmp_path}/s"
+    assert host.docker_host(tmp_path / "s", "wherry") == f"unix://{tmp_path}/s"
     listener.close()
     listener.close()
     assert not (tmp_path / "s").exists()

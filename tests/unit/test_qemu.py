@@ -9,8 +9,9 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any
+from dataclasses import replace
+from pathlib import Path, PureWindowsPath
+from typing import Any, cast
 
 import psutil
 import pytest
@@ -41,6 +42,20 @@ def spec(architecture: str, accelerator: str, directory: str = "/m") -> MachineS
         qmp_socket=at / "qmp.sock",
         firmware_files={"machine.json": at / "machine.json", "host_key": at / "keys/host"},
     )
+
+
+def test_paths_of_windows_are_passed_as_they_are() -> None:
+    home = PureWindowsPath(r"C:\Users\A, B\wherry")
+    argv = arguments(
+        replace(
+            spec("x86_64", "whpx"),
+            qmp_socket=cast(Path, home / "qmp.sock"),
+            data_disk=cast(Path, home / "data.qcow2"),
+        )
+    )
+    monitor = argv[argv.index("-qmp") + 1]
+    assert monitor == r"unix:C:\Users\A,, B\wherry\qmp.sock,server=on,wait=off"
+    assert any(r"filename=C:\Users\A,, B\wherry\data.qcow2," in word for word in argv)
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ from wherry.api.http import MalformedRequest, RequestHead
 from wherry.api.local import LocalEnd
 from wherry.api.messages import Piece, RequestReader
 from wherry.core.errors import TunnelError
-from wherry.platform.base import LocalStream
+from wherry.platform.base import AcceptedStream
 from wherry.relay.pump import Spawn
 from wherry.tunnel.stream import Stream
 
@@ -51,7 +51,7 @@ class Connection:
 
     def __init__(
         self,
-        local: LocalStream,
+        local: AcceptedStream,
         open_stream: Callable[[], Stream],
         hooks: Hooks,
         spawn: Spawn,

@@ -2,8 +2,8 @@
 
 They are written to the client in the thread that decrypted them, as
 :mod:`wherry.relay.pump` does it, and followed only after that; by a worker while the
-client is slower than the engine, or while a watch holds the answer. A client that cannot
-be polled (a named pipe) has a second thread instead.
+client is slower than the engine, while a watch holds the answer, and always for a client
+that cannot be polled (a named pipe).
 """
 
 from __future__ import annotations
@@ -24,8 +24,6 @@ from wherry.tunnel.stream import Stream
 
 LOOK_S = 0.1
 """How often a thread that waits for something else looks whether the client is there."""
-
-_BUFFER_BYTES = 128 * 1024
 
 _logger = logging.getLogger(__name__)
 
@@ -87,10 +85,7 @@ class Downstream:
     def attach(self, remote: Stream) -> None:
         """Take the engine's bytes from now on."""
         self._remote = remote
-        if self._local.socket is not None:
-            remote.deliver_to(self)
-        else:
-            self._spawn_or(self._copy)
+        remote.deliver_to(self)
 
     def open_failed(self, error: TunnelError) -> None:
         """Learn that there is no stream at all."""
@@ -168,9 +163,10 @@ class Downstream:
         """Wait for the end of the answer, or for the client to be gone."""
         if self._local.socket is not None:
             self._local.await_end(lambda: self._told)
-        else:
-            with self._news:
-                self._news.wait_for(lambda: self._told)
+            return
+        self._spawn_or(self._watch)
+        with self._news:
+            self._news.wait_for(lambda: self._told)
 
     def finish(self) -> None:
         """Tell the watches of a pending answer that nobody waits for it any more."""
@@ -193,8 +189,8 @@ class Downstream:
             self._give_up("bytes that nobody asked for")
             return sum(map(len, parts))
         raw = settled is Outcome.RAW
-        if exchange.watched and not raw:
-            return 0  # a worker shows it to the watches first
+        if self._local.socket is None or (exchange.watched and not raw):
+            return 0  # a worker does it: it may wait, and shows it to the watches first
         if raw:
             self.last_active = time.monotonic()
         try:
@@ -225,7 +221,7 @@ class Downstream:
                 self._told = True
                 self._news.notify_all()
                 return
-        if exchange is not None and exchange.watched:
+        if self._local.socket is None or (exchange is not None and exchange.watched):
             self._spawn_or(lambda: self._end(exchange, error))
         else:
             self._end(exchange, error)
@@ -334,21 +330,10 @@ class Downstream:
             except OSError:
                 self._abort()
 
-    def _copy(self) -> None:
-        """Pass on what the engine sends to a client that cannot be polled."""
-        assert self._remote is not None
-        buffer = memoryview(bytearray(_BUFFER_BYTES))
-        error: TunnelError | None = None
-        try:
-            while count := self._remote.recv_into(buffer):
-                with self.draining:
-                    self._pass([buffer[:count]])
-        except TunnelError as failure:
-            error = failure
-        except OSError:
-            self._abort()
-        self.ended(error)
-        self.hung_up()
+    def _watch(self) -> None:
+        """Notice that a client which cannot be polled has left."""
+        self._local.await_gone()
+        self._abort()
 
     def _pass(self, parts: list[memoryview]) -> None:
         """Pass bytes on, waiting for the client and for those who watch.

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import select
 import socket
+import threading
 import time
 from collections.abc import Callable
 
-from wherry.platform.base import LocalStream
+from wherry.platform.base import AcceptedStream, LocalStream
 from wherry.platform.hangup import hangs_up
 from wherry.relay.pump import SEND_BUFFER_BYTES
 from wherry.tunnel.inbox import rest_of
@@ -25,13 +26,13 @@ class LocalEnd:
     :param stream: owned from now on; a socket is a blocking one.
     """
 
-    def __init__(self, stream: LocalStream) -> None:
+    def __init__(self, stream: AcceptedStream) -> None:
         self._stream = stream
         self._hung_up = False
         self.socket: socket.socket | None = None
         """The stream, if it can be polled (a named pipe cannot)."""
         self._poller: select.poll | None = None
-        if isinstance(stream, socket.socket) and hasattr(select, "poll"):
+        if isinstance(stream, socket.socket):
             self.socket = stream
             self._poller = select.poll()
             self._poller.register(stream, select.POLLIN)
@@ -87,6 +88,14 @@ class LocalEnd:
         while not (ended() or self._hung_up or hangs_up(self.socket, _LOOK_AGAIN_S)):
             pass
 
+    def await_gone(self) -> None:
+        """Wait until a client that cannot be polled is gone, or until :meth:`hang_up`."""
+        assert not isinstance(self._stream, socket.socket)
+        try:
+            self._stream.await_gone()
+        except OSError:
+            pass  # it was closed here
+
     def end_writing(self) -> None:
         """Let the client read the end of the stream."""
         self._shut(socket.SHUT_WR)
@@ -111,9 +120,14 @@ class LocalEnd:
         A client that is cut off while it sends may not read what it was told (RFC 9112
         §9.6).
         """
-        self.end_writing()
         if self.socket is None:
+            # Which waits until the client has read it, or wants no more than to send.
+            timer = threading.Timer(_LINGER_S, self.hang_up)
+            timer.start()
+            self.end_writing()
+            timer.cancel()
             return
+        self.end_writing()
         deadline = time.monotonic() + _LINGER_S
         buffer = bytearray(_LINGER_BYTES)
         while (left := deadline - time.monotonic()) > 0:

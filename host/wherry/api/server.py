@@ -12,7 +12,7 @@ from wherry.api.answers import Refusal, render
 from wherry.api.connection import Connection
 from wherry.api.hooks import Hooks
 from wherry.api.local import LocalEnd
-from wherry.platform.base import LocalListener, LocalStream
+from wherry.platform.base import AcceptedStream, LocalListener
 from wherry.relay.acceptors import Acceptors
 from wherry.relay.workers import Workers
 from wherry.tunnel.stream import Stream
@@ -125,7 +125,7 @@ class Endpoint:
         if not self._workers.close(_CLOSE_TIMEOUT_S):
             _logger.warning("a connection did not end within %g s", _CLOSE_TIMEOUT_S)
 
-    def _serve(self, local: LocalStream) -> None:
+    def _serve(self, local: AcceptedStream) -> None:
         """Serve one client, or tell it that there are too many."""
         connection = Connection(
             local, self._open_stream, self.hooks, self._workers.spawn, prepare=self._prepare

@@ -5,10 +5,15 @@ from __future__ import annotations
 import hashlib
 import os
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 _CHUNK_BYTES = 1 << 20
+
+_IN_USE = (5, 32)
+"""ERROR_ACCESS_DENIED and ERROR_SHARING_VIOLATION (winerror.h)."""
+_PAUSES_S = (0.001, 0.01, 0.05, 0.2, 0.5)
 
 
 def write_atomic(path: Path, data: bytes, *, mode: int = 0o600) -> None:
@@ -27,10 +32,23 @@ def write_atomic(path: Path, data: bytes, *, mode: int = 0o600) -> None:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        Path(name).replace(path)
+        _replace(Path(name), path)
     except BaseException:
         Path(name).unlink(missing_ok=True)
         raise
+
+
+def _replace(new: Path, path: Path) -> None:
+    """Rename; on Windows that fails for as long as another program reads the old file."""
+    for pause_s in _PAUSES_S:
+        try:
+            new.replace(path)
+            return
+        except PermissionError as error:
+            if getattr(error, "winerror", None) not in _IN_USE:
+                raise
+        time.sleep(pause_s)
+    new.replace(path)
 
 
 def sha256(path: Path, *, progress: Callable[[int], None] | None = None) -> str:

@@ -21,6 +21,12 @@ STDOUT = subprocess.STDOUT
 
 _STDERR_LINES_SHOWN = 5
 
+# Windows has no sessions. A console of its own that nobody sees keeps a program, and what it
+# starts in turn, from the user's console and from what is typed there.
+_DETACHED = getattr(subprocess, "CREATE_NO_WINDOW", 0) | getattr(
+    subprocess, "CREATE_NEW_PROCESS_GROUP", 0
+)
+
 
 def run(
     argv: Sequence[Argument],
@@ -93,6 +99,7 @@ def spawn(
             env={**os.environ, **env} if env is not None else None,
             pass_fds=pass_fds,
             start_new_session=new_session,
+            creationflags=_DETACHED if new_session else 0,
         )
     except FileNotFoundError as error:
         raise WherryError(f"{name} is not installed or not on PATH", hint=hint) from error

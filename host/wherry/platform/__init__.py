@@ -27,7 +27,7 @@ __all__ = [
 def current() -> Platform:
     """Return the system that this program runs on."""
     if sys.platform == "win32":
-        from wherry.platform.windows import Windows
+        from wherry.platform.windows.system import Windows
 
         return Windows()
     if sys.platform == "darwin":

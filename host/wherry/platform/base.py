@@ -7,6 +7,7 @@ module asks which system this is.
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol
@@ -33,7 +34,8 @@ class LocalStream(Protocol):
     def shutdown(self, how: int, /) -> None:
         """End one direction (``socket.SHUT_WR``) or both (``socket.SHUT_RDWR``).
 
-        Ending both wakes threads that are blocked in this stream.
+        Ending both wakes threads that are blocked in this stream. Where the stream is no
+        socket, ending one waits until the other side has read what it was sent.
         """
 
     def fileno(self) -> int:
@@ -43,14 +45,28 @@ class LocalStream(Protocol):
         """Release the stream; safe to call twice."""
 
 
+class UnpolledStream(LocalStream, Protocol):
+    """A stream that is no socket: a named pipe.
+
+    Reading raises OSError once the other side has left in both directions, as there is no
+    poll(2) that tells of that.
+    """
+
+    def await_gone(self) -> None:
+        """Wait until the other side has left, in both directions; what it still sends is lost.
+
+        :raises OSError: both directions were ended here.
+        """
+
+
+AcceptedStream = socket.socket | UnpolledStream
+"""What a listener gives; a socket is a blocking one."""
+
+
 class LocalListener(Protocol):
     """An address on this machine at which only its user can connect."""
 
-    @property
-    def docker_host(self) -> str:
-        """The address in the form of ``DOCKER_HOST``: ``unix:///…`` or ``npipe:////./pipe/…``."""
-
-    def accept(self) -> LocalStream:
+    def accept(self) -> AcceptedStream:
         """Wait for a connection; several threads may do so at once, and one of them gets it.
 
         :raises OSError: the listener was closed.
@@ -187,17 +203,29 @@ class Platform(Protocol):
     def short_directory(self) -> Path:
         """Return the user's private directory for sockets whose own would be too deep."""
 
-    def listen_local(self, path: Path) -> LocalListener:
+    def listen_local(self, path: Path, known_as: str = "") -> LocalListener:
         """Listen where only the user can connect.
 
         On POSIX systems ``path`` is a Unix socket's, and a stale socket there is
-        replaced; on Windows the pipe takes the last part's name.
+        replaced. On Windows it only tells one pipe from another.
 
+        :param known_as: the name by which others look for it, where it needs one: on
+            Windows, which has no paths of sockets.
         :raises OSError: another program listens there, or the place is not writable.
         """
 
+    def docker_host(self, path: Path, known_as: str) -> str:
+        """Return a listener's address as ``DOCKER_HOST``: ``unix:///…``, ``npipe:////./pipe/…``."""
+
     def connect_local(self, path: Path, timeout_s: float) -> LocalStream:
-        """Connect to what :meth:`listen_local` made; the timeout is for connecting alone.
+        """Connect to what :meth:`listen_local` made without a name.
+
+        :param timeout_s: for connecting alone.
+        :raises OSError: nothing listens there.
+        """
+
+    def connect_unix(self, path: Path) -> socket.socket:
+        """Connect to a Unix socket that another program made, on Windows too; never waits.
 
         :raises OSError: nothing listens there.
         """

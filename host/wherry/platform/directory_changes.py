@@ -20,6 +20,8 @@ from watchdog.observers import winapi
 from wherry.platform.base import ChangeSink
 from wherry.platform.changes import Teller
 
+_RETRY_S = 0.05
+
 # The system may name a file by its short name ("The file name", in the documentation of
 # FILE_NOTIFY_INFORMATION), which no scan knows.
 _SHORT_NAME = re.compile(r"~\d")
@@ -69,6 +71,21 @@ class _Reader(winapi.DirectoryChangeReader):
             self._end(error.strerror or str(error))
             # If it never read: who waits for that waits no longer.
             queue.Queue.put(self._buf_queue, (b"", False))
+
+    def stop(self) -> None:
+        """End the thread; safe to call twice.
+
+        It is cancelled until it has ended: watchdog does so once, which may be just before
+        the next read begins, and then waits for ever.
+        """
+        with self._lock:
+            self._should_stop = True
+            thread, self._reader_thread = self._reader_thread, None
+        while thread is not None and thread.is_alive():
+            with self._lock:
+                if self._handle is not None:
+                    winapi._cancel_handle_io(self._handle)
+            thread.join(_RETRY_S)
 
 
 class DirectoryChangesWatcher:

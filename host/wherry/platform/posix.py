@@ -55,11 +55,6 @@ class UnixListener:
             self._socket.close()
             raise
 
-    @property
-    def docker_host(self) -> str:
-        """The socket as a ``DOCKER_HOST``."""
-        return f"unix://{self._path}"
-
     def accept(self) -> socket.socket:
         """Wait for a connection; OSError once the listener is closed."""
         connection, _ = self._socket.accept()
@@ -181,9 +176,13 @@ class Posix:
         """By a shell that waits for the program, and another that waits for the input's end."""
         return ["/bin/sh", "-c", _LEASH, "leash", *argv]
 
-    def listen_local(self, path: Path) -> UnixListener:
+    def listen_local(self, path: Path, known_as: str = "") -> UnixListener:
         """A Unix socket."""
         return UnixListener(path)
+
+    def docker_host(self, path: Path, known_as: str) -> str:
+        """The socket's path."""
+        return f"unix://{path}"
 
     def connect_local(self, path: Path, timeout_s: float) -> socket.socket:
         """A connection to a Unix socket, in blocking mode."""
@@ -192,6 +191,17 @@ class Posix:
             connection.settimeout(timeout_s)
             connection.connect(os.fspath(path))
             connection.settimeout(None)
+        except BaseException:
+            connection.close()
+            raise
+        return connection
+
+    def connect_unix(self, path: Path) -> socket.socket:
+        """The same as any other: a full backlog is an error at once."""
+        connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            connection.setblocking(False)
+            connection.connect(os.fspath(path))
         except BaseException:
             connection.close()
             raise

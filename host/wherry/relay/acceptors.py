@@ -7,7 +7,7 @@ import logging
 import threading
 from collections.abc import Callable
 
-from wherry.platform.base import LocalListener, LocalStream
+from wherry.platform.base import AcceptedStream, LocalListener
 from wherry.relay.workers import Workers
 
 _WAITING = 2
@@ -35,7 +35,7 @@ class Acceptors:
     """
 
     def __init__(
-        self, listener: LocalListener, workers: Workers, serve: Callable[[LocalStream], None]
+        self, listener: LocalListener, workers: Workers, serve: Callable[[AcceptedStream], None]
     ) -> None:
         self._listener = listener
         self._workers = workers
@@ -83,7 +83,7 @@ class Acceptors:
             return False
         return True
 
-    def _accept(self) -> LocalStream | None:
+    def _accept(self) -> AcceptedStream | None:
         """Wait for a connection; None when no more come."""
         while not self._closing.is_set():
             try:

@@ -255,7 +255,7 @@ class Service:
         )
         self._roots = self._make_roots(tunnel)
         self._endpoint = Endpoint(
-            self._layout.platform.listen_local(paths.docker_socket),
+            self._layout.platform.listen_local(paths.docker_socket, paths.docker_context),
             lambda: self._open_engine(tunnel),
             prepare=lambda: tunnel.prepare_unix(engine.SOCKET),
             hooks=self._hooks,

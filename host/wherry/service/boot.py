@@ -105,7 +105,7 @@ class Boot:
         """
         paths = self._paths
         self.adopted = True
-        self.driver = driver = QemuDriver(paths.qemu_log)
+        self.driver = driver = QemuDriver(paths.qemu_log, self._layout.platform)
         try:
             await self._stages.run(
                 "adopt",
@@ -158,7 +158,7 @@ class Boot:
         write_atomic(paths.launched_config, paths.config.read_bytes())
         for tries_left in reversed(range(_BOOT_TRIES)):
             paths.console_log.unlink(missing_ok=True)  # what it says is believed to be of this boot
-            self.driver = driver = QemuDriver(paths.qemu_log, tools.system)
+            self.driver = driver = QemuDriver(paths.qemu_log, layout.platform, tools.system)
             try:
                 await stages.run(
                     "machine",

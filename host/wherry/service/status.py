@@ -33,7 +33,7 @@ def describe(
         "name": paths.name,
         "state": str(record.state),
         "reason": record.reason,
-        "docker_host": f"unix://{paths.docker_socket}",
+        "docker_host": layout.platform.docker_host(paths.docker_socket, paths.docker_context),
         "docker_context": paths.docker_context,
         "accelerator": record.accelerator,
         "cpus": None,

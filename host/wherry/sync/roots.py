@@ -22,6 +22,7 @@ from wherry.sync.core.traits import Traits
 from wherry.sync.model import Paths, Root
 from wherry.sync.remote import Place
 from wherry.sync.session import Connect, Session
+from wherry_sync import handles
 
 log = logging.getLogger(__name__)
 
@@ -56,6 +57,8 @@ class Roots:
 
         :raises WherryError: it cannot be synchronised.
         """
+        if not handles.POSSIBLE:
+            raise WherryError("directories of this computer cannot be mounted on its system yet")
         single = not Path(path).is_dir()
         with self._lock:
             if self._closed:

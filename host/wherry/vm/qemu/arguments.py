@@ -97,6 +97,12 @@ def arguments(spec: MachineSpec) -> list[str]:
 
     The SSH port is 0: QEMU binds a free one, and its monitor tells which, so that
     nobody can take it between choice and use.
+
+    The monitor is a Unix socket in the machine's own directory on every system. QEMU 7.2 has
+    them on Windows too, where connecting takes the right to write to the socket's file. Its
+    other ways there are worse: any user can connect to a TCP port, a pipe of QEMU's
+    (``-chardev pipe``) can be read by everyone and takes one client ever, and standard
+    input ends with the service, after which the machine could not be taken over.
     """
     bus = BOARDS[spec.image.architecture].bus
     root, data = _escape(spec.image.root), _escape(spec.data_disk)

@@ -10,6 +10,7 @@ from typing import Any
 from wherry.core.bridge import in_thread
 from wherry.core.errors import WherryError
 from wherry.core.processes import Argument
+from wherry.platform import Platform
 from wherry.vm.driver import Exit, Features, MachineSpec, ProcessIdentity
 from wherry.vm.qemu.arguments import GUEST_SSH_PORT, SSH_HOST, arguments
 from wherry.vm.qemu.process import QemuProcess
@@ -23,13 +24,15 @@ class QemuDriver:
     """Runs one VM in one QEMU process. See :class:`wherry.vm.driver.Driver`.
 
     :param log: where QEMU's own messages go.
+    :param platform: makes the connection to QEMU's monitor.
     :param system: the program; not needed to adopt one that runs.
     """
 
     features = Features(suspend_to_disk=True, host_forwards=True)
 
-    def __init__(self, log: Path, system: Path | None = None) -> None:
+    def __init__(self, log: Path, platform: Platform, system: Path | None = None) -> None:
         self._log = log
+        self._platform = platform
         self._system = system
         self._process: QemuProcess | None = None
         self._monitor: Monitor | None = None
@@ -122,7 +125,11 @@ class QemuDriver:
     async def _control(self, process: QemuProcess, socket: Path, timeout_s: float) -> None:
         monitor = Monitor("wherry", self._on_event)
         try:
-            await monitor.connect(socket, timeout_s=timeout_s, still_alive=lambda: process.alive)
+            await monitor.connect(
+                lambda: self._platform.connect_unix(socket),
+                timeout_s=timeout_s,
+                still_alive=lambda: process.alive,
+            )
         except BaseException:
             await monitor.close()
             raise

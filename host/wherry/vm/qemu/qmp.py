@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import re
+import socket
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from qemu.qmp import EventListener, ExecuteError, QMPClient, QMPError
@@ -30,10 +30,15 @@ class Monitor:
         self._events: asyncio.Task[None] | None = None
 
     async def connect(
-        self, socket: Path, *, timeout_s: float, still_alive: Callable[[], bool]
+        self,
+        open_socket: Callable[[], socket.socket],
+        *,
+        timeout_s: float,
+        still_alive: Callable[[], bool],
     ) -> None:
         """Connect as soon as QEMU listens, and negotiate.
 
+        :param open_socket: connects to where QEMU shall listen; OSError if it does not yet.
         :param still_alive: whether QEMU runs: it ends the wait when it does not.
         :raises WherryError: QEMU ended, or did not answer in time.
         """
@@ -43,7 +48,7 @@ class Monitor:
             async with asyncio.timeout(timeout_s):
                 while True:
                     try:
-                        await self._client.connect(str(socket))
+                        await self._connect(open_socket())
                         break
                     except (QMPError, OSError) as error:
                         if not still_alive():
@@ -52,6 +57,13 @@ class Monitor:
         except TimeoutError as error:
             raise WherryError(f"QEMU's monitor did not answer within {timeout_s:g} s") from error
         self._events = asyncio.create_task(self._watch(listener), name="qmp events")
+
+    async def _connect(self, connection: socket.socket) -> None:
+        try:
+            await self._client.connect(connection)
+        except BaseException:
+            connection.close()
+            raise
 
     async def execute(
         self,

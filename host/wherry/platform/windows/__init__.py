@@ -1,0 +1,1 @@
+"""Windows. Its modules need Windows to be imported, but for :mod:`.pipes`."""
