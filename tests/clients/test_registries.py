@@ -223,9 +223,9 @@ def test_what_it_refuses_when_it_starts_is_taken_back(engine: Clients) -> None:
     before = config.read_text()
     engine.docker("run", "-d", "--name", "lives", "busybox", "sleep", "3600")
     started = engine.said("inspect", "lives", "--format", "{{.State.StartedAt}}")
-    done = machine.wherry("config", "set", "engine.log-driver", "no-such-driver", check=False)
+    done = machine.wherry("config", "set", "engine.seccomp-profile", "/no/such", check=False)
     assert done.returncode == 1
-    assert b"no-such-driver" in done.stderr
+    assert b"opening seccomp profile (/no/such) failed" in done.stderr
     assert config.read_text() == before
     assert engine.said("inspect", "lives", "--format", "{{.State.StartedAt}}") == started
     assert engine.said("exec", "lives", "echo", "alive") == "alive"

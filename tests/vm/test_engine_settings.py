@@ -42,15 +42,15 @@ def test_settings_through_starts_of_the_machine(machine: Sandbox) -> None:
         assert said == b"asked\n"
 
         machine.wherry("stop")
-        stopped = machine.wherry("config", "set", "engine.log-driver", "no-such-driver")
+        stopped = machine.wherry("config", "set", "engine.seccomp-profile", "/no/such")
         assert b"checks it at the machine's next start" in stopped.stderr
         started = machine.wherry("start")
         assert b"the engine refuses its settings" in started.stderr
-        assert b"no-such-driver" in started.stderr
-        assert "no-such-driver" in machine.status()["warning"]
+        assert b"opening seccomp profile" in started.stderr
+        assert "opening seccomp profile" in machine.status()["warning"]
         assert "172.30.0.1" in bridge(machine)
-        machine.wherry("config", "unset", "engine.log-driver")
-        assert "no-such-driver" not in machine.status()["warning"]
+        machine.wherry("config", "unset", "engine.seccomp-profile")
+        assert "opening seccomp profile" not in machine.status()["warning"]
     finally:
         machine.wherry("config", "unset", "engine")
         machine.docker("rm", "-fv", "steady")
