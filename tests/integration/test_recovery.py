@@ -246,21 +246,25 @@ def test_a_stuck_engine_does_not_keep_the_start(host: FakeHost) -> None:
 
 def test_a_qemu_that_is_slow_to_execute_is_no_service_that_hangs(host: FakeHost) -> None:
     host.make()
-    host.behave(version_takes_s=6)
-    assert "is running" in host.good("start")
+    host.behave(version_takes_s=9)
+    known = len(host.calls())
+    command = host.spawn("start")
+    wait_until(lambda: len(host.calls()) > known, 20, "QEMU is asked for its version")
+    assert host.status()["state"] == "starting"
+    assert host.finish(command).status == 0
 
 
 def test_a_start_during_a_stop_waits_for_its_end(host: FakeHost) -> None:
     host.behave(deaf=True)
     host.make()
-    with host.serve(guest_stop_s=2.0) as service:
+    with host.serve(guest_stop_s=5.0) as service:
         host.good("start")
         stop = host.spawn("stop")
         wait_until(lambda: "state stopping" in host.service_log(), 20, "stopping")
         os.killpg(stop.pid, signal.SIGINT)
         assert host.finish(stop).status == 130
         assert "is running" in host.good("start")
-        assert service.wait(5) == 0
+        assert service.wait(10) == 0
     assert host.launches() == 2
     assert host.status()["state"] == "running"
 

@@ -223,6 +223,8 @@ class FakeHost:
                 process.send_signal(signal.SIGCONT)
                 process.kill()
         wait_until(lambda: not self.processes(), 10, "processes that cannot be killed")
+        for socket in self.sockets():
+            Path(socket).unlink()
         shutil.rmtree(self.directory, ignore_errors=True)
 
 

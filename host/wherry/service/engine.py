@@ -22,11 +22,11 @@ Wait = Callable[[threading.Event, float], bool]
 SOCKET = "/run/docker.sock"
 """The engine's socket in the guest."""
 
-ANSWER_S = 10.0
-"""For an answer that the engine has at hand. One that is stuck must not keep us as well."""
+ANSWER_S = 30.0
+"""For an answer that the engine has at hand, which emulated and busy it gives in seconds."""
 
-_WANTED_S = 2 * ANSWER_S
-"""Opening the connection has a bound of its own."""
+_WANTED_S = 45.0
+"""Opening the connection, which has a bound of its own, comes before."""
 
 _CHUNK_BYTES = 1 << 16
 _RETRY_S = 1.0
@@ -170,13 +170,16 @@ def fetch(stream: Stream, target: str) -> Any:
     :param stream: closed when it has come.
     :raises WherryError: the engine answers something else, or nothing.
     """
-    response, answer = _whole(stream, target)
+    return _json(*_whole(stream, target))
+
+
+def _json(response: h11.Response, answer: bytes) -> Any:
     if response.status_code != 200:
         raise WherryError(f"the engine answered {response.status_code}: {answer[:200]!r}")
     try:
         return json.loads(answer)
     except ValueError as error:
-        raise WherryError(f"the engine's answer to {target} is no JSON: {error}") from error
+        raise WherryError(f"the engine's answer is no JSON: {error}") from error
 
 
 def quoted(name: str) -> str:
@@ -193,13 +196,16 @@ def containers(stream: Stream) -> list[dict[str, Any]]:
     return found
 
 
-def inspect(stream: Stream, container: str) -> dict[str, Any]:
-    """Return what ``GET /containers/{id}/json`` has of a container.
+def inspect(stream: Stream, container: str) -> dict[str, Any] | None:
+    """Return what ``GET /containers/{id}/json`` has of a container; None if there is none.
 
     :param container: its id, a prefix of it, or its name.
-    :raises WherryError: there is none, or the engine does not tell.
+    :raises WherryError: the engine does not tell.
     """
-    found: dict[str, Any] = fetch(stream, f"/containers/{quoted(container)}/json")
+    response, answer = _whole(stream, f"/containers/{quoted(container)}/json")
+    if response.status_code in (400, 404):  # an ambiguous prefix, and none
+        return None
+    found: dict[str, Any] = _json(response, answer)
     return found
 
 

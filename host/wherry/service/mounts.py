@@ -222,7 +222,9 @@ class Mounts:
     # Barriers
 
     def _before(self, request: Request) -> None:
-        self._bring(request, self._sessions(self._mounted(request, request.params["id"])))
+        self._bring(
+            request, self._sessions(self._mounted(request, request.params["id"], needed=True))
+        )
 
     def _around(self, request: Request) -> Watch | None:
         self._before(request)
@@ -259,7 +261,7 @@ class Mounts:
     def _create_exec(self, request: Request) -> Watch | None:
         container = request.params["id"]
         # The docker CLI shows why this is refused, but not why the start is.
-        sessions = self._sessions(self._mounted(request, container))
+        sessions = self._sessions(self._mounted(request, container, needed=True))
         self._bring(request, (each for each in sessions if each.is_troubled))
 
         def created(line: bytes) -> None:
@@ -277,7 +279,7 @@ class Mounts:
             # Made before this service began: whatever it is, all roots are more than enough.
             self._bring(request, self._roots.all())
             return Watch(end=lambda whole: hold(self._roots.all(), fresh=False, wait=request.wait))
-        mounted = self._mounted(request, container)
+        mounted = self._mounted(request, container, needed=True)
         if not mounted:
             return None
         self._bring(request, self._sessions(mounted))
@@ -287,9 +289,12 @@ class Mounts:
         with self._lock:
             self._names.clear()
 
-    def _mounted(self, request: Request, name: str, *, known: bool = False) -> list[Source]:
+    def _mounted(
+        self, request: Request, name: str, *, needed: bool = False, known: bool = False
+    ) -> list[Source]:
         """Return what a container mounts; the engine is asked once about one that is not known.
 
+        :param needed: the request cannot go on without.
         :param known: do not ask; what is not known mounts nothing.
         """
         with self._lock:
@@ -300,6 +305,10 @@ class Mounts:
                 found = self._containers[matching[0]] if len(matching) == 1 else None
         if found is None:
             found = [] if known else self._inspect(request, name)
+        if found is None:
+            if needed:
+                raise Refusal(503, f"the engine does not tell what container {name} mounts")
+            found = []
         return [source for source in found if self._is_shared(source.path)]
 
     def _sessions(self, mounted: Iterable[Source]) -> Iterator[Session]:
@@ -311,16 +320,19 @@ class Mounts:
             if Path(source.path).exists() or self._roots.holding(source.path):
                 yield self._roots.require(source.path, read_only=source.read_only)
 
-    def _inspect(self, request: Request, name: str) -> list[Source]:
+    def _inspect(self, request: Request, name: str) -> list[Source] | None:
+        """Ask the engine what a container mounts; None if it does not tell."""
         try:
             container = engine.while_wanted(
                 request.wait,
                 lambda: self._tunnel.open_unix(engine.SOCKET),
                 lambda stream: engine.inspect(stream, name),
             )
-        except WherryError:
-            # It is not there, say: the engine's own answer to the request will tell.
-            return []
+        except WherryError as error:
+            log.warning("what container %s mounts is not known: %s", name, error)
+            return None
+        if container is None:
+            return []  # the engine's own answer to the request will tell
         found = self._with_volumes(container)
         self._learn(container["Id"], found, name)
         return found

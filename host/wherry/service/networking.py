@@ -285,6 +285,8 @@ class Networking:
                 lambda stream: engine.inspect(stream, request.params["id"]),
             )
         except WherryError:
+            found = None
+        if found is None:
             return None  # the engine will tell the client itself
         plan = desired.planned(found)
         host = (found.get("HostConfig") or {}).get("NetworkMode") == "host"
