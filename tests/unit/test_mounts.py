@@ -13,7 +13,7 @@ import pytest
 from wherry.api.answers import Refusal
 from wherry.api.hooks import Hooks, Request, Watch
 from wherry.api.http import parse_request
-from wherry.core.errors import WherryError
+from wherry.core.errors import TunnelError, WherryError
 from wherry.service.mounts import Mounts
 from wherry.sync.barrier import Ticket
 
@@ -60,13 +60,20 @@ class NoTunnel:
         raise AssertionError(f"{name} was called")
 
 
+class StuckEngine:
+    """Nothing comes from the engine in time."""
+
+    def open_unix(self, path: str) -> Any:
+        raise TunnelError("the guest did not answer in time")
+
+
 class Api:
     """Sends requests through the hooks, as the endpoint does."""
 
-    def __init__(self, shared: Path) -> None:
+    def __init__(self, shared: Path, tunnel: object = None) -> None:
         self.hooks = Hooks()
         self.roots = Roots()
-        Mounts(self.hooks, self.roots, NoTunnel(), [str(shared)])  # type: ignore[arg-type]
+        Mounts(self.hooks, self.roots, tunnel or NoTunnel(), [str(shared)])  # type: ignore[arg-type]
 
     def send(self, method: str, target: str, body: object = None) -> Watch:
         raw = f"{method} {target} HTTP/1.1\r\nHost: docker\r\n\r\n".encode()
@@ -83,6 +90,18 @@ class Api:
         watch = self.send("POST", f"/v1.51/containers/create?name={name}", body)
         assert watch.line is not None
         watch.line(json.dumps({"Id": ID}).encode())
+
+
+@pytest.mark.parametrize(
+    "target", ["start", "restart", "unpause", "archive?path=/", "exec"], ids=lambda each: each[:7]
+)
+def test_without_knowing_the_mounts_no_process_starts(target: str, tmp_path: Path) -> None:
+    """It would see files of yesterday; what ends a process has to work all the same."""
+    api = Api(tmp_path, StuckEngine())
+    with pytest.raises(Refusal, match="does not tell what container box mounts"):
+        api.send("GET" if "archive" in target else "POST", f"/containers/box/{target}")
+    for ending in ("stop", "kill", "wait"):
+        assert api.send("POST", f"/containers/box/{ending}") == Watch()
 
 
 @pytest.fixture
