@@ -17,6 +17,8 @@ import pytest
 
 from wherry.names.forwarder import NameServer
 from wherry.names.system import SystemNames
+from wherry.platform.posix import Posix
+from wherry.platform.resolvers import Resolvers, Servers
 
 
 class Resolver:
@@ -25,6 +27,7 @@ class Resolver:
     def __init__(self) -> None:
         self.records: dict[tuple[str, str], list[str]] = {}
         self.asked: list[str] = []
+        self.refuses = False
         while True:
             self._udp = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
             self._udp.bind(("127.0.0.1", 0))
@@ -46,10 +49,13 @@ class Resolver:
         name, kind = asked.name.to_text(), dns.rdatatype.to_text(asked.rdtype)
         self.asked.append(name)
         reply = dns.message.make_response(query)
+        if self.refuses:
+            reply.set_rcode(dns.rcode.REFUSED)
+            return reply.to_wire()
         found = self.records.get((name, kind))
         if found is None:
             reply.set_rcode(dns.rcode.NXDOMAIN)
-        else:
+        elif found:
             reply.answer.append(dns.rrset.from_text_list(asked.name, 60, "IN", kind, found))
         answer = reply.to_wire()
         if not whole and len(answer) > 512:
@@ -105,7 +111,9 @@ def hosts() -> dict[str, list[str]]:
 
 @pytest.fixture
 def server(upstreams: list[tuple[str, int]], hosts: dict[str, list[str]]) -> Iterator[NameServer]:
-    made = NameServer(lambda: hosts, lambda: list(upstreams))
+    made = NameServer(
+        lambda: hosts, lambda: Resolvers((Servers(tuple(upstreams)),), ("one", "two.example"))
+    )
     made.start()
     yield made
     made.close()
@@ -172,6 +180,50 @@ def test_a_dead_resolver_is_passed_over(
         start = time.monotonic()
         assert texts(ask(server, "x.example.")) == {"192.0.2.1"}
         assert time.monotonic() - start < 4
+        # It is not waited for again at each query.
+        start = time.monotonic()
+        for _ in range(5):
+            assert texts(ask(server, "x.example.")) == {"192.0.2.1"}
+        assert time.monotonic() - start < 1
+
+
+def test_a_resolver_that_refuses_is_not_the_last_one_asked(
+    server: NameServer, resolver: Resolver, upstreams: list[tuple[str, int]]
+) -> None:
+    other = Resolver()
+    try:
+        other.refuses = True
+        resolver.records["x.example.", "A"] = ["192.0.2.1"]
+        upstreams.insert(0, other.address)
+        assert texts(ask(server, "x.example.")) == {"192.0.2.1"}
+        upstreams.remove(resolver.address)
+        assert ask(server, "x.example.").rcode() == dns.rcode.REFUSED
+    finally:
+        other.close()
+
+
+@pytest.mark.parametrize("tcp", [False, True])
+def test_a_short_name_is_completed_as_on_the_host(
+    server: NameServer, resolver: Resolver, tcp: bool
+) -> None:
+    resolver.records["nas.two.example.", "A"] = ["192.0.2.9"]
+    resolver.records["nas.two.example.", "AAAA"] = []
+    assert texts(ask(server, "nas.", tcp=tcp)) == {"nas.two.example.", "192.0.2.9"}
+    assert resolver.asked == ["nas.one.", "nas.two.example."]
+    # It exists without such an address; else musl takes the whole name for unknown.
+    reply = ask(server, "nas.", "AAAA", tcp=tcp)
+    assert (reply.rcode(), reply.answer) == (dns.rcode.NOERROR, [])
+
+
+def test_other_names_are_not_completed(server: NameServer, resolver: Resolver) -> None:
+    resolver.records["nas.lan.one.", "A"] = resolver.records["nas.one.", "TXT"] = ["192.0.2.9"]
+    assert ask(server, "nas.lan.").rcode() == dns.rcode.NXDOMAIN
+    assert ask(server, "nas.", "TXT").rcode() == dns.rcode.NXDOMAIN
+    assert resolver.asked == ["nas.lan.", "nas."]
+    assert ask(server, "localhost.").rcode() == dns.rcode.NXDOMAIN
+    # Nothing completes it: it is asked as it is.
+    resolver.records["top.", "A"] = ["192.0.2.8"]
+    assert texts(ask(server, "top.")) == {"192.0.2.8"}
 
 
 def test_while_one_query_waits_others_are_answered(
@@ -218,14 +270,17 @@ def test_nonsense_is_asked_nowhere_and_ends_nothing(
         assert texts(ask(server, "host.docker.internal", tcp=True)) == {"10.0.2.2"}
 
 
-def test_the_system_s_files_are_read_when_they_change(tmp_path: Path) -> None:
-    hosts, resolvers = tmp_path / "hosts", tmp_path / "resolv.conf"
-    system = SystemNames(hosts, resolvers)
-    assert system.resolvers() == []
+def test_the_system_s_files_are_read_when_they_change(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hosts, file = tmp_path / "hosts", tmp_path / "resolv.conf"
+    monkeypatch.setattr(Posix, "resolvers_file", file)
+    system, platform = SystemNames(hosts), Posix()
+    assert platform.resolvers() == Resolvers()
     assert system.hosts()["host.docker.internal"] == ["10.0.2.2"]
     hosts.write_text("192.168.1.9 nas\n")
-    resolvers.write_text("nameserver 192.168.1.1\n")
-    assert system.resolvers() == [("192.168.1.1", 53)]
+    file.write_text("nameserver 192.168.1.1\n")
+    assert platform.resolvers().servers_for("x") == (("192.168.1.1", 53),)
     assert system.hosts()["nas"] == ["192.168.1.9"]
-    resolvers.write_text("nameserver 10.8.0.1\nnameserver 192.168.1.1\n")
-    assert system.resolvers() == [("10.8.0.1", 53), ("192.168.1.1", 53)]
+    file.write_text("nameserver 10.8.0.1\nnameserver 192.168.1.1\n")
+    assert platform.resolvers().servers_for("x") == (("10.8.0.1", 53), ("192.168.1.1", 53))

@@ -16,12 +16,26 @@ import time
 from collections.abc import Callable, Sequence
 from functools import partial
 
-from wherry.names.zone import Hosts, answer, failure, is_query
+import dns.rcode
+import dns.rdatatype
+
+from wherry.names.zone import Hosts, alias, answer, completed, failure, is_query, question, rcode
+from wherry.platform.resolvers import Address, Resolvers
 from wherry.relay.workers import Workers
 
 _TRY_S = 2.0
 _TOTAL_S = 8.0
 """Clients ask again after five seconds, and twice, as a rule (resolv.conf(5))."""
+
+_SILENT_S = 30.0
+"""How long a server that did not answer is asked after the others."""
+
+_REFUSALS = (dns.rcode.SERVFAIL, dns.rcode.NOTIMP, dns.rcode.REFUSED)
+"""Another server may know better: as resolvers in C libraries go on with the next one."""
+
+_COMPLETED = (dns.rdatatype.A, dns.rdatatype.AAAA)
+"""What is asked to connect to a name. To complete it is left to us, who know the host's domains of
+this moment: those in a container are of when it started."""
 
 _CLIENT_S = 10.0
 _LARGEST = 65535
@@ -34,20 +48,19 @@ _ATTEMPTS = 20
 
 _logger = logging.getLogger(__name__)
 
-Address = tuple[str, int]
+Ask = Callable[[bytes, Address, float], bytes]
+"""Asks a server, for at most so many seconds; raises OSError when it does not answer."""
 
 
 class NameServer:
     """Answers queries on 127.0.0.1, at a port of its own for UDP and TCP.
 
     :param hosts: the names we know; called for each query.
-    :param resolvers: the addresses that all else is asked at; called for each query.
+    :param resolvers: where all else is asked, and how names are completed; called for each query.
     :raises OSError: there is no port to have.
     """
 
-    def __init__(
-        self, hosts: Callable[[], Hosts], resolvers: Callable[[], Sequence[Address]]
-    ) -> None:
+    def __init__(self, hosts: Callable[[], Hosts], resolvers: Callable[[], Resolvers]) -> None:
         self._hosts = hosts
         self._resolvers = resolvers
         self._udp, self._tcp = _bind()
@@ -56,6 +69,7 @@ class NameServer:
         self._workers = Workers("names")
         self._lock = threading.Lock()
         self._active = 0
+        self._silent: dict[Address, float] = {}
         self._closing = False
         self._thread = threading.Thread(target=self._run, name="names", daemon=True)
 
@@ -115,7 +129,7 @@ class NameServer:
         return True
 
     def _datagram(self, query: bytes, client: Address) -> None:
-        reply = self._resolve(query, _ask_udp)
+        reply = self._resolve(query, _ask_udp, stream=False)
         if reply is not None:
             self._udp.sendto(reply, client)
 
@@ -124,27 +138,50 @@ class NameServer:
         with connection:
             connection.settimeout(_CLIENT_S)
             while not self._closing and (query := _receive(connection)):
-                reply = self._resolve(query, _ask_tcp)
+                reply = self._resolve(query, _ask_tcp, stream=True)
                 if reply is None:
                     return
                 connection.sendall(struct.pack("!H", len(reply)) + reply)
 
-    def _resolve(self, query: bytes, ask: Callable[[bytes, Address, float], bytes]) -> bytes | None:
+    def _resolve(self, query: bytes, ask: Ask, *, stream: bool) -> bytes | None:
         known = answer(query, self._hosts())
         if known is not None:
             return known
         if not is_query(query):
             return None
-        end = time.monotonic() + _TOTAL_S
-        for address in self._resolvers():
+        resolvers, end = self._resolvers(), time.monotonic() + _TOTAL_S
+        name, kind = question(query) or ("", None)
+        if kind in _COMPLETED and name != "localhost":
+            for whole in resolvers.completions(name):
+                longer = completed(query, whole)
+                if longer is None:
+                    continue
+                reply = self._ask(longer, resolvers.servers_for(whole), ask, end)
+                if reply is not None and rcode(reply) == dns.rcode.NOERROR:
+                    return alias(query, reply, stream=stream) or failure(query)
+        return self._ask(query, resolvers.servers_for(name), ask, end) or failure(query)
+
+    def _ask(
+        self, query: bytes, addresses: Sequence[Address], ask: Ask, end: float
+    ) -> bytes | None:
+        """Ask one server after the other; those that were silent of late come last."""
+        refusal: bytes | None = None
+        start = time.monotonic()
+        for address in sorted(addresses, key=lambda each: self._silent.get(each, 0.0) > start):
             left = end - time.monotonic()
             if left <= 0 or self._closing:
                 break
             try:
-                return ask(query, address, min(_TRY_S, left))
+                reply = ask(query, address, min(_TRY_S, left))
             except OSError as error:
                 _logger.info("the resolver %s does not answer: %s", address[0], error)
-        return failure(query)
+                self._silent[address] = time.monotonic() + _SILENT_S
+                continue
+            self._silent.pop(address, None)
+            if rcode(reply) not in _REFUSALS:
+                return reply
+            refusal = refusal or reply
+        return refusal
 
 
 def _bind() -> tuple[socket.socket, socket.socket]:

@@ -1,15 +1,13 @@
-"""The host's resolvers and hosts file, as they are at this moment."""
+"""The names that the host knows by itself, as they are at this moment."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from wherry.names.zone import HOST_NAMES, parse_hosts, parse_resolvers
+from wherry.names.zone import HOST_NAMES, parse_hosts
 
 GATEWAY = "10.0.2.2"
 """The host, as QEMU shows it to the guest."""
-
-_DNS_PORT = 53
 
 
 class CachedFile:
@@ -40,17 +38,11 @@ class SystemNames:
     """What the host knows.
 
     :param hosts_file: hosts(5).
-    :param resolvers_file: resolv.conf(5).
     """
 
-    def __init__(self, hosts_file: Path, resolvers_file: Path) -> None:
+    def __init__(self, hosts_file: Path) -> None:
         self._hosts = CachedFile(hosts_file)
-        self._resolvers = CachedFile(resolvers_file)
 
     def hosts(self) -> dict[str, list[str]]:
         """Return the names of the hosts file, and those of the host itself."""
         return {**parse_hosts(self._hosts.text()), **{name: [GATEWAY] for name in HOST_NAMES}}
-
-    def resolvers(self) -> list[tuple[str, int]]:
-        """Return the addresses of the host's resolvers, in its order."""
-        return [(each, _DNS_PORT) for each in parse_resolvers(self._resolvers.text())]

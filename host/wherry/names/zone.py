@@ -20,6 +20,10 @@ HOST_NAMES = ("host.docker.internal", "gateway.docker.internal")
 _TTL_S = 5
 """Short: the host may change at any time."""
 
+_LARGEST_BYTES = 65535
+_SMALLEST_BYTES = 512
+"""Of a message, by TCP and by UDP (RFC 1035 §4.2)."""
+
 Hosts = Mapping[str, Sequence[str]]
 """Addresses by name, in small letters and without a dot at the end."""
 
@@ -81,6 +85,43 @@ def failure(query: bytes) -> bytes | None:
     return reply.to_wire()
 
 
+def completed(query: bytes, name: str) -> bytes | None:
+    """Return the query about another name; None if that cannot be one."""
+    try:
+        message = dns.message.from_wire(query)
+        old = message.question[0]
+        message.question[0] = dns.rrset.RRset(dns.name.from_text(name), old.rdclass, old.rdtype)
+        return message.to_wire()
+    except (dns.exception.DNSException, ValueError):
+        return None
+
+
+def alias(query: bytes, reply: bytes, *, stream: bool) -> bytes | None:
+    """Return the answer to a query that another name's reply is: its name is that one's alias.
+
+    :param stream: whether it has room for more than the client takes in one datagram
+        (RFC 6891 §6.2.5).
+    :returns: None if the reply is none.
+    """
+    try:
+        asked = dns.message.from_wire(query)
+        found = dns.message.from_wire(reply)
+        answer = dns.message.make_response(asked, recursion_available=True)
+        if found.answer:
+            short, whole = asked.question[0].name, found.question[0].name
+            link = dns.rrset.from_text(short, _TTL_S, "IN", "CNAME", whole.to_text())
+            answer.answer = [link, *found.answer]
+        room = _LARGEST_BYTES if stream else max(_SMALLEST_BYTES, asked.payload)
+        return answer.to_wire(max_size=room, prefer_truncation=True)
+    except (dns.exception.DNSException, ValueError, IndexError):
+        return None
+
+
+def rcode(reply: bytes) -> int:
+    """Return the code of a reply, without the part of it that EDNS adds (RFC 1035 §4.1.1)."""
+    return reply[3] & 0xF if len(reply) > 3 else int(dns.rcode.SERVFAIL)
+
+
 def parse_hosts(text: str) -> dict[str, list[str]]:
     """Read hosts(5): addresses by name.
 
@@ -97,20 +138,6 @@ def parse_hosts(text: str) -> dict[str, list[str]]:
             continue
         for name in names:
             found.setdefault(name.lower().rstrip("."), []).append(str(parsed))
-    return found
-
-
-def parse_resolvers(text: str) -> list[str]:
-    """Read resolv.conf(5): the addresses of the resolvers, in order."""
-    found = []
-    for line in text.splitlines():
-        words = line.split()
-        if len(words) >= 2 and words[0] == "nameserver":
-            try:
-                ipaddress.ip_address(words[1].partition("%")[0])
-            except ValueError:
-                continue
-            found.append(words[1])
     return found
 
 

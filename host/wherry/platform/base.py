@@ -12,6 +12,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol
 
+from wherry.platform.resolvers import Resolvers
+
 
 class LocalStream(Protocol):
     """A connection between two programs on this machine; a ``socket.socket`` is one.
@@ -139,9 +141,8 @@ class Platform(Protocol):
     def hosts_file(self) -> Path:
         """The file of names that this computer knows by itself."""
 
-    @property
-    def resolvers_file(self) -> Path:
-        """The file that has this computer's name servers, as in resolv.conf(5)."""
+    def resolvers(self) -> Resolvers:
+        """Return which servers this computer asks for names now; none if it does not tell."""
 
     def low_port_hint(self, address: str, port: int) -> str:
         """Return what the user can do to publish a port below 1024."""

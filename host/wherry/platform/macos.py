@@ -3,19 +3,28 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 from wherry.core.errors import WherryError
 from wherry.core.processes import run
+from wherry.platform import resolvers
 from wherry.platform.base import ChangeSink, TreeWatcher
 from wherry.platform.posix import Posix
+from wherry.platform.resolvers import Resolvers
 
 _SYSCTL_TIMEOUT_S = 5.0
+_SCUTIL_TIMEOUT_S = 2.0
+_RESOLVERS_S = 2.0
+"""How old what scutil says may be: asking it takes longer than asking a server."""
 
 
 class MacOS(Posix):
     """macOS: the Hypervisor framework."""
+
+    _resolvers = Resolvers()
+    _resolvers_expire = 0.0
 
     name = "macos"
     accelerators = ("hvf", "tcg")
@@ -59,6 +68,18 @@ class MacOS(Posix):
     def boot_id(self) -> str:
         """``kern.bootsessionuuid``."""
         return _sysctl("kern.bootsessionuuid")
+
+    def resolvers(self) -> Resolvers:
+        """``scutil --dns``: resolv.conf has the main servers alone, and not those of a VPN."""
+        now = time.monotonic()
+        if now >= self._resolvers_expire:
+            try:
+                said = run(["scutil", "--dns"], timeout_s=_SCUTIL_TIMEOUT_S).stdout
+                self._resolvers = resolvers.scutil(said.decode(errors="replace"))
+            except WherryError:
+                self._resolvers = super().resolvers()
+            self._resolvers_expire = now + _RESOLVERS_S
+        return self._resolvers
 
     def shared_directories(self) -> tuple[str, ...]:
         """Where Docker Desktop lets containers mount from as well."""

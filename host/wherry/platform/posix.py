@@ -15,6 +15,9 @@ from pathlib import Path
 
 import platformdirs
 
+from wherry.platform import resolvers
+from wherry.platform.resolvers import Resolvers
+
 _BACKLOG = 512
 _SHARED = Path("/tmp")
 _PROBE_TIMEOUT_S = 1.0
@@ -122,6 +125,14 @@ class Posix:
     def memory_bytes(self) -> int:
         """Physical memory, by sysconf(3)."""
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+    def resolvers(self) -> Resolvers:
+        """resolv.conf(5), which on Linux may lead to systemd-resolved: it knows what is split."""
+        try:
+            text = self.resolvers_file.read_text(encoding="utf-8", errors="replace")
+        except OSError:
+            return Resolvers()
+        return resolvers.resolv_conf(text)
 
     def shared_directories(self) -> tuple[str, ...]:
         """The user's home and the directory for temporary files."""

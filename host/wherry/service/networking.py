@@ -95,9 +95,9 @@ class Networking:
 
         Without, only what QEMU's own resolver knows has a name there.
         """
-        system = SystemNames(self._platform.hosts_file, self._platform.resolvers_file)
+        system = SystemNames(self._platform.hosts_file)
         try:
-            self._names = NameServer(system.hosts, system.resolvers)
+            self._names = NameServer(system.hosts, self._platform.resolvers)
         except OSError as error:
             log.warning("queries of names are left to QEMU: %s", error)
             return
