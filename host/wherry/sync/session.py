@@ -367,6 +367,11 @@ class Session:
             for ticket in tickets:
                 ticket.tried = True
             raise
+        if outcome.changed:
+            # Another round, now that nobody waits: it looks at what this one has changed, so
+            # that the next barrier need not.
+            with self._lock:
+                self._guest_changed = True
         took_s = time.monotonic() - begun
         if not tickets and took_s > _SHORT_S:
             self._rested_at = time.monotonic() + min(took_s, _LONGEST_REST_S)
