@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from wherry.core.errors import WherryError
-from wherry_images import configure, initramfs
+from wherry_images import configure, emulation, initramfs
 from wherry_images.architecture import ARCHITECTURES, Architecture
 from wherry_images.archive import Apt, fetch, host_mirror
 from wherry_images.libraries import check_libraries
@@ -95,6 +95,9 @@ def _build(
         image = work / "image"
         image.mkdir()
         tools = Tools(work / "tools", host)
+        emulator = work / "emulator"
+        emulation.take(work / "root", emulator, target)
+        _compress(emulator, image / "emulation", tools, guest_lock.epoch)
         _make_image(work / "root", image, tools, guest_lock.epoch, progress)
         manifest = Manifest(
             version=image_version(guest_lock, RECIPE),
@@ -230,6 +233,10 @@ def _make_image(
     (image / "probe").write_bytes(initramfs.probe(probe, busybox))
 
     progress("compressing the root")
+    _compress(root, image / "root", tools, epoch)
+
+
+def _compress(tree: Path, disk: Path, tools: Tools, epoch: int) -> None:
     tools.run(
         "usr/bin/mkfs.erofs",
         "-zlz4hc,12:zstd,6",
@@ -240,6 +247,6 @@ def _make_image(
         f"-T{epoch}",
         # A fixed volume id: the default is random.
         "-U00000000-0000-0000-0000-000000000001",
-        image / "root",
-        root,
+        disk,
+        tree,
     )

@@ -15,6 +15,7 @@ FILES = (
     "initrd",
     "root",
     "probe",
+    "emulation",
     "clients/docker",
     "clients/cli-plugins/docker-buildx",
     "clients/cli-plugins/docker-compose",

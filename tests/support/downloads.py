@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -19,6 +20,8 @@ import platformdirs
 from filelock import FileLock
 
 from wherry_images.archive import host_mirror
+
+FOREIGN = "amd64" if platform.machine() in ("aarch64", "arm64") else "arm64"
 
 NODE_CLIENTS = Path(__file__).resolve().parents[1] / "clients" / "node"
 PROGRAMS = Path(sys.executable).parent
@@ -85,11 +88,31 @@ def debian_programs() -> Path:
     return cached(f"programs-{digest(' '.join(HOST_PACKAGES).encode())}", make) / "usr" / "bin"
 
 
+def foreign_busybox() -> Path:
+    """A static busybox for ``FOREIGN``, the architecture that this computer does not have."""
+    argv = [
+        "mmdebstrap",
+        "--quiet",
+        "--variant=extract",
+        f"--architectures={FOREIGN}",
+        "--include=busybox-static",
+        DEBIAN_SUITE,
+    ]
+
+    def make(target: Path) -> None:
+        root = target.parent / "root"
+        _run([*argv, root, f"deb {host_mirror()} {DEBIAN_SUITE} main"], target.parent)
+        shutil.copy(root / "usr/bin/busybox", target)
+
+    return cached(f"busybox-{digest(' '.join(argv).encode())}", make)
+
+
 def main() -> None:
     """Fill the cache, so that no test waits for a download."""
     node_modules()
     if shutil.which("mmdebstrap") is not None:
         debian_root()
+        foreign_busybox()
     if shutil.which("apt-get") is not None:
         debian_programs()
 

@@ -48,6 +48,17 @@ def test_an_image_is_read(make_image: Any) -> None:
     image.verify(found)
 
 
+def test_the_add_on_is_not_needed_to_boot(make_image: Any) -> None:
+    files = {**WITH_CLIENTS, "emulation": b"E" * 10}
+    found = image.read(make_image(files=files))
+    assert found.emulation == found.directory / "emulation"
+    assert found.boot_bytes == 100 + 200 + 5000 + 50
+    (found.directory / "emulation").unlink()
+    with pytest.raises(WherryError, match="emulation is missing from the image"):
+        image.verify(found)
+    assert image.read(make_image("2")).emulation is None
+
+
 @pytest.mark.parametrize(
     ("damage", "said"),
     [

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from wherry.core.errors import WherryError
-from wherry_images import archive, configure, cpio, initramfs, manifest, modules
+from wherry_images import archive, configure, cpio, emulation, initramfs, manifest, modules
 from wherry_images.build import (
     LOCKS,
     RECIPE,
@@ -289,6 +289,23 @@ def test_no_password_lets_anyone_in() -> None:
     assert "PasswordAuthentication no" in settings
     assert "KbdInteractiveAuthentication no" in settings
     assert configure.SHADOW.startswith("root:*:")
+
+
+@pytest.mark.parametrize(("name", "other"), [("x86_64", "aarch64"), ("aarch64", "x86_64")])
+def test_the_emulator_of_the_other_architecture_is_taken_alone(
+    tmp_path: Path, name: str, other: str
+) -> None:
+    root, registrations = tmp_path / "root", tmp_path / "root/usr/share/qemu/binfmt.d"
+    registrations.mkdir(parents=True)
+    (root / "usr/bin").mkdir()
+    for each in ("x86_64", "aarch64", "m68k"):
+        (root / f"usr/bin/qemu-{each}").write_text(each)
+        (registrations / f"qemu-{each}.conf").write_text(each)
+    emulation.take(root, tmp_path / "taken", architecture_named(name))
+    assert {file.name: file.read_text() for file in (tmp_path / "taken").iterdir()} == {
+        f"{other}-binfmt-P": other,
+        f"qemu-{other}.conf": other,
+    }
 
 
 def elf(needed: list[str]) -> bytes:

@@ -120,6 +120,26 @@ def test_the_whole_command_line(
     # fmt: on
 
 
+@pytest.mark.parametrize("architecture", ["x86_64", "aarch64"])
+def test_an_image_with_the_add_on_gets_one_disk_more(architecture: str) -> None:
+    without = spec(architecture, "kvm")
+    files = {"emulation": (1, "")}
+    with_it = replace(without, image=replace(without.image, files=files))
+    more = [
+        "-blockdev",
+        "driver=file,node-name=emulation-file,filename=/m/image/emulation,read-only=on",
+        "-blockdev",
+        "driver=raw,node-name=emulation,file=emulation-file,read-only=on",
+        "-device",
+        "virtio-blk-pci,drive=emulation,serial=wherry-emulation",
+    ]
+    said = arguments(with_it)
+    # Behind all other devices, so that none of them changes its place.
+    at = said.index("-fw_cfg")
+    assert said[at - len(more) : at] == more
+    assert said[: at - len(more)] + said[at:] == arguments(without)
+
+
 def test_commas_in_paths_are_doubled_where_options_are_split() -> None:
     said = arguments(spec("x86_64", "tcg", "/a,b"))
     for option in ("-chardev", "-qmp", "-blockdev", "-fw_cfg"):

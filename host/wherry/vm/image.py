@@ -25,6 +25,7 @@ from wherry.core.files import sha256
 MANIFEST = "manifest.json"
 CLIENTS = "clients"
 BOOT_FILES = ("kernel", "initrd", "root", "probe")
+EMULATION = "emulation"
 
 _WORD = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+~-]*")
 """What a version, an architecture and each part of a file's path look like."""
@@ -71,6 +72,11 @@ class Image:
     def probe(self) -> Path:
         """A tiny initramfs that says ``wherry: init`` and powers off."""
         return self.directory / "probe"
+
+    @property
+    def emulation(self) -> Path | None:
+        """The disk that makes programs of other architectures run; not every image has it."""
+        return self.directory / EMULATION if EMULATION in self.files else None
 
     @property
     def clients(self) -> Path:

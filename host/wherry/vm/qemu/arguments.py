@@ -105,7 +105,7 @@ def arguments(spec: MachineSpec) -> list[str]:
     input ends with the service, after which the machine could not be taken over.
     """
     bus = BOARDS[spec.image.architecture].bus
-    root, data = _escape(spec.image.root), _escape(spec.data_disk)
+    data = _escape(spec.data_disk)
     # fmt: off
     result = base_arguments(
         architecture=spec.image.architecture,
@@ -125,9 +125,7 @@ def arguments(spec: MachineSpec) -> list[str]:
         "-chardev", f"file,id=console,path={_escape(spec.console_log)}",
         "-serial", "chardev:console",
         "-qmp", f"unix:{_escape(spec.qmp_socket)},server=on,wait=off",
-        "-blockdev", f"driver=file,node-name=root-file,filename={root},read-only=on",
-        "-blockdev", "driver=raw,node-name=root,file=root-file,read-only=on",
-        "-device", f"virtio-blk-{bus},drive=root,serial=wherry-root",
+        *_read_only_disk("root", spec.image.root, bus),
         "-blockdev", f"driver=file,node-name=data-file,filename={data},discard=unmap",
         "-blockdev", "driver=qcow2,node-name=data,file=data-file,discard=unmap,detect-zeroes=unmap",
         "-device", f"virtio-blk-{bus},drive=data,serial=wherry-data",
@@ -136,10 +134,22 @@ def arguments(spec: MachineSpec) -> list[str]:
         "-device", f"virtio-balloon-{bus},free-page-reporting=on",
         "-device", f"virtio-rng-{bus}",
     ]
+    if spec.image.emulation is not None:
+        result += _read_only_disk("emulation", spec.image.emulation, bus)
     for name, path in sorted(spec.firmware_files.items()):
         result += ["-fw_cfg", f"name=opt/wherry/{name},file={_escape(path)}"]
     # fmt: on
     return result
+
+
+def _read_only_disk(name: str, path: Path, bus: str) -> list[str]:
+    # fmt: off
+    return [
+        "-blockdev", f"driver=file,node-name={name}-file,filename={_escape(path)},read-only=on",
+        "-blockdev", f"driver=raw,node-name={name},file={name}-file,read-only=on",
+        "-device", f"virtio-blk-{bus},drive={name},serial=wherry-{name}",
+    ]
+    # fmt: on
 
 
 def _escape(path: Path) -> str:
