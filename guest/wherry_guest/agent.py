@@ -25,6 +25,7 @@ from wherry_wire.messages import (
     ListenersReport,
     ListenersRequest,
     NetworkSet,
+    PortsHold,
     PowerOff,
     SyncListen,
     SyncListening,
@@ -47,6 +48,7 @@ class Agent:
         self._hello: Hello | None = None
         self._reporting = _thread.allocate_lock()
         self._roots: Roots | None = None
+        self._held = sockets.Held()
         self.leads_names = False
         """Whether queries of names go to the host."""
         self.finish: Callable[[], None] = lambda: None
@@ -59,6 +61,7 @@ class Agent:
         session.answer(NetworkSet, self.set_network, slow=True)
         session.answer(ListenersRequest, self.listeners, slow=True)
         session.answer(EngineSet, self.set_engine, slow=True)
+        session.answer(PortsHold, self.hold_ports)
         session.answer(PowerOff, self.power_off, slow=True)
         session.answer(SyncListen, self.listen)
 
@@ -136,6 +139,12 @@ class Agent:
         found = sockets.listeners(request.containers.split())
         lines = [f"{id} {protocol} {address} {port}" for id, protocol, address, port in found]
         return ListenersReport(listeners="\n".join(lines))
+
+    def hold_ports(self, request: PortsHold) -> Done:
+        """Have ports in use that are in use on the host."""
+        lines = [line.split(" ") for line in request.ports.splitlines()]
+        self._held.hold({(protocol, int(port)) for protocol, port in lines})
+        return Done()
 
     def set_network(self, request: NetworkSet) -> Done:
         """Set what leads to the host."""

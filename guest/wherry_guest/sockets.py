@@ -1,4 +1,4 @@
-"""What containers with ``--network host`` listen on.
+"""What containers with ``--network host`` listen on, and ports that nobody may have.
 
 They share the guest's network, so a socket tells its container only through a process that
 has it open: proc_pid_fd(5) has the inodes, /proc/net/tcp and its kin what they are.
@@ -13,6 +13,32 @@ import struct
 _CGROUPS = "/sys/fs/cgroup/docker"
 _LISTENING = {"tcp": "0A", "udp": "07"}  # TCP_LISTEN, and TCP_CLOSE: not connected
 _PREFIX = "socket:["
+_KINDS = {"tcp": socket.SOCK_STREAM, "udp": socket.SOCK_DGRAM}
+
+
+class Held:
+    """Ports that are in use here because they are on the host.
+
+    When the engine chooses a port, it takes another one.
+    """
+
+    def __init__(self) -> None:
+        self._sockets: dict[tuple[str, int], socket.socket] = {}
+
+    def hold(self, ports: set[tuple[str, int]]) -> None:
+        """Hold these ports, by protocol, on all addresses; let the others go."""
+        for port in self._sockets.keys() - ports:
+            self._sockets.pop(port).close()
+        for protocol, number in ports - self._sockets.keys():
+            # Neither listening nor reusable: whoever binds the port too is refused.
+            made = socket.socket(socket.AF_INET6, _KINDS[protocol])
+            try:
+                made.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+                made.bind(("::", number))
+            except OSError:
+                made.close()  # in use here as well, so the engine does not choose it
+                continue
+            self._sockets[protocol, number] = made
 
 
 def listeners(containers: list[str]) -> list[tuple[str, str, str, int]]:

@@ -252,6 +252,14 @@ class ListenersReport(Message):
     listeners: str  # lines of container, protocol, address and port, separated by blanks
 
 
+class PortsHold(Message):
+    """Request: have these ports of the guest in use, and no others; answered by :class:`Done`."""
+
+    TYPE = 0x1F
+
+    ports: str  # lines of protocol and port, separated by a blank
+
+
 class NetworkSet(Message):
     """Request: what leads from the guest to the host; answered by :class:`Done`."""
 

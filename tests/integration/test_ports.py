@@ -18,9 +18,10 @@ import pytest
 
 from wherry.core.errors import TunnelError
 from wherry.platform import current
-from wherry.ports.conflicts import explain, find_holder, try_bind
+from wherry.ports.choices import Choices
+from wherry.ports.conflicts import explain, find_holder, in_use, try_bind
 from wherry.ports.datagrams import DatagramRelay
-from wherry.ports.desired import Forward, Owner
+from wherry.ports.desired import Choice, Forward, Owner
 from wherry.ports.keeper import PortKeeper, PortTaken
 from wherry.ports.qemu import QemuForwards
 from wherry.ports.streams import StreamRelays, to_local
@@ -255,6 +256,48 @@ def test_a_low_port_comes_with_the_remedy() -> None:
 def test_other_errors_are_the_system_s_words() -> None:
     said = explain(Forward("tcp", "::1", 80), OSError(errno.EMFILE, "Too many files"), current())
     assert said == "failed to bind host port [::1]:80/tcp: Too many files"
+
+
+# -- what the engine may choose ----------------------------------------------------------------
+
+
+def test_listeners_connections_and_datagrams_are_in_use() -> None:
+    with (
+        socket.create_server(("127.0.0.1", 0)) as server,
+        socket.create_connection(server.getsockname()) as connection,
+        socket.socket(socket.AF_INET6, socket.SOCK_DGRAM) as datagrams,
+    ):
+        datagrams.bind(("::1", 0))
+        expected = {
+            ("tcp", server.getsockname()[1]),
+            ("tcp", connection.getsockname()[1]),
+            ("udp", datagrams.getsockname()[1]),
+        }
+        assert expected <= in_use()
+
+
+def test_starts_that_choose_hold_what_is_in_use_until_they_are_over() -> None:
+    async def body() -> None:
+        holds: list[set[tuple[str, int]]] = []
+        choices = Choices(holds.append)
+        with (
+            socket.create_server(("127.0.0.1", 0)) as one,
+            socket.create_server(("127.0.0.1", 0)) as two,
+            socket.create_server(("127.0.0.1", 0)) as ours,
+        ):
+            first, second, given = [each.getsockname()[1] for each in (one, two, ours)]
+            mine = [Forward("tcp", "127.0.0.1", given)]
+            await choices.narrow("a", {Choice("tcp", first, first)}, mine)
+            await choices.narrow(
+                "b", {Choice("tcp", second, second), Choice("tcp", given, given)}, mine
+            )
+            await choices.narrow("c", {Choice("udp", first, first)}, mine)
+            for token in ("a", "c", "b", "b"):
+                await choices.release(token)
+        both = {("tcp", first), ("tcp", second)}
+        assert holds == [{("tcp", first)}, both, both, {("tcp", second)}, set()]
+
+    asyncio.run(body())
 
 
 # -- TCP on IPv6 -------------------------------------------------------------------------------

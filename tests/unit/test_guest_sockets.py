@@ -42,3 +42,35 @@ def test_a_process_s_sockets_are_found() -> None:
 
 def test_without_processes_there_are_no_listeners() -> None:
     assert sockets.listeners(["0" * 64]) == []
+
+
+@pytest.mark.parametrize("protocol", ["tcp", "udp"])
+def test_a_port_that_is_held_can_be_bound_on_no_address(protocol: str) -> None:
+    kind = socket.SOCK_STREAM if protocol == "tcp" else socket.SOCK_DGRAM
+    with socket.socket(socket.AF_INET, kind) as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+
+    def refused(address: str) -> bool:
+        family = socket.AF_INET6 if ":" in address else socket.AF_INET
+        with socket.socket(family, kind) as engine:
+            if protocol == "tcp":
+                engine.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                engine.bind((address, port))
+            except OSError:
+                return True
+        return False
+
+    addresses = ["0.0.0.0", "127.0.0.1", "::", "::1"]
+    held = sockets.Held()
+    held.hold({(protocol, port)})
+    assert all(map(refused, addresses))
+    held.hold({(protocol, port)})
+    held.hold(set())
+    assert not any(map(refused, addresses))
+
+
+def test_a_port_that_something_has_needs_no_holding() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        sockets.Held().hold({("tcp", taken.getsockname()[1])})

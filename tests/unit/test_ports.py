@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from wherry.ports.desired import (
+    Choice,
     Forward,
     Owner,
     host_network,
@@ -67,27 +68,33 @@ def test_what_runs_tells_its_ports() -> None:
 def test_what_will_be_published(binding: dict[str, str], addresses: list[str]) -> None:
     plan = planned(inspected({"80/tcp": [binding]}))
     assert plan.fixed == {Forward("tcp", each, 8080): WEB for each in addresses}
-    assert not plan.chosen
+    assert plan.chosen == set()
 
 
-@pytest.mark.parametrize("asked", ["", "0", "8000-8010"])
-def test_ports_that_the_engine_chooses_are_not_known_before(asked: str) -> None:
-    plan = planned(inspected({"80/tcp": [{"HostIp": "", "HostPort": asked}]}))
-    assert plan == ({}, True)
+@pytest.mark.parametrize(
+    ("asked", "first", "last"), [("", 32768, 60999), ("0", 32768, 60999), ("8000-8010", 8000, 8010)]
+)
+@pytest.mark.parametrize("protocol", ["tcp", "udp"])
+def test_ports_that_the_engine_chooses_are_not_known_before(
+    asked: str, first: int, last: int, protocol: str
+) -> None:
+    plan = planned(inspected({f"80/{protocol}": [{"HostIp": "", "HostPort": asked}]}))
+    assert plan == ({}, {Choice(protocol, first, last)})
 
 
 def test_publishing_all_lets_the_engine_choose() -> None:
-    assert planned(inspected(None, PublishAllPorts=True)) == ({}, True)
+    plan = planned(inspected(None, PublishAllPorts=True))
+    assert plan == ({}, {Choice("tcp", 32768, 60999), Choice("udp", 32768, 60999)})
 
 
 @pytest.mark.parametrize("mode", ["host", "none", "container:xyz"])
 def test_networks_without_ports_publish_nothing(mode: str) -> None:
     bindings = {"80/tcp": [{"HostPort": "8080"}]}
-    assert planned(inspected(bindings, NetworkMode=mode)) == ({}, False)
+    assert planned(inspected(bindings, NetworkMode=mode)) == ({}, set())
 
 
 def test_sctp_is_left_to_the_engine() -> None:
-    assert planned(inspected({"80/sctp": [{"HostPort": "8080"}]})) == ({}, False)
+    assert planned(inspected({"80/sctp": [{"HostPort": "8080"}]})) == ({}, set())
 
 
 def test_containers_on_the_host_s_network() -> None:

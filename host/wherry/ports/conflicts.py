@@ -89,6 +89,22 @@ def find_holder(forward: Forward) -> str:
     return ""
 
 
+def in_use() -> set[tuple[str, int]]:
+    """Return protocol and port of all that is bound here, as far as the system tells.
+
+    Connections count: their own ports cannot be listened on either.
+    """
+    try:
+        return {
+            (protocol, each.laddr.port)
+            for protocol in _KINDS
+            for each in psutil.net_connections(kind=protocol)
+            if each.laddr
+        }
+    except (psutil.Error, OSError):
+        return set()
+
+
 def _overlap(one: str, other: str) -> bool:
     # "::" holds IPv4 as well, unless it was bound for IPv6 alone.
     held, wanted = (ipaddress.ip_address(each.partition("%")[0]) for each in (one, other))

@@ -10,6 +10,10 @@ from typing import Any, NamedTuple
 _PROTOCOLS = ("tcp", "udp")
 """SCTP can be published too, and is left out: QEMU cannot carry it."""
 
+EPHEMERAL = (32768, 60999)
+"""From which the engine chooses when no port is asked for: the guest's
+``ip_local_port_range``, which is the kernel's default (ip(7))."""
+
 ALL_IPV4 = "0.0.0.0"
 ALL_IPV6 = "::"
 
@@ -60,15 +64,28 @@ class Owner:
 Wanted = dict[Forward, Owner]
 
 
+@dataclass(frozen=True)
+class Choice:
+    """Ports that the engine may choose one from."""
+
+    protocol: str
+    first: int
+    last: int
+
+    def __contains__(self, port: tuple[str, int]) -> bool:
+        """Whether it may choose this one of this protocol."""
+        return port[0] == self.protocol and self.first <= port[1] <= self.last
+
+
 class Plan(NamedTuple):
     """What a container will publish once it starts.
 
     :ivar fixed: at ports that are known before.
-    :ivar chosen: whether the engine chooses others: ephemeral ones, or out of a range.
+    :ivar chosen: from which ports the engine chooses others.
     """
 
     fixed: Wanted
-    chosen: bool
+    chosen: frozenset[Choice]
 
 
 def running(containers: Iterable[Mapping[str, Any]]) -> Wanted:
@@ -105,9 +122,11 @@ def planned(inspected: Mapping[str, Any]) -> Plan:
     settings = inspected.get("HostConfig") or {}
     mode = str(settings.get("NetworkMode") or "")
     fixed: Wanted = {}
-    chosen = bool(settings.get("PublishAllPorts"))
+    chosen: set[Choice] = set()
+    if settings.get("PublishAllPorts"):
+        chosen = {Choice(protocol, *EPHEMERAL) for protocol in _PROTOCOLS}
     if mode in ("host", "none") or mode.startswith("container:"):
-        return Plan(fixed, False)
+        return Plan(fixed, frozenset())
     name = str(inspected.get("Name") or "").lstrip("/")
     for exposed, bindings in (settings.get("PortBindings") or {}).items():
         port, _, protocol = exposed.partition("/")
@@ -116,14 +135,18 @@ def planned(inspected: Mapping[str, Any]) -> Plan:
         each_binding: list[Mapping[str, Any]] = list(bindings or [{}])
         for binding in each_binding:
             asked = str(binding.get("HostPort") or "")
+            first, _, last = asked.partition("-")
+            if first.isdecimal() and last.isdecimal():
+                chosen.add(Choice(protocol or "tcp", int(first), int(last)))
+                continue
             if not asked.isdecimal() or not int(asked):
-                chosen = True
+                chosen.add(Choice(protocol or "tcp", *EPHEMERAL))
                 continue
             address = str(binding.get("HostIp") or "")
             for each in [str(ipaddress.ip_address(address))] if address else [ALL_IPV4, ALL_IPV6]:
                 forward = Forward(protocol or "tcp", each, int(asked))
                 fixed[forward] = Owner(inspected["Id"], name, int(port))
-    return Plan(fixed, chosen)
+    return Plan(fixed, frozenset(chosen))
 
 
 def listening(listeners: Iterable[tuple[str, str, str, int]], names: Mapping[str, str]) -> Wanted:

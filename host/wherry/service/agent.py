@@ -30,6 +30,7 @@ from wherry_wire.messages import (
     ListenersRequest,
     Message,
     NetworkSet,
+    PortsHold,
     PowerOff,
     SyncChanged,
     SyncListen,
@@ -240,6 +241,16 @@ class AgentClient:
             ]
         except ValueError as error:
             raise WherryError("the agent in the guest told listeners that are none") from error
+
+    def hold_ports(
+        self, ports: Iterable[tuple[str, int]], *, timeout_s: float = REQUEST_TIMEOUT_S
+    ) -> None:
+        """Have these ports in use in the guest, by protocol, and no others that were held.
+
+        :raises WherryError: the agent could not, did not answer in time, or is lost.
+        """
+        lines = "\n".join(f"{protocol} {port}" for protocol, port in sorted(ports))
+        self._request(PortsHold(ports=lines), Done, timeout_s)
 
     def set_network(
         self, names_port: int, *, host_open: bool, timeout_s: float = REQUEST_TIMEOUT_S

@@ -111,6 +111,13 @@ class Guest:
         """
         return self._tunnel.open_unix(self._awaited().listen_sync(SYNC_DIRECTORY))
 
+    def hold_ports(self, ports: Iterable[tuple[str, int]]) -> None:
+        """See :meth:`AgentClient.hold_ports`.
+
+        :raises WherryError: there is no agent, or it does not answer.
+        """
+        self._running().hold_ports(ports)
+
     def _running(self) -> AgentClient:
         agent = self._agent
         if agent is None:

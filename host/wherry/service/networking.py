@@ -8,8 +8,9 @@ runs share the next.
 
 A start is held twice. Before it goes on, the ports that are known by then are bound: a
 port that something else has fails the start as the engine would, and nobody can take one
-in between. Before the client gets the answer, a round has made the rest, so that the
-client finds what it asked for.
+in between. From those that the engine chooses itself, what is in use here is taken away.
+Before the client gets the answer, a round has made the rest, so that the client finds
+what it asked for.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from wherry.names.forwarder import NameServer
 from wherry.names.system import SystemNames
 from wherry.platform.base import Platform
 from wherry.ports import desired
+from wherry.ports.choices import Choices
 from wherry.ports.desired import Forward
 from wherry.ports.keeper import PortKeeper, PortTaken
 from wherry.ports.qemu import QemuForwards
@@ -74,6 +76,7 @@ class Networking:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._ready = threading.Event()
         self._keeper: PortKeeper | None = None
+        self._choices: Choices | None = None
         self._tunnel: Tunnel | None = None
         self._driver: QemuDriver | None = None
         self._guest: Guest | None = None
@@ -120,6 +123,7 @@ class Networking:
             open_guest=tunnel.begin_tcp,
             prepare=self._take_address,
         )
+        self._choices = Choices(guest.hold_ports)
         self._rounds = asyncio.create_task(self._run(), name="ports")
         loop = self._loop
         self._watch = engine.ContainerWatch(
@@ -292,8 +296,10 @@ class Networking:
         host = (found.get("HostConfig") or {}).get("NetworkMode") == "host"
         if not plan.fixed and not plan.chosen and not host:
             return None
-        keeper, id, token = self._keeper, str(found["Id"]), object()
+        keeper, choices, token = self._keeper, self._choices, object()
         assert keeper is not None
+        assert choices is not None
+        id = str(found["Id"])
         endpoint = f"{str(found.get('Name')).lstrip('/')} ({id})"
         settled = False
 
@@ -302,7 +308,8 @@ class Networking:
             if not settled:
                 settled = True
                 assert self._loop is not None
-                asyncio.run_coroutine_threadsafe(keeper.release(token), self._loop)
+                for each in (keeper.release(token), choices.release(token)):
+                    asyncio.run_coroutine_threadsafe(each, self._loop)
 
         def head(answer: ResponseHead) -> None:
             nonlocal settled
@@ -320,6 +327,9 @@ class Networking:
 
         try:
             self._wait(request, keeper.reserve(token, plan.fixed))
+            if plan.chosen:
+                ours = [each.forward for each in keeper.published()]
+                self._wait(request, choices.narrow(token, plan.chosen, ours))
         except PortTaken as error:
             raise _refusal(endpoint, str(error)) from error
         except WherryError as error:
