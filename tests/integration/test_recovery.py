@@ -21,6 +21,8 @@ import pytest
 from fake_host import Done, FakeHost, mount_arguments, mounted, wait_until
 from fake_qemu import unshare
 
+pytestmark = pytest.mark.timeout(180)
+
 GONE = "the virtual machine, which ran before, goes on; repeat the command, or end it"
 
 
@@ -329,7 +331,7 @@ def test_a_guest_that_waits_for_space_is_told_and_goes_on(small: tuple[FakeHost,
     qemu = host.status()["qemu_pid"]
     fill(filler)
     os.kill(qemu, signal.SIGUSR1)
-    wait_until(lambda: "disk is full" in host.status()["reason"], 10, "status tells it")
+    wait_until(lambda: "disk is full" in host.status()["reason"], 30, "status tells it")
     status = host.status()
     assert (status["state"], status["qemu_pid"]) == ("running", qemu)
     done = host.run("stop")
@@ -345,7 +347,7 @@ def test_a_guest_that_waits_for_space_is_told_and_goes_on(small: tuple[FakeHost,
     host.good("start")
     fill(filler)
     os.kill(qemu, signal.SIGUSR1)
-    wait_until(lambda: "disk is full" in host.status()["reason"], 10, "status tells it")
+    wait_until(lambda: "disk is full" in host.status()["reason"], 30, "status tells it")
     filler.unlink()
     wait_until(lambda: host.status()["reason"] == "", 20, "it goes on")
     assert host.status()["qemu_pid"] == qemu

@@ -152,9 +152,9 @@ def end_by_force(layout: Layout, paths: MachinePaths) -> bool:
     while not _is_free(paths) and not deadline.passed:
         ended = True
         try:
-            params = {"force": True}
-            socket, timeout_s = paths.control_socket, _FORCE_TIMEOUT_S
-            call(layout.platform, socket, "stop", params, timeout_s=timeout_s)
+            platform, socket, params = layout.platform, paths.control_socket, {"force": True}
+            call(platform, socket, "hello", timeout_s=HELLO_TIMEOUT_S)
+            call(platform, socket, "stop", params, timeout_s=_FORCE_TIMEOUT_S)
             wait_gone(layout, paths)
         except NotRunning:
             time.sleep(_POLL_S)  # it comes, or leaves

@@ -113,7 +113,13 @@ class QemuDriver:
 
     async def resume(self) -> None:
         """Have QEMU try again what failed, and the guest go on."""
-        await self.monitor.execute("cont")
+        reason = self._paused
+        self._set_paused("")  # before: if it fails again, there is another event
+        try:
+            await self.monitor.execute("cont")
+        except WherryError:
+            self._set_paused(reason)
+            raise
 
     def _set_paused(self, reason: str) -> None:
         self._paused = reason
@@ -194,8 +200,6 @@ class QemuDriver:
         elif name == "BLOCK_IO_ERROR" and data.get("action") == "stop":
             # A disk's default werror is "enospc": the guest waits, and learns of nothing.
             self._set_paused(_NO_SPACE if data.get("nospace") else str(data.get("reason")))
-        elif name == "RESUME":
-            self._set_paused("")
         if name == "SHUTDOWN" and self._quitting is None:
             # QEMU waits for that (-no-shutdown).
             self._quitting = asyncio.create_task(self._quit(_QUIT_TIMEOUT_S), name="qemu quit")
