@@ -284,6 +284,50 @@ def test_59_a_crash_at_every_point_ends_in_the_same_trees(place: Path) -> None:
     assert moment > 40
 
 
+@pytest.mark.parametrize("origin", ["host", "guest"])
+@pytest.mark.parametrize(
+    ("before", "now"), [("1", "3"), (None, "3"), ("1", None), (None, None), ("1", "1")]
+)
+def test_59_what_goes_on_being_written_while_a_round_is_cut_off_is_no_conflict(
+    place: Path, origin: str, before: str | None, now: str | None
+) -> None:
+    """The other side has the change, nothing is written down, and the first one goes on."""
+    moment = 0
+    applied = 0
+    while True:
+        pair = Pair(place / str(moment))
+        synchronised(pair, {} if before is None else {"d": {"f": before}})
+        one, other = (pair.host, pair.guest) if origin == "host" else (pair.guest, pair.host)
+        (one / "d").mkdir(exist_ok=True)
+        (one / "d" / "f").write_text("2")
+        (one / "d" / "g").write_text("2")
+        pair.fuse.left = moment
+        try:
+            pair.run()
+        except Crash:
+            crashed = True
+        else:
+            crashed = False
+        was = (other / "d" / "f").read_text() if (other / "d" / "f").exists() else None
+        if now is None:
+            (one / "d" / "f").unlink()
+        else:
+            (one / "d" / "f").write_text(now)
+        pair.restart()
+        outcome = pair.settle()
+        assert outcome.conflicts == [], (moment, was)
+        wanted = {"g": "2"} if now is None else {"g": "2", "f": now}
+        assert pair.trees() == ({"d": wanted}, {"d": wanted}), (moment, was)
+        assert list(pair.conflicts) == []
+        applied += was == "2"
+        pair.close()
+        shutil.rmtree(place / str(moment))
+        if not crashed:
+            break
+        moment += 1
+    assert applied > 1, "the round was cut off between the two, too"
+
+
 # 60: losses of power
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import sqlite3
+import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 import pytest
 from hypothesis import given, settings
@@ -93,6 +96,27 @@ def test_what_was_begun_is_on_the_disk(tmp_path: Path, store: Store) -> None:
     after = Store(copy, 1)
     assert after.pending(GUEST) == {"f": Pending(None, text("2"))}
     after.close()
+
+
+@pytest.mark.parametrize("number", range(10))
+def test_several_roots_may_begin_at_once(tmp_path: Path, number: int) -> None:
+    """As those of a new machine's first container do."""
+    ready = threading.Barrier(4)
+    failures: list[BaseException] = []
+
+    def begin(root: int) -> None:
+        ready.wait(10)
+        try:
+            Store(tmp_path / "sync.db", root).close()
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=begin, args=[root]) for root in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert failures == []
 
 
 def test_a_file_of_another_release_or_kind_is_refused(tmp_path: Path) -> None:
@@ -262,3 +286,53 @@ def test_a_diff_lists_what_is_below_too() -> None:
     old, new = tree({"d": {"e": {"f": "1"}}, "g": "1"}), tree({"d": "2", "g": "1"})
     assert diff(old, new) == {"d": text("2"), "d/e": None, "d/e/f": None}
     assert {path for path, _ in walk(old)} == {"", "d", "d/e", "d/e/f", "g"}
+
+
+@pytest.mark.parametrize("failure", [OSError("the connection was cut"), KeyboardInterrupt()])
+def test_what_came_in_half_is_not_kept_and_comes_again(
+    tmp_path: Path, failure: BaseException
+) -> None:
+    """A crash, or a connection that is cut: half a file must not pass for the whole one."""
+
+    def half() -> Iterator[bytes]:
+        yield b"hal"
+        raise failure
+
+    keep = Keep(tmp_path / "conflicts")
+    leaf = text("half and half")
+    with pytest.raises(type(failure)):
+        keep.save("f", leaf, half())
+    keep.close()
+    again = Keep(tmp_path / "conflicts")
+    assert list(again) == []
+    assert again.save("f", leaf, [b"half and half"])
+    (kept,) = again
+    assert b"".join(again.open(kept)) == b"half and half"
+    again.close()
+
+
+def test_what_was_copied_in_half_is_not_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From another filesystem a file is copied, and that can end half-way."""
+
+    def torn(source: object, target: IO[bytes]) -> None:
+        target.write(b"tor")
+        raise KeyboardInterrupt
+
+    def across(*arguments: object, **options: object) -> None:
+        raise OSError(errno.EXDEV, "another filesystem")
+
+    keep = Keep(tmp_path / "trash")
+    (tmp_path / "f").write_bytes(b"torn")
+    fd = os.open(tmp_path, os.O_RDONLY)
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "copyfileobj", torn)
+        patch.setattr(os, "rename", across)
+        with pytest.raises(KeyboardInterrupt):
+            keep.take(fd, "f", "f", text("torn"))
+    os.close(fd)
+    keep.close()
+    again = Keep(tmp_path / "trash")
+    assert list(again) == []
+    again.close()

@@ -40,7 +40,7 @@ from wherry.sync.core.reconcile import (
     Reconciliation,
     reconcile,
 )
-from wherry.sync.core.recover import recover
+from wherry.sync.core.recover import recover, resume
 from wherry.sync.core.store import Store
 from wherry.sync.core.traits import Traits
 from wherry.sync.core.transfer import Transfer
@@ -66,6 +66,7 @@ class Outcome:
     :ivar conflicts: paths at which the guest's version was kept aside.
     :ivar problems: paths that are not equal on both sides now, and why.
     :ivar failed: paths at which a side refused what had to be done, and why.
+    :ivar failed_on: which side that was, by path.
     :ivar requeue: paths that changed under way: another round is due.
     :ivar halt: why nothing was done, and on which side.
     """
@@ -74,6 +75,7 @@ class Outcome:
     conflicts: list[str] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
     failed: list[Problem] = field(default_factory=list)
+    failed_on: dict[str, int] = field(default_factory=dict)
     requeue: set[str] = field(default_factory=set)
     halt: tuple[int, safety.Halt] | None = None
 
@@ -181,6 +183,8 @@ class Cycle:
                 host_lost=store.pending(HOST) if lost[HOST] else None,
                 guest_lost=store.pending(GUEST) if lost[GUEST] else None,
             )
+        elif not self._met:
+            changes = resume(self._ancestor, host.root, guest.root, store.carried())
         ancestor = updated(self._ancestor, changes) if changes else self._ancestor
         for side, snapshot in enumerate((host, guest)):
             halt = safety.check(
@@ -205,11 +209,17 @@ class Cycle:
         """Make all paths pending at which anything shall change, on a side or in the ancestor."""
         wanted = {decision.path: decision.result for decision in decisions}
         changes = {**wanted, **diff(self._ancestor, updated(self._ancestor, {**agreed, **wanted}))}
+        origins = {
+            decision.path: HOST if decision.host is None else GUEST
+            for decision in decisions
+            if (decision.host is None) != (decision.guest is None)
+        }
         self._store.begin(
             {
                 path: (shallow(lookup(self._ancestor, path)), entry)
                 for path, entry in changes.items()
-            }
+            },
+            origins,
         )
 
     def _save(self, decision: Decision, outcome: Outcome) -> bool:
@@ -253,9 +263,9 @@ class Cycle:
         for side in (HOST, GUEST):
             undone |= self._transfer(side, plans[side], outcome)
         for side in (HOST, GUEST):
-            undone |= self._note(self._apply(side, plans[side], undone), outcome)
+            undone |= self._note(side, self._apply(side, plans[side], undone), outcome)
         for side in (HOST, GUEST):
-            undone |= self._note(self._build(side, plans[side].builds), outcome)
+            undone |= self._note(side, self._build(side, plans[side].builds), outcome)
         return undone
 
     def _apply(self, side: int, todo: SidePlan, undone: Container[str]) -> Iterable[Result]:
@@ -354,7 +364,7 @@ class Cycle:
         )
         return self._ends[side].build(operations, contents)
 
-    def _note(self, results: Iterable[Result], outcome: Outcome) -> set[str]:
+    def _note(self, side: int, results: Iterable[Result], outcome: Outcome) -> set[str]:
         undone: set[str] = set()
         for result in results:
             path = result.operation.path
@@ -362,6 +372,7 @@ class Cycle:
                 undone.add(path)
                 if result.status == FAILED:
                     outcome.failed.append(Problem(path, result.reason))
+                    outcome.failed_on[path] = side
                 else:
                     outcome.requeue.add(path)
         return undone

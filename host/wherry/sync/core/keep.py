@@ -2,8 +2,8 @@
 
 A directory with the contents under numbers and an index of JSON lines that says what they were.
 A line is written before its file arrives, so a file is never without one; a line whose file
-never came is dropped when the index is read. Paths are data here, never names, so whatever the
-guest calls its files does no harm.
+never came is dropped when the index is read. A file gets its number when all of it is there.
+Paths are data here, never names, so whatever the guest calls its files does no harm.
 """
 
 from __future__ import annotations
@@ -67,6 +67,7 @@ class Keep:
         self._kept = {kept.number: kept for kept in self._read()}
         self._bytes = sum(kept.leaf.size for kept in self._kept.values())
         self._number = max(self._kept, default=0)
+        self._part = directory / "part"
         self._write()
         for path in directory.iterdir():
             if path.name != _INDEX and not (path.name.isdigit() and int(path.name) in self._kept):
@@ -76,6 +77,11 @@ class Keep:
     def close(self) -> None:
         """Close the index; safe to call twice."""
         self._index.close()
+
+    @property
+    def last(self) -> int:
+        """The number that was given last."""
+        return self._number
 
     def __iter__(self) -> Iterator[Kept]:
         return iter(list(self._kept.values()))
@@ -96,18 +102,24 @@ class Keep:
         if any(kept.path == path and kept.entry == entry for kept in self._kept.values()):
             return True
         kept = self._announce(path, leaf)
-        target = self._path(kept.number)
-        with target.open("wb") as file:
+        with self._part.open("wb") as file:
             state = new()
             for chunk in chunks:
                 state.update(chunk)
                 file.write(chunk)
+                if is_file(leaf) and file.tell() > leaf.size:
+                    # It need not have an end.
+                    return False
             file.flush()
             os.fsync(file.fileno())
         os.fsync(self._index.fileno())
         if is_file(leaf) and state.digest() != leaf.digest:
-            target.unlink()
             return False
+        target = self._path(kept.number)
+        self._part.rename(target)
+        with target.open("rb+") as file:
+            # The new name as well: it has changed the file's status.
+            os.fsync(file.fileno())
         self._add(kept)
         return True
 
@@ -125,8 +137,9 @@ class Keep:
             except OSError:
                 # Another filesystem, most likely.
                 source = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=fd)
-                with os.fdopen(source, "rb") as old, target.open("wb") as file:
+                with os.fdopen(source, "rb") as old, self._part.open("wb") as file:
                     shutil.copyfileobj(old, file)
+                self._part.rename(target)
         else:
             target.write_bytes(b"")
         self._add(kept)

@@ -20,11 +20,11 @@ Invariants:
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from wherry_sync.diff import same, shallow
-from wherry_sync.entry import Directory, Entry, Leaf, is_file, join, lookup
+from wherry_sync.entry import Directory, Entry, Leaf, is_file, join, lookup, split
 from wherry_sync.hashing import EMPTY_DIGEST
 
 
@@ -38,6 +38,37 @@ class Pending:
 
     before: Entry | None
     after: Entry | None
+
+
+def resume(
+    ancestor: Entry | None,
+    host: Entry | None,
+    guest: Entry | None,
+    carried: Iterable[tuple[str, int, Entry | None]],
+) -> dict[str, Entry | None]:
+    """Return the changes of the ancestor for what was carried over and not written down.
+
+    A round that was cut off between the two has put one side's change on the other one. If the
+    first side has changed again since, both differ from the ancestor, and it would look as if
+    both had been edited. Nobody has edited the side that has just what was carried to it.
+
+    :param carried: see :meth:`Store.carried <wherry.sync.core.store.Store.carried>`.
+    """
+    changes: dict[str, Entry | None] = {}
+    for path, origin, after in sorted(carried, key=lambda each: each[0]):
+        there, here = (guest, host) if origin == 0 else (host, guest)
+        a, there, here = (shallow(lookup(tree, path)) for tree in (ancestor, there, here))
+        if there != after or after == a or after is None:
+            continue
+        parent = split(path)[0]
+        if path and not isinstance(changes.get(parent) or lookup(ancestor, parent), Directory):
+            continue
+        if isinstance(after, Directory):
+            if isinstance(here, Directory) and a is None:
+                changes[path] = after
+        elif is_file(after) and here != after:
+            changes[path] = after
+    return changes
 
 
 def recover(

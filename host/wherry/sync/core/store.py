@@ -16,6 +16,7 @@ Also paths at which both sides changed alike are pending: a side can lose its ow
 from __future__ import annotations
 
 import sqlite3
+import threading
 from collections.abc import Callable, Mapping
 from contextlib import closing
 from pathlib import Path
@@ -32,15 +33,23 @@ CREATE TABLE ancestor (
 ) WITHOUT ROWID;
 CREATE TABLE pending (
     root INTEGER NOT NULL, side INTEGER NOT NULL, path BLOB NOT NULL,
-    before BLOB, after BLOB, number INTEGER NOT NULL, PRIMARY KEY (root, side, path)
+    before BLOB, after BLOB, number INTEGER NOT NULL, origin INTEGER,
+    PRIMARY KEY (root, side, path)
 ) WITHOUT ROWID;
 CREATE TABLE side (
     root INTEGER NOT NULL, side INTEGER NOT NULL, boot TEXT NOT NULL, device INTEGER,
     PRIMARY KEY (root, side)
 ) WITHOUT ROWID;
 """
-_VERSION = 1
+_FROM_1 = "ALTER TABLE pending ADD COLUMN origin INTEGER;"
+_VERSION = 2
+_PATIENCE_S = 60.0
+"""For another root's transaction, which may be a large one on a slow disk."""
+
 _DIRECTORY = b"D"
+
+_OPENING = threading.Lock()
+"""SQLite does not wait for another connection that makes or removes the write-ahead log."""
 
 
 class Store:
@@ -55,21 +64,10 @@ class Store:
     def __init__(self, path: Path, root: int, checkpoint: Callable[[str], None] = no_fault) -> None:
         self._root = root
         self._checkpoint = checkpoint
-        self._database = sqlite3.connect(path, isolation_level=None)
+        self._database = sqlite3.connect(path, timeout=_PATIENCE_S, isolation_level=None)
         try:
-            self._execute("PRAGMA journal_mode = WAL")
-            # Not only consistent after a loss of power but complete: "begin" is relied on.
-            self._execute("PRAGMA synchronous = FULL")
-            ((version,),) = self._execute("PRAGMA user_version")
-            if version == 0:
-                self._database.executescript(
-                    f"BEGIN IMMEDIATE;{_SCHEMA}PRAGMA user_version = {_VERSION};COMMIT;"
-                )
-            elif version != _VERSION:
-                raise WherryError(
-                    f"{path} is of another release of wherry (version {version})",
-                    hint="install that release, or remove the file to compare both sides anew",
-                )
+            with _OPENING:
+                self._open(path)
         except sqlite3.DatabaseError as error:
             self._database.close()
             raise WherryError(f"{path} cannot be read: {error}") from error
@@ -81,7 +79,27 @@ class Store:
 
     def close(self) -> None:
         """Close the database; safe to call twice."""
-        self._database.close()
+        with _OPENING:
+            self._database.close()
+
+    def _open(self, path: Path) -> None:
+        self._execute("PRAGMA journal_mode = WAL")
+        # Not only consistent after a loss of power but complete: "begin" is relied on.
+        self._execute("PRAGMA synchronous = FULL")
+        ((version,),) = self._execute("PRAGMA user_version")
+        if version == 0:
+            self._database.executescript(
+                f"BEGIN IMMEDIATE;{_SCHEMA}PRAGMA user_version = {_VERSION};COMMIT;"
+            )
+        elif version == 1:
+            self._database.executescript(
+                f"BEGIN IMMEDIATE;{_FROM_1}PRAGMA user_version = {_VERSION};COMMIT;"
+            )
+        elif version != _VERSION:
+            raise WherryError(
+                f"{path} is of another release of wherry (version {version})",
+                hint="install that release, or remove the file to compare both sides anew",
+            )
 
     def load(self) -> Entry | None:
         """Return the ancestor."""
@@ -102,20 +120,35 @@ class Store:
                 root = entry
         return root
 
-    def begin(self, changes: Mapping[str, tuple[Entry | None, Entry | None]]) -> None:
+    def begin(
+        self,
+        changes: Mapping[str, tuple[Entry | None, Entry | None]],
+        origins: Mapping[str, int] | None = None,
+    ) -> None:
         """Make paths pending on both sides.
 
         :param changes: what is there, and what shall be; only shallow entries are kept. What
             was there when the path was made pending before is kept instead.
+        :param origins: the side that has what shall be already, where one has.
         """
+        origins = origins or {}
         self._number += 1
         self._checkpoint("begin")
         with _Transaction(self._database):
             self._database.executemany(
-                "INSERT INTO pending VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT (root, side, path)"
-                " DO UPDATE SET after = excluded.after, number = excluded.number",
+                "INSERT INTO pending VALUES (?, ?, ?, ?, ?, ?, ?) ON CONFLICT (root, side, path)"
+                " DO UPDATE SET after = excluded.after, number = excluded.number,"
+                " origin = excluded.origin",
                 (
-                    (self._root, side, path.encode(), _data(before), _data(after), self._number)
+                    (
+                        self._root,
+                        side,
+                        path.encode(),
+                        _data(before),
+                        _data(after),
+                        self._number,
+                        origins.get(path),
+                    )
                     for path, (before, after) in changes.items()
                     for side in (HOST, GUEST)
                 ),
@@ -139,6 +172,18 @@ class Store:
                 side,
             )
         }
+
+    def carried(self) -> list[tuple[str, int, Entry | None]]:
+        """Return what was last to be carried from one side to the other: path, origin, entry."""
+        return [
+            (path.decode(), origin, _entry(after))
+            for path, origin, after in self._execute(
+                "SELECT path, origin, after FROM pending"
+                " WHERE root = ? AND side = ? AND origin IS NOT NULL",
+                self._root,
+                HOST,
+            )
+        ]
 
     def ticket(self) -> int:
         """Return what to hand to :meth:`confirm` after a flush that starts now.
