@@ -130,6 +130,11 @@ class LocalEndpoint:
         except FileNotFoundError:
             return Snapshot()
 
+    @property
+    def with_links(self) -> set[str]:
+        """Directories with files that can be written to by a name outside of the tree."""
+        return self._scanner.with_links
+
     def missing(self, files: Iterable[Leaf]) -> list[Leaf]:
         """Return those files whose contents have to be sent."""
         return [leaf for leaf in files if not self._stage.has(leaf)]

@@ -125,6 +125,9 @@ class Scanner:
         self._found = Snapshot()
         # Inodes that were read and have several names: the record, and the paths read.
         self._linked: dict[bytes, tuple[bytes, set[str]]] = {}
+        self.with_links: set[str] = set()
+        """Directories with files that have another name, perhaps outside of the tree: a watch of
+        the tree does not tell of what is written by that name."""
 
     def set_ignore(self, ignore: Ignore) -> None:
         """Take other rules; they hold from the next full scan on."""
@@ -148,6 +151,8 @@ class Scanner:
         parents = [self._distrust(path) for path in rewritten]
         if dirty is not None and self._trust_ignored:
             wanted = _wanted([*dirty, *parents])
+        else:
+            self.with_links.clear()
         self._linked.clear()
         self._root = self._visit(fd, "", self._root, 0, wanted)
         if self._linked and (wanted is not None or rewritten):
@@ -281,6 +286,7 @@ class Scanner:
         directories: list[tuple[str, os.stat_result]] = []
         pack = records.STATUS.pack
         trusted = self._trust_ignored
+        links = False
         with os.scandir(fd) as listing:
             for found in listing:
                 name = found.name
@@ -304,11 +310,17 @@ class Scanner:
                 )
                 if before == record and trusted and status.st_dev == device:
                     same.append(name)
+                    links = links or status.st_nlink > 1
                 elif stat.S_ISDIR(status.st_mode):
                     if not name.startswith(TEMPORARY_PREFIX):
                         directories.append((name, status))
                 else:
                     other.append((name, status))
+                    links = links or status.st_nlink > 1
+        if links:
+            self.with_links.add(path)
+        else:
+            self.with_links.discard(path)
         children: dict[str, Entry] = {}
         nodes: dict[str, Node] = {}
         kept = old.entry.children

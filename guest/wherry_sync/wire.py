@@ -37,6 +37,7 @@ a :class:`~wherry_wire.frames.WireError`, which ends the connection.
 
 from __future__ import annotations
 
+import itertools
 import struct
 
 from wherry_sync.entry import (
@@ -69,6 +70,9 @@ PACKED = 0x82
 
 MAX_ROWS = 4_000_000
 """Entries of one tree, and rows of one list."""
+
+MAX_ROWS_BYTES = 1 << 29
+"""All rows of one list."""
 
 CHUNK_BYTES = 128 * 1024
 """Of a file's contents, at most, in one piece."""
@@ -286,11 +290,15 @@ class Contents:
     """Files as they arrive.
 
     :param next_frame: gives one bulk frame's payload after the other, and None after the last.
+    :param left_over: so many bytes of a file that nobody wants are passed over; None for all.
     :raises WireError: in the iterators: what arrives is not what :func:`contents` makes.
     """
 
-    def __init__(self, next_frame: Callable[[], bytes | None]) -> None:
+    def __init__(
+        self, next_frame: Callable[[], bytes | None], left_over: int | None = None
+    ) -> None:
         self._next_frame = next_frame
+        self._left_over = left_over
         self._payload = b""
         self._position = 0
 
@@ -309,10 +317,14 @@ class Contents:
                 yield key, mtime_ns, iter((first,) if first else ())
             else:
                 pieces = self._pieces(first)
-                yield key, mtime_ns, pieces
+                # Whoever stops half-way by closing what reads them does not close this.
+                yield key, mtime_ns, itertools.chain(pieces)
+                passed = 0
                 try:
-                    for _ in pieces:
-                        pass
+                    for piece in pieces:
+                        passed += len(piece)
+                        if self._left_over is not None and passed > self._left_over:
+                            raise WireError("a file is much longer than it was")
                 except Damaged:
                     pass
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -58,6 +60,22 @@ def test_what_is_left_of_a_file_is_passed_over() -> None:
     frames = iter(payloads(list(wire.contents(files))))
     arriving = wire.Contents(lambda: next(frames, None))
     assert [(key, next(chunks)[:1]) for key, _, chunks in arriving] == [(b"1", b"a"), (b"2", b"c")]
+
+
+def test_what_is_left_of_a_file_that_its_reader_closed_is_passed_over() -> None:
+    """As one does that fails half-way, of a full disk, and was reading by ``yield from``."""
+    files = [(b"1", 0, [b"a" * 200_000, b"b" * 200_000]), (b"2", 0, [b"c"])]
+    frames = iter(payloads(list(wire.contents(files))))
+
+    def reading(chunks: Iterator[bytes]) -> Iterator[bytes]:
+        yield from chunks
+
+    found = []
+    for key, _, chunks in wire.Contents(lambda: next(frames, None)):
+        reader = reading(chunks)
+        found.append((key, next(reader)[:1]))
+        reader.close()  # type: ignore[attr-defined]
+    assert found == [(b"1", b"a"), (b"2", b"c")]
 
 
 @given(st.lists(st.binary(max_size=60), max_size=4))

@@ -23,6 +23,13 @@ _SEND_BYTES = 256 * 1024
 SILENCE_S = 30.0
 """How long the guest may say nothing; at work on something long it speaks every 2 s."""
 
+BUSY_S = 3600.0
+"""How long it may say nothing but that it is at work. A scan after a loss of power reads all
+files, at some 60 MB/s in emulation, and begins anew when it is cut off."""
+
+LEFT_OVER_BYTES = 256 << 20
+"""How much of contents that nobody wants any more is read to keep the connection."""
+
 M = TypeVar("M", bound=Message)
 
 
@@ -52,6 +59,7 @@ class Connection:
         self._progress = progress
         self._decoder = Decoder()
         self._frames: list[Frame] = []
+        self._asked_at = 0.0
         self._guard = _Guard(stream, silence_s)
 
     def close(self) -> None:
@@ -78,20 +86,27 @@ class Connection:
 
         with self._guard:
             try:
-                yield from wire.Contents(next_frame)
+                yield from wire.Contents(next_frame, LEFT_OVER_BYTES)
             except WireError as error:
                 raise self._broken(error) from error
             finally:
                 # Whoever stops half-way leaves the rest to be read. When that fails, the connection
                 # has ended, which the next request tells.
                 with contextlib.suppress(OSError):
+                    left_over = 0
                     while not ended and not self._guard.closed:
-                        next_frame()
+                        left_over += len(next_frame() or b"")
+                        if left_over > LEFT_OVER_BYTES:
+                            self.close()
 
     def _collect(self, rows: list[tuple[bytes, ...]], width: int) -> Callable[[bytes], None]:
+        size = 0
+
         def collect(payload: bytes) -> None:
+            nonlocal size
+            size += len(payload)
             rows.extend(wire.parse_rows(payload, width))
-            if len(rows) > wire.MAX_ROWS:
+            if len(rows) > wire.MAX_ROWS or size > wire.MAX_ROWS_BYTES:
                 raise WireError("the list is too long")
 
         return collect
@@ -146,7 +161,10 @@ class Connection:
                 self._frames.reverse()
             frame = self._frames.pop()
             if frame.type != SyncBusy.TYPE:
+                self._asked_at = time.monotonic()
                 return frame
+            if time.monotonic() > self._asked_at + BUSY_S:
+                raise self._lost(OSError(f"the guest is busy for more than {BUSY_S:g} s"))
 
     def _send(
         self,
@@ -170,6 +188,7 @@ class Connection:
                 self._send_now(buffer)
 
     def _send_now(self, data: bytearray) -> None:
+        self._asked_at = time.monotonic()
         try:
             self._stream.sendall(bytes(data))
         except (OSError, WherryError) as error:

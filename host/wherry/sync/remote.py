@@ -13,7 +13,16 @@ from dataclasses import dataclass
 from wherry.sync.connection import SILENCE_S, Connection, Stream
 from wherry.sync.packing import Packer
 from wherry_sync import blocks, hashing, wire
-from wherry_sync.entry import DIGEST_BYTES, FILE, Entry, Leaf, is_problem, is_untracked, updated
+from wherry_sync.entry import (
+    DIGEST_BYTES,
+    FILE,
+    Entry,
+    Leaf,
+    count,
+    is_problem,
+    is_untracked,
+    updated,
+)
 from wherry_sync.ignore import NOTHING, Ignore
 from wherry_sync.operation import DONE, FAILED, STALE, Arrival, Operation, Result
 from wherry_sync.scan import Snapshot
@@ -87,6 +96,7 @@ class RemoteEndpoint(Connection):
     ) -> None:
         super().__init__(stream, progress, silence_s)
         self._known: Entry | None = None
+        self._entries_at_most = 0
         self._rescued = False
         try:
             opened = self._call(
@@ -138,6 +148,7 @@ class RemoteEndpoint(Connection):
             raise self._broken(error) from error
         if changes:
             self._known = updated(self._known, changes)
+            self._bound(len(changes))
         if reply.present != (self._known is not None):
             raise self._broken(WireError("the tree is not complete"))
         self._rescued = reply.rescued
@@ -148,6 +159,14 @@ class RemoteEndpoint(Connection):
         found.files_read = reply.files_read
         found.bytes_read = reply.bytes_read
         return found
+
+    def _bound(self, changes: int) -> None:
+        """Keep the tree from growing without a bound; it is counted now and then."""
+        self._entries_at_most += changes
+        if self._entries_at_most > wire.MAX_ROWS:
+            self._entries_at_most = count(self._known)
+            if self._entries_at_most > wire.MAX_ROWS:
+                raise self._broken(WireError("the tree has too many entries"))
 
     def missing(self, files: Iterable[Leaf]) -> list[Leaf]:
         """Return those files whose contents have to be sent."""
