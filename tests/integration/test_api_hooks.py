@@ -14,10 +14,11 @@ from api_proxy import MakeProxy, Proxy, proxies
 from stub_engine import Client, eventually, pattern
 
 from wherry.api.downstream import Downstream
-from wherry.api.exchange import Exchange
+from wherry.api.exchange import Exchange, Outcome
 from wherry.api.hooks import ClientGone, Hooks, Refusal, Request, Watch
 from wherry.api.http import ResponseHead, parse_request
 from wherry.api.local import LocalEnd
+from wherry.api.messages import AnswerReader, Piece
 
 CREATE = "/containers/create"
 
@@ -323,6 +324,52 @@ def test_the_result_of_wait_is_held(proxy: Proxy) -> None:
         held.let_go.set()
         assert b"".join(client.chunks()) == b'{"StatusCode":7}\n'
     assert ended == [True]
+
+
+@pytest.mark.parametrize("other", [b'{"StatusCode":7,"Error":{"Message":"lost"}}', b"{}"])
+def test_the_result_of_wait_is_replaced(proxy: Proxy, other: bytes) -> None:
+    proxy.hooks.on("POST", "/containers/{id}/wait", lambda _: Watch(line=lambda line: other))
+    with proxy.client() as client:
+        client.request("POST", "/containers/a/wait?condition=next-exit")
+        assert client.until(b"\r\n\r\n").startswith(b"HTTP/1.1 200")
+        proxy.engine.exit.set()
+        assert b"".join(client.chunks()) == other + b"\n"
+        # The connection is as good as before.
+        client.request("GET", "/_ping")
+        assert client.until(b"\r\n\r\n").startswith(b"HTTP/1.1 200")
+
+
+def replaced(chunks: list[bytes]) -> bytes:
+    """What a client gets of an answer in these pieces when its first line is replaced."""
+    head = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
+    request = parse_request(b"POST /containers/a/wait HTTP/1.1\r\nHost: docker\r\n\r\n")
+    first = iter([b"other"])
+    exchange = Exchange(request, [Watch(line=lambda line: next(first, None))])
+    found = b""
+    for chunk in (head, *chunks):
+        for part in exchange.release(memoryview(chunk)):
+            found += bytes(part)
+    assert found.startswith(head)
+    assert exchange.outcome is Outcome.DONE
+    return found.removeprefix(head)
+
+
+def test_a_replaced_line_has_a_framing_of_its_own_however_it_comes() -> None:
+    whole = b"3\r\nfir\r\n5\r\nst\nse\r\n6\r\ncond\nt\r\n0\r\n\r\n"
+    pieces = [[whole[:cut], whole[cut:]] for cut in range(1, len(whole))]
+    for each in (*pieces, [whole], [whole[at : at + 1] for at in range(len(whole))]):
+        reader = AnswerReader(
+            parse_request(b"POST / HTTP/1.1\r\nHost: docker\r\n\r\n"), want_content=True
+        )
+        reader.receive(
+            memoryview(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n" + replaced(each))
+        )
+        content = b""
+        while (item := reader.next()) is not None:
+            if isinstance(item, Piece):
+                content += b"".join(bytes(item.data[a:b]) for a, b in item.content or ())
+        assert reader.done
+        assert content == b"other\nsecond\nt", each
 
 
 def test_a_watch_refuses_an_answer(proxy: Proxy) -> None:

@@ -48,6 +48,8 @@ class Exchange:
         self._held = bytearray()
         self._line = bytearray()
         self._too_long = False
+        self._begun = False
+        self._other: list[bytes] | None = None
 
     @cached_property
     def _reader(self) -> AnswerReader:
@@ -164,29 +166,45 @@ class Exchange:
         if len(self._line) > LINE_LIMIT_BYTES:
             self._too_long = True
             self._line.clear()
-        # Without a begun line only framing is held, which a client may be waiting for.
-        if not piece.last and not self._line:
+        # Without a begun line only framing is held, which a client may be waiting for; it waits
+        # for none before the first line, which may yet get another length.
+        if not piece.last and not self._line and self._begun:
             yield self._take_held()
 
     def _take_held(self) -> bytes:
         held = bytes(self._held)
         self._held.clear()
+        if self._other is not None:
+            # Framed anew: what the engine's framing says of the length is not so any more.
+            text = b"".join(self._other)
+            self._other.clear()
+            held = b"%x\r\n%b\r\n" % (len(text), text) if text else b""
+            if self._reader.done:
+                held += b"0\r\n\r\n"
         return held
 
     def _show_line(self) -> None:
-        line = bytes(self._line).rstrip(b"\r\n").removeprefix(_RECORD_SEPARATOR)
+        whole = bytes(self._line)
         self._line.clear()
+        first, self._begun = not self._begun, True
         if self._too_long:
             self._too_long = False
-            return
-        for show in self._lines:
-            _quietly(show, line, self._name)
+        else:
+            line = whole.rstrip(b"\r\n").removeprefix(_RECORD_SEPARATOR)
+            for show in self._lines:
+                other = _quietly(show, line, self._name)
+                if other is not None and first and self._reader.chunked:
+                    self._other = []
+                    whole = other + b"\n"
+        if self._other is not None:
+            self._other.append(whole)
 
 
-def _quietly(show: Callable[[bytes], None], line: bytes, name: str) -> None:
+def _quietly(show: Callable[[bytes], bytes | None], line: bytes, name: str) -> bytes | None:
     try:
-        show(line)
+        return show(line)
     except ClientGone:
         raise
     except Exception:
         _logger.exception("a watch of %s failed", name)
+        return None

@@ -52,7 +52,8 @@ class Watch:
         the connection ends.
     :param line: called with each line of the answer's body, without its end, before the
         client gets it: an event of ``/events``, the result of ``/wait``. Not called for a
-        raw stream (attach, exec), nor for a line of more than 1 MiB.
+        raw stream (attach, exec), nor for a line of more than 1 MiB. For the first line of a
+        chunked answer it may return another one, which the client then gets instead.
     :param end: called once and last, before the client sees the end: the last bytes of a
         body, or the end of a raw stream, are held until it returns. Called with whether
         the answer came whole; False also when the request was refused after the hook
@@ -60,7 +61,7 @@ class Watch:
     """
 
     head: Callable[[ResponseHead], None] | None = None
-    line: Callable[[bytes], None] | None = None
+    line: Callable[[bytes], bytes | None] | None = None
     end: Callable[[bool], None] | None = None
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from wherry.api.framing import Body, Length, MalformedBody, Ranges, UntilEnd
+from wherry.api.framing import Body, Chunked, Length, MalformedBody, Ranges, UntilEnd
 from wherry.api.http import (
     HEAD_LIMIT_BYTES,
     MalformedAnswer,
@@ -173,6 +173,11 @@ class AnswerReader(_Reader):
     def begun(self) -> bool:
         """Whether any of the answer itself has come."""
         return self._body is not None or bool(self._begun)
+
+    @property
+    def chunked(self) -> bool:
+        """Whether the body comes in chunks (RFC 9112 §7.1)."""
+        return isinstance(self._body, Chunked)
 
     @property
     def ends_with_stream(self) -> bool:

@@ -173,6 +173,10 @@ class Platform(Protocol):
     def boot_id(self) -> str:
         """Return the id of this boot of the host: another one after each."""
 
+    @property
+    def drives(self) -> bool:
+        """Whether paths begin with a drive's letter, which the guest has another form of."""
+
     def shared_directories(self) -> tuple[str, ...]:
         """Return the directories that containers can mount from unless the user says otherwise."""
 

@@ -111,6 +111,7 @@ class Posix:
 
     hosts_file = Path("/etc/hosts")
     resolvers_file = Path("/etc/resolv.conf")
+    drives = False
 
     @property
     def data_directory(self) -> Path:
