@@ -96,6 +96,32 @@ def test_a_file_that_is_mounted_keeps_its_inode_in_a_directory(
     assert (there.read_text(), there.stat().st_ino) == ("another", before)
 
 
+@pytest.mark.parametrize("how", ["around", "rules"])
+def test_who_takes_the_place_of_another_does_what_that_did(
+    machine: Machine, source: Path, how: str
+) -> None:
+    """A container that runs has mounted a file, and writes; then another one comes."""
+    if how == "around":
+        machine.roots.require(str(source / "in" / "g"))
+    else:
+        machine.roots.require(str(source))
+        machine.roots.require(str(source / "in" / "g"))
+        (source / ".wherryignore").write_text("nothing\n")
+    machine.barrier()
+    there = machine.guest.tree(Place("", str(source / "in" / "g")))
+    before = there.stat().st_ino
+    session = machine.roots.require(str(source), read_only=True)
+    assert machine.roots.all() == [session]
+    new = source / "new"
+    new.write_text("another")
+    new.replace(source / "in" / "g")
+    machine.barrier()
+    assert (there.read_text(), there.stat().st_ino) == ("another", before)
+    there.write_text("back")
+    machine.barrier()
+    assert (source / "in" / "g").read_text() == "back"
+
+
 def test_changes_while_nothing_ran_are_told_apart_from_loss(machine: Machine, source: Path) -> None:
     machine.roots.require(str(source))
     machine.barrier()
@@ -126,6 +152,98 @@ def test_a_root_that_is_kept_is_known_the_next_time(machine: Machine, source: Pa
     with pytest.raises(WherryError, match="is not synchronised; see: wherry sync list"):
         machine.roots.remove(str(source))
     assert machine.copy(source) == read(source)
+
+
+def test_what_no_container_mounts_ends_and_is_ready_again(machine: Machine, source: Path) -> None:
+    other = source.parent / "other"
+    other.mkdir()
+    kept = source.parent / "kept"
+    kept.mkdir()
+    session = machine.roots.require(str(source))
+    machine.roots.require(str(other))
+    machine.roots.require(str(kept))
+    machine.roots.keep(str(kept))
+    machine.barrier()
+    machine.roots.release([])
+    assert len(machine.roots.all()) == 3, "somebody needed them just now"
+    machine.roots.release([str(source / "in")], idle_s=0)
+    assert machine.roots.holding(str(source)) is session
+    assert machine.roots.holding(str(other)) is None
+    assert machine.roots.holding(str(kept)) is not None
+    machine.roots.release([], idle_s=0)
+    assert machine.roots.holding(str(source)) is None
+    # Meanwhile both sides go their own ways, and what was deleted is not taken for new.
+    (source / "f").unlink()
+    (machine.guest.tree(Place("", str(source))) / "new").write_text("n")
+    machine.roots.require(str(source)).allow_writes()
+    machine.barrier()
+    assert machine.copy(source) == read(source) == {"in": {"g": "g"}, "new": "n"}
+
+
+def test_what_conflicts_left_can_be_listed_though_no_container_mounts_it(
+    machine: Machine, source: Path
+) -> None:
+    there = machine.guest.tree(Place("", str(source)))
+    machine.roots.require(str(source)).allow_writes()
+    machine.barrier()
+    machine.roots.release([], idle_s=0)
+    (source / "f").write_text("host")
+    (there / "f").write_text("guest")
+    session = machine.roots.require(str(source))
+    session.allow_writes()
+    count = session.conflict_count
+    machine.barrier()
+    assert session.conflicts_since(count) == [str(source / "f")]
+    assert session.conflicts_since(session.conflict_count) == []
+    machine.roots.release([], idle_s=0)
+    assert machine.roots.all() == [session]
+    machine.roots.close()
+    machine.open()
+    assert machine.roots.with_conflicts == [str(source)]
+    session = machine.roots.require(str(source))
+    session.do(lambda conflicts: [conflicts.forget(kept) for kept in conflicts])
+    assert machine.roots.with_conflicts == []
+
+
+def test_one_that_this_computer_failed_is_begun_again(machine: Machine, source: Path) -> None:
+    (machine.directory / "sync.db").write_bytes(b"not a database" * 100)
+    with pytest.raises(WherryError, match=r"cannot be synchronised.*sync\.db"):
+        hold([machine.roots.require(str(source))], fresh=True)
+    (machine.directory / "sync.db").unlink()
+    hold([machine.roots.require(str(source))], fresh=True)
+    assert machine.copy(source) == read(source)
+
+
+def test_rules_that_are_changed_hold_from_the_next_command_on(
+    machine: Machine, source: Path
+) -> None:
+    there = machine.guest.tree(Place("", str(source)))
+
+    def command() -> None:
+        session = machine.roots.require(str(source))
+        session.allow_writes()
+        hold([session], fresh=True)
+
+    command()
+    (source / ".wherryignore").write_text("in\n")
+    (source / "in" / "g").write_text("host's own")
+    command()
+    (there / "in" / "g").write_text("guest's own")
+    (there / "in" / "made").write_text("m")
+    command()
+    assert read(source / "in") == {"g": "host's own"}
+    assert read(there / "in") == {"g": "guest's own", "made": "m"}
+    # Taken back: both are there, so what differs is a conflict, and nothing is lost.
+    (source / ".wherryignore").unlink()
+    command()
+    command()
+    assert read(source / "in") == read(there / "in") == {"g": "host's own", "made": "m"}
+    (kept,) = machine.roots.require(str(source)).do(
+        lambda conflicts: [b"".join(conflicts.open(kept)) for kept in conflicts]
+    )
+    assert kept == b"guest's own"
+    # As costs nothing while nothing changes.
+    assert machine.roots.require(str(source)) is machine.roots.require(str(source / "in"))
 
 
 def test_rules_that_cannot_be_read_are_named(machine: Machine, source: Path) -> None:

@@ -12,12 +12,15 @@ import pytest
 
 from wherry.api.answers import Refusal
 from wherry.api.hooks import Hooks, Request, Watch
-from wherry.api.http import parse_request
+from wherry.api.http import parse_answer, parse_request
 from wherry.core.errors import TunnelError, WherryError
 from wherry.service.mounts import Mounts
 from wherry.sync.barrier import Ticket
 
 ID = "f" * 64
+DONE = parse_answer(b"HTTP/1.1 204 No Content\r\n\r\n")
+BOUND = {"type": "none", "o": "bind", "device": "/src/volume"}
+LOST = "/src/f cannot be brought up to date"
 
 
 class Session:
@@ -28,6 +31,7 @@ class Session:
         self.error: WherryError | None = None
         self.is_troubled = False
         self.idle_s = 0.0
+        self.conflicts: list[str] = []
         self.where = ""
 
     def ask(self, *, fresh: bool) -> Ticket:
@@ -35,6 +39,13 @@ class Session:
         ticket = Ticket(0, fresh)
         ticket.finish(self.error)
         return ticket
+
+    @property
+    def conflict_count(self) -> int:
+        return len(self.conflicts)
+
+    def conflicts_since(self, count: int) -> list[str]:
+        return self.conflicts[count:]
 
 
 class Roots:
@@ -51,6 +62,37 @@ class Roots:
 
     def all(self) -> list[Session]:
         return list(self.sessions.values())
+
+    def release(self, used: set[str]) -> None:
+        self.used = used
+
+
+class Engine:
+    """A tunnel to an engine that has a volume, and containers as given."""
+
+    def __init__(self) -> None:
+        self.mounts: list[list[dict[str, str]]] = []
+
+    def open_unix(self, path: str) -> Engine:
+        return self
+
+    def sendall(self, data: bytes) -> None:
+        answers = {
+            "/volumes": {"Volumes": [{"Name": "bound", "Options": BOUND}]},
+            "/containers/json?all=1": [
+                {"Id": str(number), "State": "exited", "Mounts": mounts}
+                for number, mounts in enumerate(self.mounts)
+            ],
+        }
+        body = json.dumps(answers[data.decode().split()[1]]).encode()
+        self.answer = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body)
+
+    def recv(self, size: int) -> bytes:
+        answer, self.answer = self.answer, b""
+        return answer
+
+    def close(self) -> None:
+        pass
 
 
 class NoTunnel:
@@ -167,7 +209,7 @@ def test_what_an_answer_waits_for(
     session.asked.clear()
     function = getattr(watch, part)
     assert function is not None
-    function({"head": None, "line": b"{}", "end": True}[part])
+    function({"head": DONE, "line": b"{}", "end": True}[part])
     assert session.asked == [False]
 
 
@@ -205,16 +247,89 @@ def test_a_container_without_mounts_costs_nothing(api: Api) -> None:
     assert api.roots.sessions == {}
 
 
-def test_a_barrier_that_fails_refuses_a_request_and_lets_an_answer_pass(
-    api: Api, session: Session
-) -> None:
-    session.error = WherryError("/src/f is not equal on both sides")
+def test_a_barrier_that_fails_refuses_a_request(api: Api, session: Session) -> None:
+    session.error = WherryError(LOST)
     with pytest.raises(Refusal, match="/src/f") as refused:
         api.send("POST", "/containers/box/start")
     assert refused.value.status == 500
-    watch = api.send("POST", "/containers/box/stop")
-    assert watch.head is not None
-    watch.head(None)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("conflict", [False, True])
+class TestWhatWasNotBrought:
+    """Either the barrier failed, or both sides changed a file meanwhile."""
+
+    def fail(self, session: Session, conflict: bool) -> None:
+        if conflict:
+            session.conflicts.append("/src/f")
+        else:
+            session.error = WherryError(LOST)
+
+    @pytest.mark.parametrize(
+        ("method", "target"),
+        [("POST", "/stop"), ("POST", "/kill"), ("PUT", "/archive?path=/"), ("POST", "/restart")],
+    )
+    def test_is_the_answer(
+        self, api: Api, session: Session, conflict: bool, method: str, target: str
+    ) -> None:
+        session.conflicts.append("/src/earlier")
+        watch = api.send(method, f"/containers/box{target}")
+        assert watch.head is not None
+        watch.head(DONE)
+        self.fail(session, conflict)
+        with pytest.raises(Refusal, match="that is done, but /src/f ") as refused:
+            watch.head(DONE)
+        assert refused.value.status == 500
+        # What the engine itself refuses has done nothing.
+        watch.head(parse_answer(b"HTTP/1.1 404 Not Found\r\n\r\n"))
+
+    def test_is_beside_the_result_of_wait(self, api: Api, session: Session, conflict: bool) -> None:
+        watch = api.send("POST", "/containers/box/wait")
+        assert watch.line is not None
+        assert watch.line(b'{"StatusCode":7}') is None
+        self.fail(session, conflict)
+        other = watch.line(b'{"StatusCode":7}')
+        assert other is not None
+        result = json.loads(other)
+        assert result["StatusCode"] == 7
+        assert result["Error"]["Message"].startswith("/src/f ")
+        # The engine's own error is the better one.
+        assert watch.line(b'{"StatusCode":7,"Error":{"Message":"its own"}}') is None
+
+    def test_is_told_by_the_result_of_an_exec(
+        self, api: Api, session: Session, conflict: bool
+    ) -> None:
+        made = api.send("POST", "/containers/box/exec")
+        assert made.line is not None
+        made.line(b'{"Id": "e1"}')
+        watch = api.send("POST", "/exec/e1/start")
+        api.send("GET", "/exec/e1/json")
+        self.fail(session, conflict)
+        assert watch.end is not None
+        watch.end(True)
+        with pytest.raises(Refusal, match="the command has ended, but /src/f "):
+            api.send("GET", "/exec/e1/json")
+        # Once it was brought there is nothing to tell; nor twice of a conflict.
+        session.error = None
+        api.send("GET", "/exec/e1/json")
+
+    def test_lets_pass_what_cannot_be_helped(
+        self, api: Api, session: Session, conflict: bool
+    ) -> None:
+        watches = [
+            api.send("DELETE", "/containers/box"),
+            api.send("POST", f"/containers/{ID}/attach"),
+            api.send("GET", "/events"),
+        ]
+        self.fail(session, conflict)
+        event = json.dumps({"Action": "die", "Actor": {"ID": ID}}).encode()
+        for watch in watches:
+            if watch.head:
+                watch.head(DONE)
+            if watch.line:
+                assert watch.line(event) is None
+            if watch.end:
+                watch.end(True)
+        assert session.asked == [False] * 3
 
 
 def test_a_wait_without_progress_ends(api: Api, session: Session) -> None:
@@ -224,6 +339,49 @@ def test_a_wait_without_progress_ends(api: Api, session: Session) -> None:
     session.root = type("Root", (), {"path": Path("/src")})()  # type: ignore[attr-defined]
     with pytest.raises(Refusal, match="makes no progress at a/b, after 2 of 3 files"):
         api.send("POST", "/containers/box/start")
+
+
+def test_what_no_container_mounts_is_released(tmp_path: Path) -> None:
+    engine, roots = Engine(), Roots()
+    mounts = Mounts(Hooks(), roots, engine, ["/src"])  # type: ignore[arg-type]
+    engine.mounts = [[{"Type": "bind", "Source": "/src/a"}]]
+    mounts.tidy()
+    assert not hasattr(roots, "used"), "the engine need not be asked"
+    roots.require("/src/a")
+    mounts.tidy()
+    assert roots.used == {"/src/a"}
+    engine.mounts = [[{"Type": "volume", "Name": "bound"}], []]
+    mounts.tidy()
+    # A short container after the other: only what was not mounted at two times ends.
+    assert roots.used == {"/src/a", "/src/volume"}
+    mounts.tidy()
+    assert roots.used == {"/src/volume"}
+
+
+def test_paths_of_drives_are_rewritten_before_the_engine_sees_them(tmp_path: Path) -> None:
+    hooks = Hooks()
+    Mounts(hooks, Roots(), NoTunnel(), ["D:\\elsewhere"], drives=True)  # type: ignore[arg-type]
+
+    def send(target: str, body: object) -> Request:
+        head = parse_request(f"POST {target} HTTP/1.1\r\nHost: docker\r\n\r\n".encode())
+        request = Request(head, json.dumps(body).encode(), threading.Event.wait)
+        match = hooks.match(head)
+        assert match is not None
+        match.run(request, [])
+        return request
+
+    with pytest.raises(AssertionError, match="run was called"):
+        # Not shared, so the guest is asked whether it is its own.
+        send("/containers/create", {"HostConfig": {"Binds": ["C:\\src:/src"]}})
+    with pytest.raises(Refusal, match="not on a drive") as refused:
+        send("/containers/create", {"HostConfig": {"Binds": ["\\\\server\\share:/src"]}})
+    assert refused.value.status == 400
+    mount = {"Type": "bind", "Source": "d:/elsewhere/x", "Target": "/x"}
+    with pytest.raises(Refusal, match="bind source path does not exist") as refused:
+        send("/containers/create", {"HostConfig": {"Mounts": [mount]}})
+    assert "D:\\elsewhere\\x" in str(refused.value)
+    request = send("/volumes/create", {"Name": "v", "DriverOpts": {"device": "C:\\x"}})
+    assert not request.replaced
 
 
 def test_the_engines_socket_is_the_guests_whatever_is_shared(tmp_path: Path) -> None:

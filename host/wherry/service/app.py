@@ -35,6 +35,7 @@ from wherry.service.mounts import Mounts
 from wherry.service.networking import Networking
 from wherry.service.stages import DEFAULT_BOUNDS, Bounds, Stages
 from wherry.service.state import State
+from wherry.sync.drives import host_path
 from wherry.sync.remote import RemoteEndpoint
 from wherry.sync.roots import Roots
 from wherry.tunnel.connection import Connection
@@ -54,6 +55,7 @@ _HEALTH_S = 2.0
 
 _QUIT_S = 10.0
 _DRAIN_S = 2.0
+_TIDY_S = 300.0
 
 
 class Service:
@@ -92,6 +94,7 @@ class Service:
         self._guest: Guest | None = None
         self._roots: Roots | None = None
         self._mounts: Mounts | None = None
+        self._tidying: asyncio.Task[None] | None = None
         self._networking = Networking(self._hooks, layout.platform)
         self._stop_asked = False
         self._force = False
@@ -293,6 +296,7 @@ class Service:
         )
         self._record = replace(self._record, started=time.time())
         self._transition(State.RUNNING)
+        self._tidying = asyncio.create_task(self._tidy(self._mounts), name="tidy")
         self._started.set_result(None)
 
     def _on_paused(self, reason: str) -> None:
@@ -326,9 +330,11 @@ class Service:
                 guest.open_sync(), place, ordered=ordered, progress=progress
             ),
             boot=self._layout.platform.boot_id(),
+            host_path=host_path(self._layout.platform.drives),
         )
         assert self._boot.config is not None
-        self._mounts = Mounts(self._hooks, roots, tunnel, self._boot.config.shared)
+        shared, drives = self._boot.config.shared, self._layout.platform.drives
+        self._mounts = Mounts(self._hooks, roots, tunnel, shared, drives=drives)
         return roots
 
     def _running_roots(self) -> Roots:
@@ -347,6 +353,18 @@ class Service:
                 await in_thread(self._mounts.restore, name="mounts")
         except (WherryError, TimeoutError) as error:
             log.warning("the containers' bind mounts are not known: %s", error or "it took long")
+
+    async def _tidy(self, mounts: Mounts | None) -> None:
+        """End the synchronisation of what no container mounts any more."""
+        assert mounts is not None
+        while True:
+            await asyncio.sleep(_TIDY_S)
+            try:
+                await in_thread(mounts.tidy, name="tidy")
+            except WherryError as error:
+                log.info("the containers' bind mounts are not known: %s", error)
+            except Exception:
+                log.exception("unused bind mounts could not be ended")
 
     def _tunnel_changed(self) -> Any:
         loop = asyncio.get_running_loop()
@@ -389,6 +407,9 @@ class Service:
                 log.info("%s", error)
             await in_thread(endpoint.close, name="endpoint close")
         await self._networking.close()
+        if self._tidying is not None:
+            self._tidying.cancel()
+            await asyncio.gather(self._tidying, return_exceptions=True)
         if self._roots is not None:
             await shutdown.end_sync(self._roots, None if force else tunnel)
         if guest is not None:

@@ -9,15 +9,25 @@ request                                     before it             before its ans
 POST /containers/create, /volumes/create    sources are shared
 POST start, restart, unpause                host to guest         guest to host (restart)
 POST /exec/{id}/start                       host to guest         guest to host
+GET /exec/{id}/json                                               guest to host, if it failed
 GET, PUT, HEAD archive (docker cp)          host to guest         guest to host (PUT)
 POST wait, stop, kill, attach; DELETE                             guest to host
 GET logs                                                          guest to host
 GET /events: die, exec_die, ...                                   guest to host
 =========================================== ===================== =============================
 
-A request is refused when its barrier cannot hold. An answer is not: the process has ended, and
-nothing that is said instead of its status would help; the failure is in the log and in
-``wherry sync status``.
+A request is refused when its barrier cannot hold. What has been done cannot be, but who asked
+is told, by the path's name, in the place where the docker CLI and the libraries look for it:
+
+* the result of ``wait`` gets an ``Error`` beside its status, so ``docker run`` ends with 125;
+* the answer to ``stop``, ``kill``, ``restart`` and ``PUT archive`` is an error;
+* so is that to ``GET /exec/{id}/json``, where ``docker exec`` asks for the status, until a
+  barrier holds.
+
+The answer to ``DELETE`` is not, as the container is gone, nor are events and streams, which other
+programs than ours read. The log and ``wherry sync status`` have all of it. A conflict that came
+up while the request was under way is such a failure of what the container wrote: the host has
+its own version, and the container's is kept.
 """
 
 from __future__ import annotations
@@ -27,15 +37,17 @@ import logging
 import shlex
 import stat
 import threading
-from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from wherry.api.hooks import DEFAULT_BODY_LIMIT_BYTES, Hooks, Refusal, Request, Watch
+from wherry.api.http import ResponseHead
 from wherry.core.errors import WherryError
-from wherry.service import engine
+from wherry.service.mounted import KNOWN, Mounted
 from wherry.sync import sources
 from wherry.sync.barrier import hold
+from wherry.sync.core.reconcile import GUEST, HOST
+from wherry.sync.drives import PathRefused, host_path, of_container, of_volume, to_guest
 from wherry.sync.roots import Roots
 from wherry.sync.session import Session
 from wherry.sync.sources import Source
@@ -43,11 +55,10 @@ from wherry.tunnel.tunnel import Tunnel
 
 log = logging.getLogger(__name__)
 
-_KNOWN = 4096
-"""Containers that are remembered, so that the engine need not be asked about them."""
-
 _ENGINE_SOCKETS = ("/var/run/docker.sock", "/run/docker.sock")
 """Who mounts these wants the engine that the container runs in, whatever is shared."""
+
+_BOTH_SIDES = "was changed on both sides"
 
 _QUESTION_S = 10.0
 _ENDINGS = (b'"die"', b'"exec_die"', b'"stop"', b'"kill"', b'"destroy"', b'"oom"')
@@ -57,17 +68,30 @@ class Mounts:
     """The hooks of bind mounts.
 
     :param shared: the host's directories that containers may mount from.
+    :param drives: whether the host's paths begin with a drive's letter: see :mod:`drives
+        <wherry.sync.drives>`. What is said of paths below is said of the guest's.
     """
 
-    def __init__(self, hooks: Hooks, roots: Roots, tunnel: Tunnel, shared: Iterable[str]) -> None:
+    def __init__(
+        self,
+        hooks: Hooks,
+        roots: Roots,
+        tunnel: Tunnel,
+        shared: Iterable[str],
+        *,
+        drives: bool = False,
+    ) -> None:
         self._roots = roots
         self._tunnel = tunnel
-        self._shared = tuple(path.rstrip("/") or "/" for path in shared)
+        self._drives = drives
+        self._host_path = host_path(drives)
+        self._shared = tuple(
+            (to_guest(path) if drives else path).rstrip("/") or "/" for path in shared
+        )
+        self._known = Mounted(tunnel)
+        self._used: set[str] = set()
         self._lock = threading.Lock()
-        self._containers: dict[str, list[Source]] = {}
-        self._names: dict[str, str] = {}
-        self._execs: dict[str, str] = {}
-        self._volumes: dict[str, Source] = {}
+        self._unfetched: dict[str, tuple[list[Source], str]] = {}
         on = hooks.on
         on("POST", "/containers/create", self._create, body_limit=DEFAULT_BODY_LIMIT_BYTES)
         on("POST", "/volumes/create", self._create_volume, body_limit=DEFAULT_BODY_LIMIT_BYTES)
@@ -77,6 +101,7 @@ class Mounts:
             on("POST", f"/containers/{{id}}/{action}", self._before)
         on("POST", "/containers/{id}/restart", self._around)
         on("POST", "/exec/{exec}/start", self._exec)
+        on("GET", "/exec/{exec}/json", self._exec_result)
         for method in ("GET", "HEAD"):
             on(method, "/containers/{id}/archive", self._before)
         on("PUT", "/containers/{id}/archive", self._around)
@@ -94,81 +119,74 @@ class Mounts:
 
         :raises WherryError: the engine does not tell.
         """
-        for path in self._roots.kept:
+        for path in {*self._roots.kept, *self._roots.with_conflicts}:
             self._resume(Source(path))
-        volumes = engine.fetch(self._tunnel.open_unix(engine.SOCKET), "/volumes")
-        for volume in volumes.get("Volumes") or ():
-            self._learn_volume(volume.get("Name"), {"DriverOpts": volume.get("Options") or {}})
-        for container in engine.fetch(
-            self._tunnel.open_unix(engine.SOCKET), "/containers/json?all=1"
-        ):
-            found = self._with_volumes(container)
-            self._learn(container["Id"], found)
-            if container.get("State") in ("running", "paused", "restarting"):
+        for state, found in self._known.fetch():
+            if state in ("running", "paused", "restarting"):
                 for source in found:
                     self._resume(source)
 
+    def tidy(self) -> None:
+        """End the roots that no container mounts, nor did when this was called last.
+
+        So a directory that is mounted by one short container after the other stays ready.
+
+        :raises WherryError: the engine does not tell.
+        """
+        if not self._roots.all():
+            return
+        used = {source.path for _, found in self._known.fetch() for source in found}
+        before, self._used = self._used, used
+        self._roots.release(used | before)
+
     def _resume(self, source: Source) -> None:
-        if not self._is_shared(source.path) or not Path(source.path).exists():
+        if not self._is_shared(source.path) or not self._host_path(source.path).exists():
             return
         try:
             self._roots.require(source.path, read_only=source.read_only)
         except (OSError, WherryError) as error:
             log.warning("%s is not synchronised: %s", source.path, error)
 
-    def _learn(self, id: str, found: list[Source], name: str = "") -> None:
-        with self._lock:
-            self._containers[id] = found
-            if name:
-                self._names[name] = id
-            for known in (self._containers, self._names):
-                # The engine can be asked again about what is forgotten.
-                while len(known) > _KNOWN:
-                    del known[next(iter(known))]
-
     # Making containers and volumes
 
     def _create(self, request: Request) -> Watch | None:
-        body = _json(request.body)
-        found = [*sources.of_container(body), *self._named(sources.volumes_of(body))]
+        body = self._rewritten(request, of_container)
+        found = [*sources.of_container(body), *self._known.of_volumes(sources.volumes_of(body))]
         self._bring(request, [self._share(request, source) for source in found])
         name = (request.query.get("name") or [""])[0]
 
         def created(line: bytes) -> None:
             id = _json(line).get("Id")
             if isinstance(id, str) and id:
-                self._learn(id, found, name)
+                self._known.learn(id, found, name)
 
         return Watch(line=created)
 
     def _create_volume(self, request: Request) -> Watch | None:
-        body = _json(request.body)
+        body = self._rewritten(request, of_volume)
         found = sources.of_volume(body)
         for source in found:
             self._share(request, source)
 
         def created(line: bytes) -> None:
-            self._learn_volume(_json(line).get("Name"), body)
+            self._known.learn_volume(_json(line).get("Name"), body)
 
         return Watch(line=created) if found else None
 
-    def _learn_volume(self, name: object, body: Mapping[str, Any]) -> None:
-        for source in sources.of_volume(body):
-            if isinstance(name, str):
-                with self._lock:
-                    self._volumes[name] = source
-
-    def _named(self, names: Iterable[str]) -> list[Source]:
-        with self._lock:
-            return [self._volumes[name] for name in names if name in self._volumes]
-
-    def _with_volumes(self, container: Mapping[str, Any]) -> list[Source]:
-        names = [
-            str(mount.get("Name"))
-            for mount in container.get("Mounts") or ()
-            if mount.get("Type") == "volume"
-        ]
-        return [*sources.of_inspected(container), *self._named(names)]
+    def _rewritten(
+        self, request: Request, rewrite: Callable[[Mapping[str, Any]], dict[str, Any]]
+    ) -> dict[str, Any]:
+        """Return the body, which the engine gets with the guest's paths."""
+        body = _json(request.body)
+        if not self._drives or not body:
+            return body
+        try:
+            rewritten = rewrite(body)
+        except PathRefused as error:
+            raise Refusal(400, str(error)) from error
+        if rewritten != body:
+            request.replace_body(json.dumps(rewritten).encode())
+        return rewritten
 
     def _is_shared(self, path: str) -> bool:
         return path not in _ENGINE_SOCKETS and any(
@@ -178,10 +196,10 @@ class Mounts:
 
     def _share(self, request: Request, source: Source) -> Session | None:
         """Begin to keep a source equal; None if it is the guest's own."""
-        path = Path(source.path)
         if not self._is_shared(source.path):
             self._check_guest(source.path)
             return None
+        path = self._host_path(source.path)
         try:
             try:
                 mode = path.stat().st_mode
@@ -190,19 +208,19 @@ class Mounts:
                     raise Refusal(
                         400,
                         'invalid mount config for type "bind": '
-                        f"bind source path does not exist: {source.path}",
+                        f"bind source path does not exist: {path}",
                     ) from None
                 path.mkdir(parents=True)
                 mode = path.stat().st_mode
             if not stat.S_ISDIR(mode) and not stat.S_ISREG(mode):
                 raise Refusal(
                     400,
-                    f"{source.path} is neither a file nor a directory; sockets and devices of"
+                    f"{path} is neither a file nor a directory; sockets and devices of"
                     " this computer cannot be mounted into containers",
                 )
             return self._roots.require(source.path, read_only=source.read_only)
         except OSError as error:
-            raise Refusal(500, f"{source.path} cannot be shared: {error.strerror}") from error
+            raise Refusal(500, f"{path} cannot be shared: {error.strerror}") from error
         except WherryError as error:
             raise Refusal(500, str(error)) from error
 
@@ -233,28 +251,48 @@ class Mounts:
     def _after(self, request: Request) -> Watch | None:
         # Asked now and not when the answer comes: the container may be gone by then.
         mounted = self._mounted(request, request.params["id"])
-        return Watch(head=lambda head: self._fetch(request, mounted)) if mounted else None
+        marks = self._marks(mounted)
+
+        def answered(head: ResponseHead) -> None:
+            if head.status >= 400:
+                return
+            failure = self._fetch(request, mounted, marks)
+            if failure:
+                raise Refusal(500, f"that is done, but {failure}")
+
+        return Watch(head=answered) if mounted else None
 
     def _remove(self, request: Request) -> Watch | None:
-        watch = self._after(request)
-        with self._lock:
-            # The name may be another container's from now on.
-            self._names.pop(request.params["id"], None)
-        return watch
+        mounted = self._mounted(request, request.params["id"])
+        self._known.forget_name(request.params["id"])
+        return _then(lambda: self._fetch(request, mounted)) if mounted else None
 
     def _wait(self, request: Request) -> Watch | None:
         mounted = self._mounted(request, request.params["id"])
-        return Watch(line=lambda line: self._fetch(request, mounted)) if mounted else None
+        marks = self._marks(mounted)
+
+        def ended(line: bytes) -> bytes | None:
+            failure = self._fetch(request, mounted, marks)
+            result = _json(line)
+            if not failure or result.get("Error"):
+                return None
+            return json.dumps({**result, "Error": {"Message": failure}}).encode()
+
+        return Watch(line=ended) if mounted else None
 
     def _until_end(self, request: Request) -> Watch | None:
         mounted = self._mounted(request, request.params["id"])
-        return Watch(end=lambda whole: self._fetch(request, mounted)) if mounted else None
+
+        def ended(whole: bool) -> None:
+            self._fetch(request, mounted)
+
+        return Watch(end=ended) if mounted else None
 
     def _events(self, request: Request) -> Watch | None:
         def event(line: bytes) -> None:
             if any(word in line for word in _ENDINGS):
                 id = _json(line).get("Actor", {}).get("ID", "")
-                self._fetch(request, self._mounted(request, str(id), known=True))
+                self._fetch(request, self._mounted(request, str(id), ask=False))
 
         return Watch(line=event)
 
@@ -265,46 +303,58 @@ class Mounts:
         self._bring(request, (each for each in sessions if each.is_troubled))
 
         def created(line: bytes) -> None:
-            id = _json(line).get("Id")
-            if isinstance(id, str):
-                with self._lock:
-                    self._execs[id] = container
+            self._known.learn_exec(_json(line).get("Id"), container)
 
         return Watch(line=created)
 
     def _exec(self, request: Request) -> Watch | None:
-        with self._lock:
-            container = self._execs.pop(request.params["exec"], None)
+        id = request.params["exec"]
+        container = self._known.take_exec(id)
         if container is None:
             # Made before this service began: whatever it is, all roots are more than enough.
-            self._bring(request, self._roots.all())
-            return Watch(end=lambda whole: hold(self._roots.all(), fresh=False, wait=request.wait))
-        mounted = self._mounted(request, container, needed=True)
+            mounted = [Source(session.root.place.path) for session in self._roots.all()]
+        else:
+            mounted = self._mounted(request, container, needed=True)
         if not mounted:
             return None
         self._bring(request, self._sessions(mounted))
-        return Watch(end=lambda whole: self._fetch(request, mounted))
+        marks = self._marks(mounted)
+
+        def ended(whole: bool) -> None:
+            failure = self._fetch(request, mounted, marks)
+            if failure:
+                with self._lock:
+                    self._unfetched[id] = (mounted, failure)
+                    while len(self._unfetched) > KNOWN:
+                        del self._unfetched[next(iter(self._unfetched))]
+
+        return Watch(end=ended)
+
+    def _exec_result(self, request: Request) -> None:
+        id = request.params["exec"]
+        with self._lock:
+            mounted, failure = self._unfetched.get(id, ([], ""))
+        if not failure:
+            return
+        now = self._fetch(request, mounted)
+        if not now:
+            with self._lock:
+                self._unfetched.pop(id, None)
+            if _BOTH_SIDES not in failure:
+                return
+        raise Refusal(500, f"the command has ended, but {now or failure}")
 
     def _rename(self, request: Request) -> None:
-        with self._lock:
-            self._names.clear()
+        self._known.forget_names()
 
     def _mounted(
-        self, request: Request, name: str, *, needed: bool = False, known: bool = False
+        self, request: Request, name: str, *, needed: bool = False, ask: bool = True
     ) -> list[Source]:
-        """Return what a container mounts; the engine is asked once about one that is not known.
+        """Return what a container mounts of the host; see :meth:`Mounted.of_container`.
 
         :param needed: the request cannot go on without.
-        :param known: do not ask; what is not known mounts nothing.
         """
-        with self._lock:
-            id = self._names.get(name, name)
-            found = self._containers.get(id)
-            if found is None:
-                matching = [key for key in self._containers if key.startswith(id)]
-                found = self._containers[matching[0]] if len(matching) == 1 else None
-        if found is None:
-            found = [] if known else self._inspect(request, name)
+        found = self._known.of_container(name, request.wait if ask else None)
         if found is None:
             if needed:
                 raise Refusal(503, f"the engine does not tell what container {name} mounts")
@@ -317,25 +367,8 @@ class Mounts:
         :raises WherryError: in the iterator: one cannot be begun.
         """
         for source in mounted:
-            if Path(source.path).exists() or self._roots.holding(source.path):
+            if self._host_path(source.path).exists() or self._roots.holding(source.path):
                 yield self._roots.require(source.path, read_only=source.read_only)
-
-    def _inspect(self, request: Request, name: str) -> list[Source] | None:
-        """Ask the engine what a container mounts; None if it does not tell."""
-        try:
-            container = engine.while_wanted(
-                request.wait,
-                lambda: self._tunnel.open_unix(engine.SOCKET),
-                lambda stream: engine.inspect(stream, name),
-            )
-        except WherryError as error:
-            log.warning("what container %s mounts is not known: %s", name, error)
-            return None
-        if container is None:
-            return []  # the engine's own answer to the request will tell
-        found = self._with_volumes(container)
-        self._learn(container["Id"], found, name)
-        return found
 
     def _bring(self, request: Request, sessions: Iterable[Session | None]) -> None:
         """Have what is on the host now in the guest.
@@ -343,16 +376,47 @@ class Mounts:
         :raises Refusal: that is not possible.
         """
         try:
-            hold([each for each in sessions if each is not None], fresh=True, wait=request.wait)
+            present = [each for each in sessions if each is not None]
+            hold(present, fresh=True, side=GUEST, wait=request.wait)
         except WherryError as error:
             raise Refusal(500, str(error)) from error
 
-    def _fetch(self, request: Request, mounted: Iterable[Source]) -> None:
-        """Have what is in the guest now on the host; a failure is logged."""
+    def _fetch(
+        self,
+        request: Request,
+        mounted: Iterable[Source],
+        marks: Iterable[tuple[Session, int]] = (),
+    ) -> str:
+        """Have what is in the guest now on the host; return why not, which is logged as well.
+
+        :param marks: how many conflicts there were before: a new one is a reason too.
+        """
         try:
-            hold(self._sessions(mounted), fresh=False, wait=request.wait)
+            hold(self._sessions(mounted), fresh=False, side=HOST, wait=request.wait)
         except WherryError as error:
             log.warning("%s", error)
+            return str(error)
+        paths = [path for session, mark in marks for path in session.conflicts_since(mark)]
+        if not paths:
+            return ""
+        others = f" and {len(paths) - 1} more" if len(paths) > 1 else ""
+        return (
+            f"{paths[0]}{others} {_BOTH_SIDES}; this computer's version stays, and the"
+            " container's is kept: see: wherry sync conflicts"
+        )
+
+    def _marks(self, mounted: Iterable[Source]) -> list[tuple[Session, int]]:
+        found = {self._roots.holding(source.path) for source in mounted}
+        return [(session, session.conflict_count) for session in found if session is not None]
+
+
+def _then(function: Callable[[], object]) -> Watch:
+    """Return what calls a function before the client gets the answer's head."""
+
+    def answered(head: ResponseHead) -> None:
+        function()
+
+    return Watch(head=answered)
 
 
 def _json(data: bytes | None) -> dict[str, Any]:

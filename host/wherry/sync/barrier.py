@@ -7,7 +7,8 @@ begin after the barrier was asked for, and
 * the host's scan looks at every file's status if it has to be ``fresh``, whatever a watch has
   seen or lost: what a finished system call had done before the question is in what it reads.
   Where the system queues a change's event within the system call, as Linux does, the watch is
-  *exact* and it is enough to look where it points;
+  *exact* and it is enough to look where it points, and where files are that have another name:
+  a write by a name outside of the root makes no event in it;
 * the guest's scan looks where the guest's watch saw changes. The kernel puts an event into the
   watch's queue within the system call that it is about, and the agent empties the queue when the
   scan begins; a queue that ran over makes it a full scan.
@@ -43,30 +44,45 @@ class Ticket:
         self.done = threading.Event()
         self.tried = False
         self._error: WherryError | None = None
+        self._sides: tuple[WherryError | None, WherryError | None] = (None, None)
 
-    def finish(self, error: WherryError | None) -> None:
-        """Let whoever waits go on."""
+    def finish(
+        self,
+        error: WherryError | None,
+        sides: tuple[WherryError | None, WherryError | None] = (None, None),
+    ) -> None:
+        """Let whoever waits go on.
+
+        :param error: why nothing is certain.
+        :param sides: why the host, and the guest, have not all that the other one has.
+        """
         self._error = error
+        self._sides = sides
         self.done.set()
 
-    def check(self) -> None:
+    def check(self, side: int | None = None) -> None:
         """Return when the barrier held.
 
+        :param side: the one that has to have all that the other one had; None for both.
         :raises WherryError: it did not; the message names the path.
         """
-        if self._error is not None:
-            raise WherryError(self._error.message, hint=self._error.hint) from self._error
+        sides = self._sides if side is None else (self._sides[side],)
+        for error in (self._error, *sides):
+            if error is not None:
+                raise WherryError(error.message, hint=error.hint) from error
 
 
 def hold(
     sessions: Iterable[Session],
     *,
     fresh: bool,
+    side: int | None = None,
     wait: Callable[[threading.Event, float], bool] = threading.Event.wait,
 ) -> None:
     """Wait for a barrier of each session, all at once.
 
     :param fresh: see :meth:`Session.ask <wherry.sync.session.Session.ask>`.
+    :param side: the one that has to have all that the other one had; None for both.
     :param wait: waits for an event for some seconds, and tells whether it was set.
     :raises WherryError: one does not hold, or makes no progress.
     """
@@ -78,4 +94,4 @@ def hold(
                     f"the synchronisation of {session.root.path} makes no progress{session.where}",
                     hint="see: wherry sync status",
                 )
-        ticket.check()
+        ticket.check(side)

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import json
 import logging
-import os
+import posixpath
 import threading
+from collections.abc import Callable, Iterable
 from contextlib import closing
 from pathlib import Path
 
@@ -21,12 +22,13 @@ from wherry.sync.core.store import Store
 from wherry.sync.core.traits import Traits
 from wherry.sync.model import Paths, Root
 from wherry.sync.remote import Place
-from wherry.sync.session import Connect, Session
+from wherry.sync.session import Connect, Session, has_conflicts
 from wherry_sync import handles
 
 log = logging.getLogger(__name__)
 
 _LAST_BARRIER_S = 20.0
+_UNUSED_S = 60.0
 _FILE = "roots.json"
 """The number of each root there ever was, as the database knows it by that."""
 
@@ -37,13 +39,24 @@ class Roots:
     :param directory: for what sessions keep.
     :param connect: see :class:`~wherry.sync.session.Session`.
     :param boot: id of this boot of the host.
+    :param host_path: returns where a path of the guest is on the host. All paths here are the
+        guest's, which are the host's own where those have no drives.
     """
 
-    def __init__(self, directory: Path, database: Path, connect: Connect, *, boot: str) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        database: Path,
+        connect: Connect,
+        *,
+        boot: str,
+        host_path: Callable[[str], Path] = Path,
+    ) -> None:
         self._directory = directory
         self._database = database
         self._connect = connect
         self._boot = boot
+        self._host_path = host_path
         self._lock = threading.Lock()
         self._closed = False
         self._sessions: dict[str, Session] = {}
@@ -59,18 +72,22 @@ class Roots:
         """
         if not handles.POSSIBLE:
             raise WherryError("directories of this computer cannot be mounted on its system yet")
-        single = not Path(path).is_dir()
+        single = not self._host_path(path).is_dir()
         with self._lock:
             if self._closed:
                 raise WherryError("the machine is stopping")
             session = self._holding(path)
+            if session is not None and session.is_over:
+                # A full disk ended it, say: it is tried again when somebody needs it.
+                del self._sessions[session.root.place.path]
+                session = None
+            if session is not None and self._other_rules(session.root):
+                session = self._replace(session.root.place.path, session.root.place.single)
             if session is None:
-                for inner in [key for key in self._sessions if _contains(path, key)]:
-                    self._end(inner)
-                session = self._begin(path, single)
+                session = self._replace(path, single)
             elif single and not session.root.place.single:
                 # A container mounts the file itself, so that must not be replaced by another.
-                session.pin(os.path.relpath(path, session.root.path).replace(os.sep, "/"))
+                session.pin(posixpath.relpath(path, session.root.place.path))
             if not read_only:
                 session.allow_writes()
             return session
@@ -86,6 +103,32 @@ class Roots:
         """The roots that :meth:`keep` was called for."""
         with self._lock:
             return sorted(self._kept)
+
+    @property
+    def with_conflicts(self) -> list[str]:
+        """The roots, of all there ever were, that have files that conflicts left."""
+        with self._lock:
+            numbers = dict(self._numbers)
+        return sorted(
+            path for path, number in numbers.items() if has_conflicts(self._state(number))
+        )
+
+    def release(self, used: Iterable[str], *, idle_s: float = _UNUSED_S) -> None:
+        """End the roots that none of some paths is in; what both sides have stays.
+
+        Those that are kept go on, and those with conflicts, which could not be listed else.
+
+        :param idle_s: nor is one ended that somebody needed so shortly ago: for a container,
+            perhaps, that is being made.
+        """
+        needed = set(used)
+        with self._lock:
+            for path, session in list(self._sessions.items()):
+                inside = any(each == path or _contains(path, each) for each in needed | self._kept)
+                busy = session.idle_s < idle_s or session.status().conflicts
+                if not inside and not busy:
+                    log.info("%s is not synchronised any more: no container mounts it", path)
+                    self._end(path)
 
     def holding(self, path: str) -> Session | None:
         """Return the session that keeps a path equal, if there is one."""
@@ -146,32 +189,54 @@ class Roots:
                 return session
         return None
 
+    def _replace(self, path: str, single: bool) -> Session:
+        """Begin a root in place of those that are in it, or of itself with other rules."""
+        inner = [key for key in self._sessions if key == path or _contains(path, key)]
+        ended = [self._end(key) for key in inner]
+        session = self._begin(path, single)
+        for old in ended:
+            session.take_over(old)
+        return session
+
+    def _other_rules(self, root: Root) -> bool:
+        """Whether ``.wherryignore`` was changed since the root began.
+
+        :raises WherryError: it cannot be read, or understood.
+        """
+        if root.place.single or not root.path.is_dir():
+            return False
+        now = rules.parse(_lines(root.path / rules.FILE_NAME))
+        return now.rules != root.place.ignore.rules
+
     def _begin(self, path: str, single: bool) -> Session:
         number = self._numbers.get(path)
         if number is None:
             number = max(self._numbers.values(), default=0) + 1
             self._numbers[path] = number
             self._write()
-        ignore = (
-            rules.parse(_lines(Path(path) / rules.FILE_NAME)) if not single else rules.parse(())
-        )
-        root = Root(number, Path(path), Place(f"r{number}", path, single, ignore))
+        here = self._host_path(path)
+        ignore = rules.parse(() if single else _lines(here / rules.FILE_NAME))
+        root = Root(number, here, Place(f"r{number}", path, single, ignore))
         log.info("synchronising %s", path)
         session = Session(
             root,
-            Paths(self._directory / str(number), self._database),
+            Paths(self._state(number), self._database),
             self._connect,
             boot=self._boot,
-            traits=traits_of(Path(path)),
+            traits=traits_of(here),
         )
         self._sessions[path] = session
         return session
 
-    def _end(self, path: str) -> None:
+    def _state(self, number: int) -> Path:
+        return self._directory / str(number)
+
+    def _end(self, path: str) -> Session:
         session = self._sessions.pop(path)
         # What it has not carried over yet would look like a difference of unknown origin.
         session.ask(fresh=True).done.wait(_LAST_BARRIER_S)
         session.close()
+        return session
 
     def _read(self) -> tuple[dict[str, int], set[str]]:
         path = self._directory / _FILE

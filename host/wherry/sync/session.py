@@ -11,11 +11,14 @@ from __future__ import annotations
 
 import concurrent.futures
 import logging
+import posixpath
+import shutil
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import closing
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, TypeVar
 
 from wherry.core.errors import WherryError
@@ -41,6 +44,10 @@ _CHECK_S = 900.0
 _POLL_S = 5.0
 """How often everything is looked at where the host's changes cannot be watched."""
 
+_UNSETTLED_S = 10.0
+"""How soon it is tried again what could not be done, as nothing tells when it can: a program has
+closed a file, or there is room on a disk."""
+
 _REWATCH_S = 30.0
 # While very much changes, as in an installation in a container, rounds that nobody waits for take
 # half of the time at most, so that they do not hold up what they follow.
@@ -53,9 +60,18 @@ _TRASH_BYTES = 1 << 30
 _TRASH_FILES = 10_000
 
 _ORDERED = "ended in order"
+_CONFLICTS = "conflicts"
 
 T = TypeVar("T")
 Connect = Callable[[Place, bool, Callable[[int], None]], RemoteEndpoint]
+
+
+def has_conflicts(state: Path) -> bool:
+    """Whether the state of a session has files that conflicts left."""
+    try:
+        return any(path.name.isdigit() for path in (state / _CONFLICTS).iterdir())
+    except OSError:
+        return False
 
 
 class Session:
@@ -77,6 +93,7 @@ class Session:
     ) -> None:
         self.root = root
         self._paths = paths
+        self._stage = paths.state / "stage"
         self._connect = connect
         self._boot = boot
         self._traits = traits
@@ -95,9 +112,14 @@ class Session:
         self._rested_at = 0.0
         self._unflushed_since = 0.0
         self._missed = False
+        self._unsettled = False
+        self._full_at = 0.0
         self._failures = 0
         self._mounted = False
         self._writes = False
+        # By number; see Keep.
+        self._conflicts: dict[int, str] = {}
+        self._conflict_count = 0
         # Whether the guest's end knows it.
         self._pins: dict[str, bool] = {}
         self._calls: list[tuple[Callable[[Keep], Any], concurrent.futures.Future[Any]]] = []
@@ -132,6 +154,14 @@ class Session:
                 self._writes = True
                 self._guest_changed = True
                 self._lock.notify()
+
+    def take_over(self, ended: Session) -> None:
+        """Do what another one did for containers that run: its root is this one's, or in it."""
+        inside = posixpath.relpath(ended.root.place.path, self.root.place.path)
+        for path in [""] if ended.root.place.single else ended._pins:
+            self.pin(posixpath.normpath(posixpath.join(inside, path)))
+        if ended._writes:
+            self.allow_writes()
 
     def guest_changed(self) -> None:
         """Learn that the guest's watch has seen something."""
@@ -174,8 +204,23 @@ class Session:
 
     @property
     def is_troubled(self) -> bool:
-        """Whether the next barrier will most likely fail."""
-        return self._status.state in ("halted", "disconnected")
+        """Whether the next barrier may well fail."""
+        return self._status.state in ("halted", "disconnected") or bool(self._status.reason)
+
+    @property
+    def is_over(self) -> bool:
+        """Whether it has ended: closed, or by a failure of this computer."""
+        return not self._thread.is_alive()
+
+    @property
+    def conflict_count(self) -> int:
+        """How many files conflicts have left, ever; for :meth:`conflicts_since`."""
+        return self._conflict_count
+
+    def conflicts_since(self, count: int) -> list[str]:
+        """Return the paths of the conflicts after so many, as far as they are not resolved."""
+        with self._lock:
+            return [path for number, path in self._conflicts.items() if number > count]
 
     @property
     def where(self) -> str:
@@ -208,7 +253,7 @@ class Session:
             self._paths.state.mkdir(mode=0o700, parents=True, exist_ok=True)
             with (
                 closing(Store(self._paths.database, self.root.number)) as store,
-                closing(Keep(self._paths.state / "conflicts")) as conflicts,
+                closing(Keep(self._paths.state / _CONFLICTS)) as conflicts,
                 closing(
                     Keep(
                         self._paths.state / "trash",
@@ -217,6 +262,8 @@ class Session:
                     )
                 ) as trash,
             ):
+                self._conflict_count = conflicts.last
+                self._look_at(conflicts)
                 self._serve(store, conflicts, trash)
         except Exception as error:
             log.exception("%s is not synchronised any more", self.root.path)
@@ -246,18 +293,28 @@ class Session:
                 except (OSError, WherryError) as error:
                     self._cycle = None
                     self._drop(error)
-            if self._cycle is not None:
-                self._part(self._cycle, host, store)
+            parted = self._cycle is not None and self._part(self._cycle, host, store)
+        if parted and self._stage.parent == self.root.path:
+            self._remove_stage()
+
+    def _remove_stage(self) -> None:
+        """Leave nothing of ours in the user's directory; but what was rescued is not ours."""
+        try:
+            if {path.name for path in self._stage.iterdir()} <= {"journal"}:
+                shutil.rmtree(self._stage)
+        except OSError as error:
+            log.warning("%s stays: %s", self._stage, error)
 
     def _open_host(self, store: Store, trash: Keep) -> LocalEndpoint:
         root = self.root
-        stage = self._paths.state / "stage"
+        stage = self._stage
         place = root.path.parent if root.place.single else root.path
         if not root.place.single and place.is_dir():
             stage.mkdir(mode=0o700, parents=True, exist_ok=True)
             if stage.stat().st_dev != place.stat().st_dev:
                 # A rename does not lead from one filesystem to another.
                 stage = place / ".wherry-stage"
+        self._stage = stage
         return LocalEndpoint(
             str(root.path),
             str(stage),
@@ -324,9 +381,18 @@ class Session:
             except BaseException as error:
                 future.set_exception(error)
         if calls:
-            with self._lock:
-                self._status.conflicts = len(list(conflicts))
+            self._look_at(conflicts)
         return bool(calls)
+
+    def _look_at(self, conflicts: Keep) -> None:
+        """Take note of what conflicts have left: files that a round has kept, too, that failed."""
+        paths = {kept.number: str(self.root.path / kept.path) for kept in conflicts}
+        with self._lock:
+            for number in sorted(paths.keys() - self._conflicts.keys()):
+                if number > self._conflict_count:
+                    log.warning("both sides changed %s; the guest's is kept", paths[number])
+            self._conflicts, self._conflict_count = paths, conflicts.last
+            self._status.conflicts = len(paths)
 
     def _patience(self, connected: bool) -> float:
         if not connected:
@@ -336,7 +402,9 @@ class Session:
             return max(0.0, self._unflushed_since + _FLUSH_S - time.monotonic())
         if self._watch is not None and self._watch.problem:
             return _POLL_S
-        return _CHECK_S
+        if self._unsettled:
+            return _UNSETTLED_S
+        return max(0.0, self._full_at + _CHECK_S - time.monotonic())
 
     def _work(self, cycle: Cycle, host: LocalEndpoint, conflicts: Keep) -> None:
         """Do what is due: rounds, or the flush after them."""
@@ -351,11 +419,17 @@ class Session:
             return
         self._rewatch()
         exact = self._watch is not None and self._watch.exact
-        full = first or (any(ticket.fresh for ticket in tickets) and not exact)
-        full = full or not (tickets or host_changed or guest_changed)
+        fresh = any(ticket.fresh for ticket in tickets)
+        full = first or (fresh and not exact)
+        # However much happens all the time.
+        full = full or time.monotonic() >= self._full_at + _CHECK_S
         begun = time.monotonic()
         try:
-            outcome = self._rounds(cycle, full)
+            try:
+                outcome = self._rounds(cycle, full, host.with_links if fresh else ())
+            finally:
+                if conflicts.last != self._conflict_count:
+                    self._look_at(conflicts)
         except BaseException as error:
             # A connection may have been dead for long before it was used: once more, then.
             with self._lock:
@@ -375,13 +449,20 @@ class Session:
         took_s = time.monotonic() - begun
         if not tickets and took_s > _SHORT_S:
             self._rested_at = time.monotonic() + min(took_s, _LONGEST_REST_S)
-        self._report(outcome, len(list(conflicts)))
-        self._finish(tickets, self._failure(outcome))
+        self._unsettled = bool(outcome.failed or outcome.requeue)
+        if full:
+            self._full_at = time.monotonic()
+        self._report(outcome)
+        for ticket in tickets:
+            if outcome.halt is not None:
+                ticket.finish(self._failure(outcome))
+            else:
+                ticket.finish(None, (self._failure(outcome, HOST), self._failure(outcome, GUEST)))
         if waited_s >= _FLUSH_LATEST_S:
             # It never becomes calm.
             self._flush(cycle, host)
 
-    def _rounds(self, cycle: Cycle, full: bool) -> Outcome:
+    def _rounds(self, cycle: Cycle, full: bool, also: Collection[str] = ()) -> Outcome:
         assert self._remote is not None
         assert self._watch is not None
         first = self._status.rounds == 0
@@ -392,7 +473,9 @@ class Session:
         while True:
             # Taken before the scan: what changes from here on is news again.
             seen = self._watch.take()
-            dirty = None if full or requeued or self._missed else seen
+            dirty: Collection[str] | None = None
+            if seen is not None and not (full or requeued or self._missed):
+                dirty = seen.union(also)
             # What was taken from the watch is lost if the round fails before the scan.
             self._missed = True
             cycle.one_way = not self._writes
@@ -416,8 +499,8 @@ class Session:
         host.save_cache(self._boot)
         self._unflushed_since = 0.0
 
-    def _part(self, cycle: Cycle, host: LocalEndpoint, store: Store) -> None:
-        """Carry over what is left, and end in order.
+    def _part(self, cycle: Cycle, host: LocalEndpoint, store: Store) -> bool:
+        """Carry over what is left, and end in order; whether that was possible.
 
         That the guest ended in order only its end can tell: see :meth:`Roots.guest_ended`.
         """
@@ -432,8 +515,11 @@ class Session:
             store.part(HOST, ticket)
         except (OSError, WherryError) as error:
             log.warning("%s: %s", self.root.path, error)
+            return False
+        return True
 
-    def _failure(self, outcome: Outcome) -> WherryError | None:
+    def _failure(self, outcome: Outcome, wanted: int | None = None) -> WherryError | None:
+        """Return why a side, or any, has not all that the other one has; None if it has."""
         if outcome.halt is not None:
             side, halt = outcome.halt
             where = self.root.path if side == HOST else f"the copy of {self.root.path} in the guest"
@@ -441,25 +527,25 @@ class Session:
                 f"the synchronisation of {self.root.path} is halted: {where}: {halt.value}",
                 hint=f"bring it back, or: wherry sync remove {self.root.path}",
             )
-        if outcome.failed:
-            problem = outcome.failed[0]
-            return WherryError(
-                f"{self.root.path / problem.path} is not equal on both sides: {problem.reason}",
-                hint="see: wherry sync status",
-            )
+        for problem in outcome.failed:
+            side = outcome.failed_on[problem.path]
+            if wanted in (None, side):
+                where = "on this computer" if side == HOST else "in the guest"
+                return WherryError(
+                    f"{self.root.path / problem.path} cannot be brought up to date {where}:"
+                    f" {problem.reason}",
+                    hint="see: wherry sync status",
+                )
         return None
 
-    def _report(self, outcome: Outcome, conflicts: int) -> None:
+    def _report(self, outcome: Outcome) -> None:
         failure = self._failure(outcome)
         with self._lock:
             status = self._status
             status.state = "halted" if outcome.halt is not None else "watching"
             status.reason = failure.message if failure is not None else ""
             status.problems = [*outcome.problems, *outcome.failed]
-            status.conflicts = conflicts
             status.watch_problem = (self._watch.problem or "") if self._watch is not None else ""
-        for path in outcome.conflicts:
-            log.warning("%s: both sides changed %s; the guest's is kept", self.root.path, path)
         if failure is None:
             self._failures = 0
 
