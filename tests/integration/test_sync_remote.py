@@ -241,6 +241,11 @@ def test_a_path_that_cannot_be_written_is_named(pair: Pair) -> None:
         with pytest.raises(WherryError, match=r"host/d/late cannot be brought .*not permitted"):
             pair.barrier()
         assert (pair.there / "other").read_text() == "o"
+        # It is tried once more by itself, and no oftener.
+        time.sleep(0.3)
+        rounds = pair.session.status().rounds
+        time.sleep(0.5)
+        assert pair.session.status().rounds == rounds
     finally:
         subprocess.run(["chattr", "-i", pair.there / "d"], check=True)
     pair.barrier()

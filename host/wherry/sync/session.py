@@ -103,6 +103,7 @@ class Session:
         self._number = 0
         self._host_changed = False
         self._guest_changed = False
+        self._follow_up = False
         self._moved_at = time.monotonic()
         self._status = Status(root, "connecting")
         self._remote: RemoteEndpoint | None = None
@@ -356,7 +357,9 @@ class Session:
             deadline = time.monotonic() + self._patience(connected)
             while not self._closing:
                 now = time.monotonic()
-                changed = connected and (self._host_changed or self._guest_changed)
+                changed = connected and (
+                    self._host_changed or self._guest_changed or self._follow_up
+                )
                 if self._tickets or (changed and now >= self._rested_at):
                     break
                 if self._calls:
@@ -411,7 +414,10 @@ class Session:
         with self._lock:
             tickets, self._tickets = self._tickets, []
             host_changed, self._host_changed = self._host_changed, False
-            guest_changed, self._guest_changed = self._guest_changed, False
+            news = bool(tickets) or host_changed or self._guest_changed
+            following = self._follow_up and not news
+            guest_changed = self._guest_changed or self._follow_up
+            self._guest_changed = self._follow_up = False
         waited_s = time.monotonic() - self._unflushed_since if self._unflushed_since else 0.0
         first = self._status.rounds == 0
         if not (tickets or host_changed or guest_changed or first) and waited_s >= _FLUSH_S:
@@ -441,11 +447,9 @@ class Session:
             for ticket in tickets:
                 ticket.tried = True
             raise
-        if outcome.changed:
-            # Another round, now that nobody waits: it looks at what this one has changed, so
-            # that the next barrier need not.
-            with self._lock:
-                self._guest_changed = True
+        # Another round, now that nobody waits: it looks at what this one has changed, so that the
+        # next barrier need not. One, for what cannot be done would be tried for ever.
+        self._follow_up = outcome.changed and not following
         took_s = time.monotonic() - begun
         if not tickets and took_s > _SHORT_S:
             self._rested_at = time.monotonic() + min(took_s, _LONGEST_REST_S)
