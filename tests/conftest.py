@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
+import trustme
 from sandbox import Sandbox
 
 from wherry.config.layout import Layout
@@ -23,9 +24,15 @@ def guest_image() -> Image:
 
 
 @pytest.fixture(scope="session")
-def sandbox(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sandbox]:
+def authority() -> trustme.CA:
+    """The one authority for certificates that the sandbox's computer trusts."""
+    return trustme.CA()
+
+
+@pytest.fixture(scope="session")
+def sandbox(tmp_path_factory: pytest.TempPathFactory, authority: trustme.CA) -> Iterator[Sandbox]:
     """One sandbox for the run."""
-    made = Sandbox(tmp_path_factory.mktemp("wherry"))
+    made = Sandbox(tmp_path_factory.mktemp("wherry"), authority.cert_pem.bytes())
     yield made
     made.stop_all()
 

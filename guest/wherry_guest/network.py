@@ -74,9 +74,12 @@ def _restore(program: str, table: str, rules: list[str]) -> None:
 
 
 def _jump(program: str, table: str, chain: str) -> None:
-    """Have a chain of the kernel's go through ours first, once."""
-    if _run([program, "-w", "-t", table, "-C", chain, "-j", _CHAIN]) != 0:
-        _check([program, "-w", "-t", table, "-I", chain, "-j", _CHAIN])
+    """Have a chain of the kernel's go through ours first, once.
+
+    An engine that starts puts its own rules first.
+    """
+    _run([program, "-w", "-t", table, "-D", chain, "-j", _CHAIN])
+    _check([program, "-w", "-t", table, "-I", chain, "-j", _CHAIN])
 
 
 def _check(argv: list[str], input: bytes = b"") -> None:

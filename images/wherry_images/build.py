@@ -98,7 +98,7 @@ def _build(
         emulator = work / "emulator"
         emulation.take(work / "root", emulator, target)
         _compress(emulator, image / "emulation", tools, guest_lock.epoch)
-        _make_image(work / "root", image, tools, guest_lock.epoch, progress)
+        certificates = _make_image(work / "root", image, tools, guest_lock.epoch, progress)
         manifest = Manifest(
             version=image_version(guest_lock, RECIPE),
             architecture=target.name,
@@ -107,6 +107,7 @@ def _build(
             engine_version=engine_version(guest_lock),
             files=describe(image),
             packages={package.name: package.version for package in guest_lock.packages},
+            certificates=certificates,
         )
         (image / "manifest.json").write_text(manifest.to_json())
         if output.exists():
@@ -208,7 +209,8 @@ def _resolve(
 
 def _make_image(
     root: Path, image: Path, tools: Tools, epoch: int, progress: Callable[[str], None]
-) -> None:
+) -> list[str]:
+    """Fill the directory `image`; return the digests of the root's certificates."""
     (kernel,) = (root / "boot").glob("vmlinuz-*")
     (image / "kernel").write_bytes(packed_kernel(kernel.read_bytes()))
     for name, source in CLIENTS.items():
@@ -221,7 +223,7 @@ def _make_image(
     modules, dependencies = configure.add_modules(root, patterns, tools)
     check_libraries(root)
     configure.add_accounts(root)
-    configure.add_certificates(root)
+    certificates = configure.add_certificates(root)
     configure.add_files(root, RECIPE)
     configure.open_temporary_directories(root)
     configure.add_bytecode(root, tools)
@@ -234,6 +236,7 @@ def _make_image(
 
     progress("compressing the root")
     _compress(root, image / "root", tools, epoch)
+    return certificates
 
 
 def _compress(tree: Path, disk: Path, tools: Tools, epoch: int) -> None:

@@ -5,7 +5,9 @@ Nothing here runs a program of the guest.
 
 from __future__ import annotations
 
+import hashlib
 import shutil
+import ssl
 from pathlib import Path
 
 from wherry_images.modules import decompress, keep_only, parse_dependencies, select_by_pattern
@@ -43,13 +45,24 @@ def add_accounts(root: Path) -> None:
     shadow.chmod(0o600)
 
 
-def add_certificates(root: Path) -> None:
-    """Write the bundle of CA certificates as update-ca-certificates(8) does."""
+def add_certificates(root: Path) -> list[str]:
+    """Write the bundle of CA certificates as update-ca-certificates(8) does.
+
+    It is a link to begin with: what the host trusts beyond it makes another one of it.
+
+    Returns the SHA-256 of each certificate, as of its DER.
+    """
     source = root / "usr/share/ca-certificates"
+    certificates = [file.read_text() for file in sorted(source.rglob("*.crt"))]
+    shutil.rmtree(source)
+    source.with_suffix(".crt").write_text("".join(certificates))
     bundle = root / "etc/ssl/certs/ca-certificates.crt"
     bundle.parent.mkdir(parents=True, exist_ok=True)
-    bundle.write_text("".join(file.read_text() for file in sorted(source.rglob("*.crt"))))
-    shutil.rmtree(source)
+    bundle.symlink_to("/usr/share/ca-certificates.crt")
+    return [
+        hashlib.sha256(ssl.PEM_cert_to_DER_cert(certificate)).hexdigest()
+        for certificate in certificates
+    ]
 
 
 def open_temporary_directories(root: Path) -> None:

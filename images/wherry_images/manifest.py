@@ -41,6 +41,8 @@ class Manifest:
     engine_version: str
     files: Mapping[str, FileEntry]
     packages: Mapping[str, str]
+    certificates: Sequence[str]
+    """SHA-256 of each certificate authority in the guest's own bundle, as of its DER."""
 
     def to_json(self) -> str:
         """Return the text of manifest.json; equal manifests give equal text."""

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from docker_clients import Clients, wait_for
@@ -52,3 +54,21 @@ def node(all_clients: Clients) -> dict[str, str]:
     modules = node_modules()
     path = os.pathsep.join([str(PROGRAMS), all_clients.env["PATH"]])
     return {"NODE": str(PROGRAMS / "node"), "NODE_PATH": str(modules), "PATH": path}
+
+
+@pytest.fixture
+def agent(tmp_path: Path) -> Iterator[tuple[str, str]]:
+    """A real ssh-agent with one key: its socket, and the key's fingerprint."""
+    key = tmp_path / "key"
+    subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", key], check=True)
+    printed = subprocess.check_output(["ssh-keygen", "-lf", key], text=True)
+    socket = tmp_path / "agent"
+    process = subprocess.Popen(["ssh-agent", "-D", "-a", socket], stdout=subprocess.DEVNULL)
+    try:
+        wait_for(socket.exists, "the agent's socket", 10)
+        env = {**os.environ, "SSH_AUTH_SOCK": str(socket)}
+        subprocess.run(["ssh-add", "-q", key], env=env, check=True)
+        yield str(socket), printed.split()[1]
+    finally:
+        process.terminate()
+        process.wait(10)

@@ -7,9 +7,7 @@ registry is needed here. The engine's own frontend understands all that is used.
 from __future__ import annotations
 
 import os
-import subprocess
 import uuid
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,24 +16,6 @@ from docker_clients import Clients, wait_for, write_tree
 pytestmark = [pytest.mark.vm, pytest.mark.timeout(300)]
 
 CLASSIC = {"DOCKER_BUILDKIT": "0"}
-
-
-@pytest.fixture
-def agent(tmp_path: Path) -> Iterator[tuple[str, str]]:
-    """A real ssh-agent with one key: its socket, and the key's fingerprint."""
-    key = tmp_path / "key"
-    subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", key], check=True)
-    printed = subprocess.check_output(["ssh-keygen", "-lf", key], text=True)
-    socket = tmp_path / "agent"
-    process = subprocess.Popen(["ssh-agent", "-D", "-a", socket], stdout=subprocess.DEVNULL)
-    try:
-        wait_for(socket.exists, "the agent's socket", 10)
-        env = {**os.environ, "SSH_AUTH_SOCK": str(socket)}
-        subprocess.run(["ssh-add", "-q", key], env=env, check=True)
-        yield str(socket), printed.split()[1]
-    finally:
-        process.terminate()
-        process.wait(10)
 
 
 def test_the_classic_builder(clients: Clients, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import signal
 import tarfile
 from pathlib import Path
 
@@ -139,3 +140,31 @@ def test_the_mounted_socket_is_the_guest_s_engine(
     )  # fmt: skip
     assert said == "inner"
     clients.docker("rmi", image)
+
+
+def test_a_container_uses_the_keys_of_the_user_s_agent(
+    clients: Clients, debian: str, agent: tuple[str, str]
+) -> None:
+    """Every user of it does, and the agent is looked up each time."""
+    socket, fingerprint = agent
+    path = "/run/host-services/ssh-auth.sock"
+    clients.docker(
+        "run", "-d", "--name", "keys", "-u", "1234:1234", "-v", f"{path}:{path}",
+        "-e", f"SSH_AUTH_SOCK={path}", debian, "sleep", "1000",
+    )  # fmt: skip
+
+    def keys() -> str:
+        done = clients.docker("exec", "keys", "ssh-add", "-l", check=False)
+        return (done.stdout + done.stderr).decode()
+
+    clients.machine.wherry("config", "set", "ssh.agent", socket)
+    try:
+        assert fingerprint in keys()
+        # The socket in the container outlives the service.
+        os.kill(clients.machine.status()["service_pid"], signal.SIGKILL)
+        clients.machine.wherry("start")
+        assert fingerprint in keys()
+        clients.machine.wherry("config", "set", "ssh.agent", f"{socket}.gone")
+        assert "communication with agent failed" in keys()
+    finally:
+        clients.machine.wherry("config", "unset", "ssh.agent")

@@ -27,6 +27,7 @@ KbdInteractiveAuthentication no
 PermitRootLogin yes
 PermitUserRC no
 AllowStreamLocalForwarding yes
+StreamLocalBindUnlink yes
 UseDNS no
 PrintMotd no
 PrintLastLog no

@@ -65,6 +65,9 @@ class FakeHost:
             "DOCKER_CONFIG": str(self.directory / "docker"),
             "WHERRY_DEFAULT_SOCKET": str(self.default_socket),
             "PATH": f"{self.bin}:{os.environ['PATH']}",
+            # It trusts nobody, so there is nothing to give to the guest.
+            "SSL_CERT_FILE": os.devnull,
+            "SSL_CERT_DIR": str(self.directory / "no-certificates"),
         }
         self.layout = Layout(self.home, current())
         self.architecture = current().architecture()

@@ -30,6 +30,7 @@ def write_image(
             name: {"size": len(contents), "sha256": hashlib.sha256(contents).hexdigest()}
             for name, contents in files.items()
         },
+        "certificates": [],
     }
     (directory / "manifest.json").write_text(json.dumps(manifest))
     return directory

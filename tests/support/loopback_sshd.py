@@ -29,6 +29,7 @@ PasswordAuthentication no
 KbdInteractiveAuthentication no
 PermitRootLogin yes
 AllowStreamLocalForwarding {streamlocal}
+StreamLocalBindUnlink yes
 MaxStartups 100
 MaxSessions 100
 UseDNS no

@@ -22,19 +22,26 @@ START_TIMEOUT_S = 400
 
 
 class Sandbox:
-    """A WHERRY_HOME and a DOCKER_CONFIG of the tests' own; images are the user's, by link."""
+    """A WHERRY_HOME and a DOCKER_CONFIG of the tests' own; images are the user's, by link.
 
-    def __init__(self, directory: Path) -> None:
+    :param trusted: the authorities that this computer trusts, as PEM.
+    """
+
+    def __init__(self, directory: Path, trusted: bytes = b"") -> None:
         self.home = directory / "home"
         self.docker_config = directory / "docker"
         self.home.mkdir()
         self.docker_config.mkdir()
+        (directory / "trusted.pem").write_bytes(trusted)
+        (directory / "no-certificates").mkdir()
         (self.home / "images").symlink_to(Layout.current(current()).images)
         self.env: dict[str, str] = {
             **os.environ,
             "WHERRY_HOME": str(self.home),
             "DOCKER_CONFIG": str(self.docker_config),
             "WHERRY_DEFAULT_SOCKET": str(directory / "default.sock"),
+            "SSL_CERT_FILE": str(directory / "trusted.pem"),
+            "SSL_CERT_DIR": str(directory / "no-certificates"),
         }
         for name in [*self.env]:
             # What the user has set for other programs is no part of a test.

@@ -201,6 +201,16 @@ def test_what_would_stop_containers_waits_for_the_next_start(
     assert given(settings) == {"debug": False}
 
 
+@pytest.mark.parametrize("containers", [False, True])
+def test_an_engine_starts_anew_with_what_it_has(
+    settings: EngineSettings, guest: FakeGuest, containers: bool
+) -> None:
+    """What it reads only when it starts is not in its settings: certificates."""
+    guest.containers = containers
+    assert settings.renew()
+    assert guest.has == [given(settings)] == [{"debug": True}]
+
+
 def test_clients_of_the_engine_wait_while_it_starts(
     settings: EngineSettings, guest: FakeGuest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -227,6 +237,8 @@ def test_clients_of_the_engine_wait_while_it_starts(
 def test_a_machine_without_an_agent_says_so(paths: MachinePaths) -> None:
     with pytest.raises(WherryError, match="is not running yet"):
         EngineSettings(paths)._change({}, None)
+    with pytest.raises(WherryError, match="is not running yet"):
+        EngineSettings(paths).renew()
 
 
 def test_settings_are_what_the_file_says(tmp_path: Path, layout: Layout) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 import json
+import ssl
 import stat
 import struct
 import subprocess
@@ -11,6 +13,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import trustme
 
 from wherry.core.errors import WherryError
 from wherry_images import archive, configure, cpio, emulation, initramfs, manifest, modules
@@ -337,12 +340,28 @@ def test_a_missing_library_is_named(tmp_path: Path) -> None:
     check_libraries(tmp_path)
 
 
+def test_the_bundle_of_certificates(tmp_path: Path) -> None:
+    """What is in it is told, so that a host need not give it again."""
+    authorities = [trustme.CA(), trustme.CA()]
+    for number, authority in enumerate(authorities):
+        path = tmp_path / f"usr/share/ca-certificates/mozilla/{number}.crt"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(authority.cert_pem.bytes())
+    pems = [authority.cert_pem.bytes().decode() for authority in authorities]
+    ders = map(ssl.PEM_cert_to_DER_cert, pems)
+    digests = configure.add_certificates(tmp_path)
+    assert digests == [hashlib.sha256(der).hexdigest() for der in ders]
+    link = tmp_path / "etc/ssl/certs/ca-certificates.crt"
+    assert (tmp_path / link.readlink().relative_to("/")).read_text() == "".join(pems)
+    assert not (tmp_path / "usr/share/ca-certificates").exists()
+
+
 def test_manifest_describes_the_files(tmp_path: Path) -> None:
     (tmp_path / "kernel").write_bytes(b"abc")
     files = manifest.describe(tmp_path, ["kernel"])
-    text = manifest.Manifest("1", "x86_64", 5, "quiet", "28.5.2", files, {"a": "1"}).to_json()
+    made = manifest.Manifest("1", "x86_64", 5, "quiet", "28.5.2", files, {"a": "1"}, ["f00d"])
     digest = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
-    assert json.loads(text) == {
+    assert json.loads(made.to_json()) == {
         "schema": 1,
         "version": "1",
         "architecture": "x86_64",
@@ -351,4 +370,5 @@ def test_manifest_describes_the_files(tmp_path: Path) -> None:
         "engine_version": "28.5.2",
         "files": {"kernel": {"size": 3, "sha256": digest}},
         "packages": {"a": "1"},
+        "certificates": ["f00d"],
     }

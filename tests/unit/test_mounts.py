@@ -384,10 +384,11 @@ def test_paths_of_drives_are_rewritten_before_the_engine_sees_them(tmp_path: Pat
     assert not request.replaced
 
 
-def test_the_engines_socket_is_the_guests_whatever_is_shared(tmp_path: Path) -> None:
+@pytest.mark.parametrize("path", ["/var/run/docker.sock", "/run/host-services/ssh-auth.sock"])
+def test_some_sockets_are_the_guests_whatever_is_shared(path: str) -> None:
     api = Api(Path("/"))
     with pytest.raises(AssertionError, match="run was called"):
-        api.create("/var/run/docker.sock", "x")
+        api.create(path, "x")
     assert api.roots.sessions == {}
 
 

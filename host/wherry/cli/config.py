@@ -143,6 +143,8 @@ def edit(name: str) -> None:
 
 
 _DEFAULT_SOCKET = "endpoint.default_socket"
+_CERTIFICATES = "certificates.directory"
+_AT_ONCE = {_DEFAULT_SOCKET, _CERTIFICATES, "ssh.agent"}
 _TABLES = ("engine", "proxy")
 _PROXIES = ("proxy.http", "proxy.https")
 
@@ -165,7 +167,9 @@ def _apply(
     if _DEFAULT_SOCKET in rest:
         # Within the lock: no stop may come between.
         _apply_default_socket(where, paths, wanted.default_socket, running=running)
-    if running and rest - {_DEFAULT_SOCKET}:
+    if _CERTIFICATES in rest and running:
+        _apply_certificates(where, paths)
+    if running and rest - _AT_ONCE:
         click.echo(f"It takes effect at the next start: wherry restart {paths.name}", err=True)
 
 
@@ -256,6 +260,24 @@ def _apply_default_socket(
             raise problem
     except WherryError as error:
         click.echo(f"wherry: warning: {error}", err=True)
+
+
+def _apply_certificates(where: Layout, paths: MachinePaths) -> None:
+    """Have a running guest trust what is there now; the setting itself is kept in any case."""
+    from wherry.control.client import call
+
+    try:
+        done = call(where.platform, paths.control_socket, "certificates")
+    except WherryError as error:
+        click.echo(f"wherry: warning: {error}", err=True)
+        return
+    for problem in done["problems"]:
+        click.echo(f"wherry: warning: {problem}", err=True)
+    restart = f"wherry restart {paths.name}"
+    if done["restarted"]:
+        click.echo("The engine has started anew to trust them; containers went on.", err=True)
+    elif done["changed"]:
+        click.echo(f"The engine trusts them from its next start on: {restart}", err=True)
 
 
 @config.command()

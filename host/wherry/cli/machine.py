@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import sys
 from collections.abc import Iterator, Mapping
@@ -60,6 +61,8 @@ def _warn(status: Mapping[str, Any]) -> None:
     """Tell what the user should know of a machine that has just started."""
     if status.get("warning"):
         click.echo(f"wherry: warning: {status['warning']}", err=True)
+    for problem in status.get("certificate_problems", ()):
+        click.echo(f"wherry: warning: {problem}", err=True)
     default = status.get("default_socket")
     if default and default["problem"]:
         click.echo(f"wherry: warning: {default['problem']}; {default['hint']}", err=True)
@@ -98,7 +101,11 @@ def start_machine(
             launch.ensure(where, paths)
         with stages() as show:
             status: dict[str, Any] = call(
-                where.platform, paths.control_socket, "wait_running", on_event=show
+                where.platform,
+                paths.control_socket,
+                "wait_running",
+                {"ssh_auth_sock": os.environ.get("SSH_AUTH_SOCK", "")},
+                on_event=show,
             )
         # It runs. An interrupt from here to the end of the program would leave a context
         # without its machine, or be reported as one while the machine runs.

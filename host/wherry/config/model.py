@@ -74,6 +74,10 @@ class Config:
     default_socket: bool
     shared: tuple[str, ...]
     host_access: bool = True
+    certificates: str = ""
+    """A directory, empty for ``certs.d`` in ``WHERRY_HOME``."""
+    ssh_agent: str = ""
+    """A socket, empty for ``$SSH_AUTH_SOCK``."""
     engine: Mapping[str, Any] = field(default_factory=dict)
     """Keys for the engine's ``daemon.json``, as its documentation names them."""
     proxy: ProxySettings = ProxySettings()
@@ -138,6 +142,13 @@ def _paths(value: Any) -> tuple[str, ...]:
         if not Path(path).is_absolute():
             raise ValueError(f"{path!r} is not an absolute path")
     return tuple(found)
+
+
+def _path(value: Any) -> str:
+    if value == "":
+        return ""
+    paths = _paths([value])
+    return paths[0]
 
 
 def _engine(value: Any) -> Mapping[str, Any]:
@@ -228,6 +239,18 @@ SETTINGS: Mapping[str, Setting] = {
             "whether the docker CLI gives the proxies to containers and builds too",
         ),
         Setting(
+            "certificates.directory",
+            _path,
+            lambda platform: "",
+            "directory of certificates to trust; empty for certs.d in WHERRY_HOME",
+        ),
+        Setting(
+            "ssh.agent",
+            _path,
+            lambda platform: "",
+            "socket of the SSH agent that containers can mount; empty for $SSH_AUTH_SOCK",
+        ),
+        Setting(
             "engine",
             _engine,
             lambda platform: {},
@@ -252,6 +275,8 @@ def build(values: Mapping[str, Any], platform: Platform) -> Config:
         default_socket=value("endpoint.default_socket"),
         shared=value("sync.shared"),
         host_access=value("network.host_access"),
+        certificates=value("certificates.directory"),
+        ssh_agent=value("ssh.agent"),
         engine=value("engine"),
         proxy=ProxySettings(
             http=value("proxy.http"),

@@ -177,6 +177,12 @@ class Platform(Protocol):
     def drives(self) -> bool:
         """Whether paths begin with a drive's letter, which the guest has another form of."""
 
+    def trusted_roots(self) -> list[bytes]:
+        """Return the certificates of authorities that this computer trusts, as DER.
+
+        :raises WherryError: the system does not tell.
+        """
+
     def shared_directories(self) -> tuple[str, ...]:
         """Return the directories that containers can mount from unless the user says otherwise."""
 

@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+from wherry.platform import roots
 from wherry.platform.base import ChangeSink, TreeWatcher
 from wherry.platform.posix import Posix
 
@@ -71,6 +72,10 @@ class Linux(Posix):
     def boot_id(self) -> str:
         """random(4)."""
         return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+
+    def trusted_roots(self) -> list[bytes]:
+        """The system's bundle."""
+        return roots.linux(os.environ)
 
     def watch_tree(
         self, root: Path, sink: ChangeSink, skipped: Callable[[str, bool], bool]

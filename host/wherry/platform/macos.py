@@ -9,7 +9,7 @@ from pathlib import Path
 
 from wherry.core.errors import WherryError
 from wherry.core.processes import run
-from wherry.platform import resolvers
+from wherry.platform import resolvers, roots
 from wherry.platform.base import ChangeSink, TreeWatcher
 from wherry.platform.posix import Posix
 from wherry.platform.resolvers import Resolvers
@@ -80,6 +80,10 @@ class MacOS(Posix):
                 self._resolvers = super().resolvers()
             self._resolvers_expire = now + _RESOLVERS_S
         return self._resolvers
+
+    def trusted_roots(self) -> list[bytes]:
+        """Those of the system's and the user's keychain."""
+        return roots.macos()
 
     def shared_directories(self) -> tuple[str, ...]:
         """Where Docker Desktop lets containers mount from as well."""

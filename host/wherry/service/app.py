@@ -33,12 +33,14 @@ from wherry.service.engine_settings import EngineSettings
 from wherry.service.guest import Guest
 from wherry.service.mounts import Mounts
 from wherry.service.networking import Networking
+from wherry.service.ssh_agent import SshAgent
 from wherry.service.stages import DEFAULT_BOUNDS, Bounds, Stages
 from wherry.service.state import State
+from wherry.service.trust import Trust
 from wherry.sync.drives import host_path
 from wherry.sync.remote import RemoteEndpoint
 from wherry.sync.roots import Roots
-from wherry.tunnel.connection import Connection
+from wherry.tunnel.connection import Connection, Watcher
 from wherry.tunnel.keys import MachineKeys, load_keys
 from wherry.tunnel.stream import Stream
 from wherry.tunnel.tunnel import Tunnel
@@ -72,6 +74,8 @@ class Service:
         self._bounds = bounds
         self._stages = Stages()
         self._engine_settings = EngineSettings(paths)
+        self._trust = Trust(layout, paths)
+        self._ssh_agent = SshAgent(layout, paths)
         # What an earlier service knew of a QEMU that this one may adopt.
         before = state.read(paths)
         self._boot = Boot(
@@ -79,6 +83,7 @@ class Service:
             paths,
             bounds,
             self._stages,
+            self._trust,
             before=before,
             launched=self._launched,
             engine_settings=self._engine_settings,
@@ -131,6 +136,7 @@ class Service:
                 "events": self._on_events,
                 "ports": self._on_ports,
                 "engine_settings": self._engine_settings.on_change,
+                "certificates": self._on_certificates,
                 **syncing.handlers(self._running_roots),
             },
             loop,
@@ -237,16 +243,19 @@ class Service:
         paths, stages, boot = self._paths, self._stages, self._boot
         bounds = boot.bounds
         self._ssh = address = await driver.ssh_address()
-        tunnel = self._tunnel = Tunnel(
-            lambda watcher: Connection.connect(
+
+        def connect(watcher: Watcher) -> Connection:
+            connection = Connection.connect(
                 address,
                 user_key=keys.user,
                 host_public=keys.host.public,
                 timeout_s=bounds.tunnel_s,
                 watcher=watcher,
-            ),
-            changed=self._tunnel_changed(),
-        )
+            )
+            self._ssh_agent.offer(connection)
+            return connection
+
+        tunnel = self._tunnel = Tunnel(connect, changed=self._tunnel_changed())
         tunnel.start()
         await stages.run(
             "tunnel",
@@ -256,6 +265,8 @@ class Service:
             timeout_s=bounds.tunnel_s + 1,
             hint="see: wherry logs --source console",
         )
+        image = boot.image or {}
+        await in_thread(lambda: self._trust.catch_up(tunnel, image), name="certificates")
         self._roots = self._make_roots(tunnel)
         self._endpoint = Endpoint(
             self._layout.platform.listen_local(paths.docker_socket, paths.docker_context),
@@ -430,6 +441,7 @@ class Service:
             self._stages.tell("stop", "end")
         if tunnel is not None:
             await in_thread(tunnel.close, name="tunnel close")
+        await in_thread(self._ssh_agent.close, name="ssh agent close")
         if driver is not None:
             await driver.stop(timeout_s=_QUIT_S)
             orphan = await in_thread(lambda: state.find_orphan(self._paths), name="find QEMU")
@@ -472,7 +484,23 @@ class Service:
     async def _on_ports(self, params: Mapping[str, Any], emit: Emit) -> list[dict[str, Any]]:
         return self._networking.describe()
 
+    async def _on_certificates(self, params: Mapping[str, Any], emit: Emit) -> dict[str, Any]:
+        """Take what is trusted now, after a change."""
+        tunnel, image = self._tunnel, self._boot.image or {}
+        if self._record.state is not State.RUNNING or tunnel is None:
+            raise NotRunning(f"machine {self._paths.name} is not running yet")
+        applied = await in_thread(lambda: self._trust.apply(tunnel, image), name="certificates")
+        restarted = applied.changed and await in_thread(
+            self._engine_settings.renew, name="engine restart"
+        )
+        return {
+            "problems": list(applied.problems),
+            "changed": applied.changed,
+            "restarted": restarted,
+        }
+
     async def _on_wait_running(self, params: Mapping[str, Any], emit: Emit) -> dict[str, Any]:
+        self._ssh_agent.follow(str(params.get("ssh_auth_sock", "")))
         silence = self._stages.listen(emit)
         self._asked.set()
         try:
@@ -518,7 +546,10 @@ class Service:
 
     def _status(self) -> dict[str, Any]:
         warnings = (self._record.warning, self._engine_settings.warning)
-        live: dict[str, Any] = {"warning": "; ".join(filter(None, warnings))}
+        live: dict[str, Any] = {
+            "warning": "; ".join(filter(None, warnings)),
+            "certificate_problems": list(self._trust.problems),
+        }
         if self._engine_version:
             live["engine_version"] = self._engine_version
         if self._endpoint is not None:

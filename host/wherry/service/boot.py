@@ -7,7 +7,8 @@ import functools
 import json
 import logging
 import shutil
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
+from pathlib import Path
 from typing import TypeVar
 
 from wherry.config.layout import Layout, MachinePaths
@@ -19,6 +20,7 @@ from wherry.core.files import write_atomic
 from wherry.service import console, engine, space, state
 from wherry.service.engine_settings import EngineSettings
 from wherry.service.stages import Bounds, Stages
+from wherry.service.trust import Trust
 from wherry.tunnel.tunnel import Tunnel
 from wherry.vm import disk, image
 from wherry.vm.driver import MachineSpec, ProcessIdentity
@@ -43,6 +45,7 @@ _CONSOLE_HINT = "see: wherry logs --source console"
 class Boot:
     """One bringing-up; its attributes tell how far it came, also when it is cancelled.
 
+    :param trust: what the host trusts, for the guest.
     :param before: what an earlier service noted of a QEMU that it perhaps left running.
     :param launched: called when QEMU runs and before the guest has booted.
     :param engine_settings: gives a guest that boots those of its engine.
@@ -54,6 +57,7 @@ class Boot:
         paths: MachinePaths,
         bounds: Bounds,
         stages: Stages,
+        trust: Trust,
         *,
         before: state.Record,
         launched: Callable[[], None],
@@ -63,6 +67,7 @@ class Boot:
         self._paths = paths
         self._bounds = bounds
         self._stages = stages
+        self._trust = trust
         self._launched = launched
         self._engine_settings = engine_settings
         self.accelerator = before.accelerator
@@ -156,6 +161,7 @@ class Boot:
         )
         self._engine_settings.write(config)
         write_atomic(paths.launched_config, paths.config.read_bytes())
+        trusted = await in_thread(lambda: self._trust.firmware(chosen), name="certificates")
         for tries_left in reversed(range(_BOOT_TRIES)):
             paths.console_log.unlink(missing_ok=True)  # what it says is believed to be of this boot
             self.driver = driver = QemuDriver(paths.qemu_log, layout.platform, tools.system)
@@ -163,7 +169,9 @@ class Boot:
                 await stages.run(
                     "machine",
                     functools.partial(
-                        driver.start, self._spec(config, chosen), timeout_s=bounds.machine_s
+                        driver.start,
+                        self._spec(config, chosen, trusted),
+                        timeout_s=bounds.machine_s,
                     ),
                     timeout_s=bounds.machine_s + 5,
                 )
@@ -261,7 +269,9 @@ class Boot:
             for each in (gone, paused, task):
                 each.cancel()
 
-    def _spec(self, config: Config, chosen: image.Image) -> MachineSpec:
+    def _spec(
+        self, config: Config, chosen: image.Image, trusted: Mapping[str, Path]
+    ) -> MachineSpec:
         paths = self._paths
         machine_file = paths.directory / "machine.json"
         machine_file.write_text(
@@ -281,6 +291,7 @@ class Boot:
                 "authorized_key": paths.keys / "user_ed25519.pub",
                 "machine.json": machine_file,
                 "daemon.json": self._engine_settings.file,
+                **trusted,
             },
         )
 

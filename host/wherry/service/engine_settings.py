@@ -126,6 +126,23 @@ class EngineSettings:
                 self._settled.set()
         return {"keys": sorted(keys), "later": sorted(later), "note": note}
 
+    def renew(self) -> bool:
+        """Have the engine start anew with what it has, for what else it reads only then.
+
+        :returns: whether it did; not when its containers would have to be stopped for it.
+        :raises WherryError: the machine is not running yet, or the engine did not come back.
+        """
+        guest = self._guest
+        if guest is None:
+            raise WherryError("the machine is not running yet", hint="repeat the command")
+        with self._changing:
+            self._settled.clear()
+            try:
+                applied, _ = guest.set_engine(render(self._given()), live=True)
+            finally:
+                self._settled.set()
+        return applied
+
     def _given(self) -> dict[str, Any]:
         try:
             found: dict[str, Any] = json.loads(self.file.read_bytes())

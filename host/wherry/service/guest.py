@@ -102,7 +102,11 @@ class Guest:
 
         :raises WherryError: also when there is no agent, and none comes in time.
         """
-        return self._awaited().set_engine(settings, live=live)
+        agent = self._awaited()
+        done = agent.set_engine(settings, live=live)
+        # An engine that has started has put its own rules before ours.
+        agent.set_network(self.names_port, host_open=self.host_open)
+        return done
 
     def open_sync(self) -> Stream:
         """Open a connection for a synchronised root.

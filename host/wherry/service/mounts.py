@@ -43,6 +43,7 @@ from typing import Any
 from wherry.api.hooks import DEFAULT_BODY_LIMIT_BYTES, Hooks, Refusal, Request, Watch
 from wherry.api.http import ResponseHead
 from wherry.core.errors import WherryError
+from wherry.service import ssh_agent
 from wherry.service.mounted import KNOWN, Mounted
 from wherry.sync import sources
 from wherry.sync.barrier import hold
@@ -55,8 +56,9 @@ from wherry.tunnel.tunnel import Tunnel
 
 log = logging.getLogger(__name__)
 
-_ENGINE_SOCKETS = ("/var/run/docker.sock", "/run/docker.sock")
-"""Who mounts these wants the engine that the container runs in, whatever is shared."""
+_GUEST_SOCKETS = ("/var/run/docker.sock", "/run/docker.sock", ssh_agent.GUEST_SOCKET)
+"""The guest's own, whatever is shared: the engine that the container runs in, and the way to the
+host's SSH agent."""
 
 _BOTH_SIDES = "was changed on both sides"
 
@@ -189,7 +191,7 @@ class Mounts:
         return rewritten
 
     def _is_shared(self, path: str) -> bool:
-        return path not in _ENGINE_SOCKETS and any(
+        return path not in _GUEST_SOCKETS and any(
             path == root or path.startswith("/" if root == "/" else f"{root}/")
             for root in self._shared
         )

@@ -6,6 +6,7 @@ import io
 import socket
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -221,6 +222,17 @@ class Connection:
 
     def _begin_unix(self, path: str, timeout_s: float) -> StreamChannel:
         return self._transport.begin_unix(path, time.monotonic() + timeout_s)
+
+    def listen_unix(self, path: str, accept: Callable[[Stream], None]) -> None:
+        """Listen at a Unix socket of the guest, as long as the connection lasts.
+
+        To be called before anything else is asked.
+
+        :param accept: called with each client's stream, and closes it; must not block.
+        :raises TunnelError: the guest does not allow it.
+        """
+        if not self._transport.listen_unix(path, accept):
+            raise TunnelError(f"the guest does not listen at {path} for us")
 
     def exec(self, command: str, *, timeout_s: float = OPEN_TIMEOUT_S) -> Process:
         """Start a command by the guest's shell; the caller closes it.

@@ -10,6 +10,7 @@ What is overridden, and why:
   that was closed before it was confirmed;
 - sending from the transport's own thread: paramiko's waits there for the end of a
   key exchange, which only that thread can bring about;
+- channels that the guest opens: paramiko takes none of streamlocal's;
 - keepalive: paramiko's never looks whether an answer came.
 """
 
@@ -25,6 +26,7 @@ from typing import Any, TypeVar
 from paramiko.common import (
     CONNECTION_FAILED_CODE,
     cMSG_CHANNEL_OPEN,
+    cMSG_CHANNEL_OPEN_SUCCESS,
     cMSG_GLOBAL_REQUEST,
 )
 from paramiko.kex_curve25519 import KexCurve25519
@@ -43,6 +45,10 @@ from wherry.tunnel.channels import (
 from wherry.tunnel.packetizer import SMALL_BYTES, FastPacketizer
 
 C = TypeVar("C", bound=StreamChannel)
+
+Accept = Callable[[StreamChannel], None]
+"""Takes a stream that a program in the guest opened; called in the transport's thread, so it must
+not block."""
 
 # Reaches no handler unless --debug asks: what it says is in our errors as well.
 _logger = logging.getLogger("wherry.tunnel.paramiko")
@@ -154,6 +160,7 @@ class TunnelTransport(Transport):  # type: ignore[misc]  # paramiko ships no typ
         self._opening: dict[int, StreamChannel] = {}
         self._deferred: list[Any] = []
         self._bulk = threading.Lock()
+        self._listeners: dict[str, Accept] = {}
         self._spare_lock = threading.Lock()
         self._spares: dict[str, tuple[StreamChannel, float]] = {}
 
@@ -318,6 +325,43 @@ class TunnelTransport(Transport):  # type: ignore[misc]  # paramiko ships no typ
             except KeyError:
                 return  # another thread was faster
             channel.refused(TunnelError(LOST))
+
+    # -- listening ----------------------------------------------------------------------
+
+    def listen_unix(self, path: str, accept: Accept) -> bool:
+        """Have the guest's sshd listen at a path (OpenSSH PROTOCOL §2.4); tell whether it does.
+
+        To be called when nothing else was asked on the connection: answers have no number.
+        """
+        self._listeners[path] = accept
+        return self.global_request("streamlocal-forward@openssh.com", (path,)) is not None
+
+    def _parse_channel_open(self, m: Any) -> None:
+        start = m.packet.tell()
+        kind = m.get_text()
+        guest_number, window, most = m.get_int(), m.get_int(), m.get_int()
+        path = m.get_text() if kind == "forwarded-streamlocal@openssh.com" else ""
+        accept = self._listeners.get(path)
+        if accept is None:
+            m.packet.seek(start)
+            super()._parse_channel_open(m)  # refuses it
+            return
+        with self.lock:
+            number = self._next_channel()
+            channel = StreamChannel(number, time.monotonic(), f"a client of {path}")
+            self._channels.put(number, channel)
+            self.channels_seen[number] = True
+            channel._set_transport(self)
+            channel._set_window(WINDOW_BYTES, MAX_PACKET_BYTES)
+            channel._set_remote_channel(guest_number, window, most)
+        message = Message()
+        message.add_byte(cMSG_CHANNEL_OPEN_SUCCESS)
+        message.add_int(guest_number)
+        message.add_int(number)
+        message.add_int(WINDOW_BYTES)
+        message.add_int(MAX_PACKET_BYTES)
+        self._send_user_message(message)
+        accept(channel)
 
     # -- data ---------------------------------------------------------------------------
 

@@ -50,6 +50,8 @@ class Image:
     """The kernel arguments that belong to the image."""
     files: Mapping[str, tuple[int, str]]
     """Size in bytes and SHA-256 of each file, by its path in the directory."""
+    certificates: frozenset[str] = frozenset()
+    """SHA-256 of each certificate authority that the guest trusts by itself, as of its DER."""
 
     @property
     def name(self) -> str:
@@ -112,6 +114,7 @@ def read(directory: Path) -> Image:
                 _inside(name): (int(entry["size"]), str(entry["sha256"]))
                 for name, entry in manifest["files"].items()
             },
+            certificates=frozenset(map(str, manifest["certificates"])),
         )
         if manifest["schema"] != 1:
             raise ValueError(f"schema {manifest['schema']} is not 1")

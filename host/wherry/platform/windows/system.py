@@ -7,6 +7,7 @@ import functools
 import os
 import platform
 import socket
+import ssl
 import sys
 import tempfile
 import winreg
@@ -16,7 +17,9 @@ from typing import TYPE_CHECKING
 
 import platformdirs
 
+from wherry.platform import roots
 from wherry.platform.base import ChangeSink, TreeWatcher
+from wherry.platform.resolvers import Resolvers
 from wherry.platform.windows import pipes, unix
 
 assert sys.platform == "win32"  # Type checkers look on for Windows alone.
@@ -48,10 +51,13 @@ class Windows:
         """Where Windows has it."""
         return Path(os.environ.get("SYSTEMROOT", r"C:\Windows")) / "System32/drivers/etc/hosts"
 
-    @property
-    def resolvers_file(self) -> Path:
+    def resolvers(self) -> Resolvers:
         """None: Windows keeps its name servers in the registry."""
-        return Path(os.devnull)
+        return Resolvers()
+
+    def trusted_roots(self) -> list[bytes]:
+        """Those of the store ``ROOT``, the system's and the user's."""
+        return roots.windows(ssl.enum_certificates("ROOT"))
 
     def low_port_hint(self, address: str, port: int) -> str:
         """Any user may have any port, unless Windows has reserved it (for Hyper-V, as a rule)."""

@@ -1,0 +1,69 @@
+"""IPv6 in containers, with the real engine."""
+
+from __future__ import annotations
+
+import http.server
+import json
+import socket
+import threading
+from collections.abc import Iterator
+
+import pytest
+from sandbox import Sandbox
+
+pytestmark = [pytest.mark.vm, pytest.mark.timeout(300)]
+
+
+@pytest.fixture
+def network(machine: Sandbox) -> Iterator[str]:
+    machine.docker("network", "create", "--ipv6", "six")
+    yield "six"
+    machine.docker("rm", "-f", "server", check=False)
+    machine.docker("network", "rm", "six")
+
+
+def test_containers_reach_each_other(machine: Sandbox, network: str) -> None:
+    """By address and by name, on a network that was made with ``--ipv6`` alone."""
+    machine.docker(
+        "run", "-d", "--network", network, "--name", "server", "busybox",
+        "sh", "-c", "echo well >/index.html; httpd -f -p [::]:8080",
+    )  # fmt: skip
+    found = json.loads(machine.docker("inspect", "server").stdout)
+    address = found[0]["NetworkSettings"]["Networks"][network]["GlobalIPv6Address"]
+    said = machine.docker(
+        "run", "--rm", "--network", network, "busybox", "sh", "-c",
+        f"wget -T 20 -qO- http://[{address}]:8080/ && nslookup -type=aaaa server",
+    ).stdout.decode()  # fmt: skip
+    assert "well" in said
+    assert f"Address: {address}" in said
+
+
+class _Server(http.server.ThreadingHTTPServer):
+    address_family = socket.AF_INET6
+
+
+class _Hello(http.server.BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(b"from the host")
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def test_the_way_out(machine: Sandbox, network: str) -> None:
+    """QEMU's network has IPv6 as well; its address of the host is the host's ::1."""
+    with _Server(("::1", 0), _Hello) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            done = machine.docker(
+                "run", "--rm", "--network", network, "busybox",
+                "wget", "-T", "20", "-qO-", f"http://[fec0::2]:{server.server_port}/",
+                check=False,
+            )  # fmt: skip
+        finally:
+            server.shutdown()
+            thread.join()
+    assert (done.stdout, done.stderr) == (b"from the host", b"")
