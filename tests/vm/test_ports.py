@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import json
 import socket
@@ -34,28 +33,6 @@ server.bind(("", 7))
 while True:
     server.sendto(*server.recvfrom(65536))
 """
-
-MANY = """
-import select, socket
-server, poll, clients = socket.create_server(("", 7), backlog=2048), select.epoll(), {}
-poll.register(server, select.EPOLLIN)
-while True:
-    for number, _ in poll.poll():
-        if number == server.fileno():
-            client = server.accept()[0]
-            client.setblocking(False)
-            clients[client.fileno()] = client
-            poll.register(client, select.EPOLLIN)
-            continue
-        data = clients[number].recv(100)
-        try:
-            clients[number].send(bytes(64 << 20) if data == b"all" else data)
-        except OSError:
-            data = b""
-        if not data:
-            clients.pop(number).close()
-"""
-"""Answers with what it gets, or with more than anybody reads."""
 
 
 def free_port(kind: int = socket.SOCK_STREAM, address: str = "0.0.0.0") -> int:
@@ -126,7 +103,7 @@ def run_inside(machine: Sandbox, name: str, program: str) -> None:
     """Run a Python program in a container's network: the guest has one, busybox has not."""
     process = machine.docker("inspect", "-f", "{{.State.Pid}}", name).stdout.decode().strip()
     enter = ("setsid", "nsenter", "-t", process, "-n", "timeout", "200", "python3", "-c", program)
-    start = 'ulimit -n 4096; "$@" </dev/null >/dev/null 2>&1 &'
+    start = '"$@" </dev/null >/dev/null 2>&1 &'
     machine.wherry("shell", "--", "sh", "-c", start, "sh", *enter)
 
 
@@ -263,41 +240,6 @@ def test_the_engine_chooses_around_what_this_computer_has(machine: Sandbox) -> N
         assert chosen("second", "80") > first + 2
         assert low < chosen("second", "81") <= low + 9
         assert answers("127.0.0.1", chosen("second", "80"))
-
-
-def test_a_thousand_connections_at_once_and_clients_that_never_read(machine: Sandbox) -> None:
-    port = free_port()
-    machine.docker("run", "-d", "--name", "many", "-p", f"{port}:7", "busybox", "sleep", "999")
-    run_inside(machine, "many", MANY)
-
-    async def talk(address: str) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-        reader, writer = await asyncio.open_connection(address, port)
-        writer.write(b"word")
-        assert await reader.readexactly(4) == b"word"
-        return reader, writer
-
-    async def check() -> None:
-        for address in ("127.0.0.1", "::1"):
-            async with asyncio.timeout(60):
-                while True:
-                    with contextlib.suppress(OSError, asyncio.IncompleteReadError):
-                        (await talk(address))[1].close()
-                        break
-                    await asyncio.sleep(0.2)
-            async with asyncio.timeout(120):
-                # All are open together before the first one is closed.
-                pairs = await asyncio.gather(*(talk(address) for _ in range(1000)))
-            for _, writer in pairs:
-                writer.close()
-            _, writer = await talk(address)
-            writer.transport.pause_reading()  # type: ignore[attr-defined]
-            writer.write(b"all")
-            await asyncio.sleep(2)
-            async with asyncio.timeout(20):
-                (await talk(address))[1].close()
-            writer.transport.abort()
-
-    asyncio.run(check())
 
 
 @pytest.mark.parametrize("address", ["0.0.0.0", "127.0.0.1", "::"])
