@@ -97,8 +97,8 @@ def test_a_damaged_disk_is_mended_and_kept_by_another_image(
 ) -> None:
     small.wherry("stop")
     with raw_disk(small, tmp_path) as raw:
-        # As after a crash of the computer: blocks that nobody has, counts that are wrong.
-        edit(raw, "setb 100000 50", "ssv free_blocks_count 7", "ssv state 2")
+        # As after a crash of the computer: counts that are wrong.
+        edit(raw, "sif /kept blocks 100", "sif /kept links_count 3", "ssv state 2")
         assert not is_whole(raw)
     images = small.home / "images"
     images.unlink()
