@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ctypes
+import ipaddress
 import json
 import os
 import queue
@@ -62,6 +63,10 @@ def test_this_is_a_system(here: Platform) -> None:
     assert here.memory_bytes() > 1 << 28
     assert here.cpu_model()
     assert here.hosts_file.exists()
+    assert here.drives
+    for servers in here.resolvers().servers:
+        assert servers.domain == ""
+        assert all(ipaddress.ip_address(host) and port == 53 for host, port in servers.addresses)
     assert here.data_directory == Path(os.environ["LOCALAPPDATA"]) / "wherry"
     assert here.raise_descriptor_limit(4096) == 4096
     assert here.default_docker_socket() is None

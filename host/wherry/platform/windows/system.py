@@ -19,7 +19,7 @@ import platformdirs
 
 from wherry.platform import roots
 from wherry.platform.base import ChangeSink, TreeWatcher
-from wherry.platform.resolvers import Resolvers
+from wherry.platform.resolvers import Resolvers, Servers
 from wherry.platform.windows import pipes, unix
 
 assert sys.platform == "win32"  # Type checkers look on for Windows alone.
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 _PROCESSOR = r"HARDWARE\DESCRIPTION\System\CentralProcessor\0"
 _WHV_CAPABILITY_HYPERVISOR_PRESENT = 0
 _SYSTEM_PIDS = (0, 4)
+_DNS_PORT = 53
 
 
 class Windows:
@@ -40,6 +41,7 @@ class Windows:
     qemu_hint = "winget install SoftwareFreedomConservancy.QEMU, and put it on PATH"
     socket_path_limit: int | None = unix.PATH_BYTES
     """Of QEMU's monitor; pipes have names of their own."""
+    drives = True
 
     @property
     def data_directory(self) -> Path:
@@ -54,8 +56,17 @@ class Windows:
         return Path(os.environ.get("SYSTEMROOT", r"C:\Windows")) / "System32/drivers/etc/hosts"
 
     def resolvers(self) -> Resolvers:
-        """None: Windows keeps its name servers in the registry."""
-        return Resolvers()
+        """What dnspython reads in the registry; the rules of a VPN are not in there (NRPT)."""
+        import dns.exception
+        import dns.resolver
+
+        try:
+            found = dns.resolver.Resolver()
+        except (dns.exception.DNSException, OSError):
+            return Resolvers()
+        addresses = tuple((str(each), _DNS_PORT) for each in found.nameservers)
+        search = tuple(each.to_text(omit_final_dot=True).lower() for each in found.search)
+        return Resolvers((Servers(addresses),) if addresses else (), search)
 
     def trusted_roots(self) -> list[bytes]:
         """Those of the store ``ROOT``, the system's and the user's."""
