@@ -48,8 +48,6 @@ class Windows:
         """``%LOCALAPPDATA%``: what is there does not roam with the user's profile."""
         return platformdirs.user_data_path("wherry", appauthor=False)
 
-    drives = True
-
     @property
     def hosts_file(self) -> Path:
         """Where Windows has it."""
