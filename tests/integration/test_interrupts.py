@@ -114,6 +114,10 @@ def test_an_interrupt_at_any_moment(exists: bool, host: FakeHost) -> None:
         if done.status == 0:
             assert host.status()["state"] == "running"
             host.good("stop")
+        elif done.status == 1:
+            # On a busy computer Python has not come to our first line yet.
+            assert "KeyboardInterrupt" in done.stderr
+            assert "wherry/cli" not in done.stderr
         else:
             assert done.status in (130, -signal.SIGINT), done
         host.at_rest()
