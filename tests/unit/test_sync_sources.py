@@ -88,3 +88,27 @@ def test_an_inspection() -> None:
 def test_what_the_engine_will_refuse_is_left_to_it(body: dict[str, Any]) -> None:
     assert of_container(body) == []
     assert volumes_of(body) in ([], ["1", "None", "{}"])
+
+
+def test_fields_are_found_in_any_case_as_go_finds_them() -> None:
+    body = {
+        "hostconfig": {
+            "binds": ["/home/u/src:/src:ro", "cache:/c"],
+            "MOUNTS": [
+                {"type": "bind", "source": "/home/u/x", "readonly": True},
+                {
+                    "Type": "volume",
+                    "volumeoptions": {
+                        "driverconfig": {"options": {"o": "bind", "device": "/home/u/y"}}
+                    },
+                },
+            ],
+        }
+    }
+    assert of_container(body) == [
+        Source("/home/u/src", read_only=True, create=True),
+        Source("/home/u/x", read_only=True),
+        Source("/home/u/y"),
+    ]
+    assert volumes_of(body) == ["cache"]
+    assert of_volume({"driveropts": {"o": "bind", "device": "/home/u/z"}}) == [Source("/home/u/z")]

@@ -28,14 +28,14 @@ class Source:
 
 def of_container(body: Mapping[str, Any]) -> list[Source]:
     """Return the sources in the body of ``POST /containers/create``."""
-    host_config = _mapping(body.get("HostConfig"))
+    host_config = _mapping(_as_go_reads(body).get("HostConfig"))
     found = [*_binds(host_config.get("Binds")), *_mounts(host_config.get("Mounts"))]
     return _unique(found)
 
 
 def volumes_of(body: Mapping[str, Any]) -> list[str]:
     """Return the names of the volumes in the body of ``POST /containers/create``."""
-    host_config = _mapping(body.get("HostConfig"))
+    host_config = _mapping(_as_go_reads(body).get("HostConfig"))
     binds = [str(bind).partition(":")[0] for bind in _list(host_config.get("Binds"))]
     names = [name for name in binds if name and not name.startswith("/")]
     for mount in map(_mapping, _list(host_config.get("Mounts"))):
@@ -46,6 +46,7 @@ def volumes_of(body: Mapping[str, Any]) -> list[str]:
 
 def of_volume(body: Mapping[str, Any]) -> list[Source]:
     """Return the sources in the body of ``POST /volumes/create``."""
+    body = _as_go_reads(body)
     if body.get("Driver") not in (None, "", "local"):
         return []
     return _device(_mapping(body.get("DriverOpts")))
@@ -110,6 +111,29 @@ def _clean(path: str) -> str:
         else:
             names.append(name)
     return "/" + "/".join(names)
+
+
+_FIELDS = {
+    name.lower(): name
+    for name in (
+        *("HostConfig", "Binds", "Mounts", "Type", "Source", "ReadOnly", "BindOptions"),
+        *("CreateMountpoint", "VolumeOptions", "DriverConfig", "Name", "Options"),
+        *("Driver", "DriverOpts"),
+    )
+}
+
+
+def _as_go_reads(value: Any) -> Any:
+    """Return JSON with the names of its fields as the engine finds them: in any case.
+
+    ("preferring exact matches but also accepting case-insensitive matches", Go's
+    ``encoding/json``.) What else is called so, as a label, is none of ours.
+    """
+    if isinstance(value, Mapping):
+        return {_FIELDS.get(key.lower(), key): _as_go_reads(found) for key, found in value.items()}
+    if isinstance(value, list):
+        return [_as_go_reads(each) for each in value]
+    return value
 
 
 def _mapping(value: object) -> Mapping[str, Any]:
