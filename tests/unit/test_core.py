@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import os
 import resource
@@ -17,14 +18,19 @@ from wherry.core import bridge, files, processes
 from wherry.core.clock import Deadline
 from wherry.core.errors import NoSuchMachine, NotRunning, StageError, UsageError, WherryError
 
+LARGEST_BYTES = 4096
 
-@pytest.fixture
-def largest_file() -> Iterator[int]:
-    """No file may grow beyond this many bytes, as on a disk that is full."""
+
+@contextlib.contextmanager
+def full_disk() -> Iterator[None]:
+    """No file may grow beyond ``LARGEST_BYTES``, as on a disk that is full."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
-    yield 4096
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (LARGEST_BYTES, before[1]))
+    try:
+        yield
+    finally:
+        # At once: the report of the tests may be a file as well.
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def test_a_file_is_replaced(tmp_path: Path) -> None:
@@ -38,13 +44,11 @@ def test_a_file_is_replaced(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_a_full_disk_leaves_the_old_file_and_nothing_else(
-    tmp_path: Path, largest_file: int
-) -> None:
+def test_a_full_disk_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_bytes(b"old")
-    with pytest.raises(OSError, match="File too large"):
-        files.write_atomic(path, b"x" * (2 * largest_file))
+    with full_disk(), pytest.raises(OSError, match="File too large"):
+        files.write_atomic(path, b"x" * (2 * LARGEST_BYTES))
     assert path.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [path]
 
