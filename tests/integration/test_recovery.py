@@ -134,6 +134,20 @@ def test_an_adoption_needs_neither_the_image_nor_good_settings(host: FakeHost) -
     assert f"{host.paths.config}:1" in host.run("start").line
 
 
+def test_an_adopted_machine_has_todays_settings_but_for_its_hardware(host: FakeHost) -> None:
+    host.good("start", "--cpus", "1")
+    host.good("config", "set", "endpoint.default_socket", "true")
+    host.good("config", "set", "cpus", "2")
+    default = Path(host.env["WHERRY_DEFAULT_SOCKET"])
+    assert default.is_symlink()
+    kill_service(host)
+    host.good("start")
+    assert host.status()["cpus"] == 1
+    assert default.is_symlink()
+    host.good("restart")
+    assert host.status()["cpus"] == 2
+
+
 def test_a_newer_image_is_none_of_a_machine_that_runs(host: FakeHost) -> None:
     host.good("start")
     newer = host.layout.images / f"2-{host.architecture}"

@@ -8,6 +8,7 @@ import json
 import logging
 import shutil
 from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -123,12 +124,34 @@ class Boot:
             log.info("QEMU (process %d): %s", orphan.pid, error)
             self.adopted = False
             return None
-        launched = paths.launched_config
-        self.config = load(launched if launched.exists() else paths.config, self._layout.platform)
+        self.config = self._adopted_config()
         if driver.paused:
             await self._make_room(driver)
         self._launched()
         return driver
+
+    def _adopted_config(self) -> Config:
+        """Return the settings of a VM that is adopted: its hardware is as it was launched.
+
+        The rest is as the settings say now, unless they cannot be read.
+        """
+        paths, platform = self._paths, self._layout.platform
+        if not paths.launched_config.exists():
+            return load(paths.config, platform)
+        launched = load(paths.launched_config, platform)
+        try:
+            now = load(paths.config, platform)
+        except WherryError as error:
+            log.warning("the settings of the start are kept: %s", error)
+            return launched
+        return replace(
+            now,
+            cpus=launched.cpus,
+            memory_bytes=launched.memory_bytes,
+            disk_bytes=launched.disk_bytes,
+            accelerator=launched.accelerator,
+            image=launched.image,
+        )
 
     async def _make_room(self, driver: QemuDriver) -> None:
         """Have a guest that waits for space go on, if there is some now."""
