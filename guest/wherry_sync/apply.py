@@ -344,10 +344,7 @@ class Applier:
                 except Stale:
                     self._stage.end()
                     raise
-                self._stage.end()
-                if before.executable != after.executable:
-                    self._set_executable(fd, name, None, after.executable)
-                self._note(fd, name, path, after, mtime_ns)
+                self._end_in_place(fd, name, path, before, after, mtime_ns)
                 self._forget(after)
                 return
         self._stage.begin(Journal(path, before, after))
@@ -382,10 +379,7 @@ class Applier:
             except (Stale, OSError):
                 self._stage.end()
                 raise
-            self._stage.end()
-            if before.executable != after.executable:
-                self._set_executable(fd, name, None, after.executable)
-            self._note(fd, name, path, after, given.mtime_ns)
+            self._end_in_place(fd, name, path, before, after, given.mtime_ns)
             return
         may_append = given.start is None and before.size < after.size
         if in_place or status.st_nlink > 1 or may_append:
@@ -398,6 +392,15 @@ class Applier:
         made, ours = self._stage.write(after, given, mode, adopted, verify=self._verify)
         self._stage.begin(Journal(path, before, after, made=made))
         self._swap(fd, name, path, before, after, status, made, ours)
+
+    def _end_in_place(
+        self, fd: int, name: str, path: str, before: Leaf, after: Leaf, mtime_ns: int
+    ) -> None:
+        """Have what was written in place be so: its journal ends, its mode follows."""
+        self._stage.end()
+        if before.executable != after.executable:
+            self._set_executable(fd, name, None, after.executable)
+        self._note(fd, name, path, after, mtime_ns)
 
     def _swap(
         self,

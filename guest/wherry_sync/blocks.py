@@ -16,6 +16,7 @@ from __future__ import annotations
 import errno
 import os
 
+from wherry_sync import handles
 from wherry_sync.entry import DIGEST_BYTES
 from wherry_sync.hashing import CHUNK_BYTES, Hash
 from wherry_sync.stage import Damaged, Gone
@@ -130,7 +131,7 @@ def assemble(
             only_grew = data.startswith(part)
         if state is not None:
             state.update(data)
-        _write(target, data, start)
+        handles.write_at(target, data, start)
         position = start + length
     _copy(target, source, position, leaf.size, state)
     pieces.end()
@@ -179,16 +180,8 @@ def _copy(target: int, source: int, start: int, end: int, state: Hash | None) ->
             data = os.pread(source, min(CHUNK_BYTES, end - start), start)
             if state is not None:
                 state.update(data)
-            _write(target, data, start)
+            handles.write_at(target, data, start)
             done = len(data)
         if not done:
             raise Damaged("the other file has become shorter")
         start += done
-
-
-def _write(target: int, data: bytes, position: int) -> None:
-    view = memoryview(data)
-    while view:
-        written = os.pwrite(target, view, position)
-        position += written
-        view = view[written:]

@@ -81,3 +81,15 @@ def open_regular(fd: int, name: str) -> int:
         os.close(descriptor)
         raise OSError("it is not a regular file")
     return descriptor
+
+
+def write_at(descriptor: int, data: bytes, position: int) -> None:
+    """Write all of ``data`` to a place in a file.
+
+    :raises OSError: the disk is full, or fails.
+    """
+    view = memoryview(data)
+    while view:
+        written = os.pwrite(descriptor, view, position)
+        position += written
+        view = view[written:]

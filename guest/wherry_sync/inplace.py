@@ -72,7 +72,7 @@ def rewrite(
         try:
             position = start
             while data := os.pread(source, _STEP_BYTES, position):
-                _write(target, data, position)
+                handles.write_at(target, data, position)
                 position += len(data)
                 checkpoint("written in place")
             if status.st_size > after.size:
@@ -134,7 +134,7 @@ def finish_append(fd: int, name: str, before: Leaf, tail: bytes) -> None:
     """Write what was to be appended to a file, and nothing after that."""
     target = os.open(name, os.O_WRONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=fd)
     try:
-        _write(target, tail, before.size)
+        handles.write_at(target, tail, before.size)
         os.ftruncate(target, before.size + len(tail))
     finally:
         os.close(target)
@@ -147,14 +147,6 @@ def _changed(status: os.stat_result, expected: os.stat_result) -> bool:
         expected.st_mtime_ns,
         expected.st_ctime_ns,
     )
-
-
-def _write(target: int, data: bytes, position: int) -> None:
-    view = memoryview(data)
-    while view:
-        written = os.pwrite(target, view, position)
-        position += written
-        view = view[written:]
 
 
 def _reserve(target: int, size: int, wanted: int) -> None:

@@ -1,14 +1,17 @@
-"""A computer with a fake QEMU for the tests of a machine's life."""
+"""What integration tests share: a computer with a fake QEMU, an endpoint, an sshd."""
 
 from __future__ import annotations
 
 import shutil
 import subprocess
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
+from api_proxy import MakeProxy, Proxy, proxies
 from fake_host import FakeHost
 from fake_qemu import unshare
+from loopback_sshd import LoopbackSshd
 
 
 @pytest.fixture(scope="session")
@@ -27,3 +30,21 @@ def host(namespaces: None) -> Iterator[FakeHost]:
     made = FakeHost()
     yield made
     made.close()
+
+
+@pytest.fixture
+def make_proxy(tmp_path: Path) -> Iterator[MakeProxy]:
+    with proxies(tmp_path) as make:
+        yield make
+
+
+@pytest.fixture
+def proxy(make_proxy: MakeProxy) -> Proxy:
+    return make_proxy()
+
+
+@pytest.fixture(scope="module")
+def sshd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LoopbackSshd]:
+    server = LoopbackSshd(tmp_path_factory.mktemp("sshd"))
+    yield server
+    server.stop()

@@ -6,28 +6,14 @@ import contextlib
 import hashlib
 import json
 import time
-from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
-from api_proxy import MakeProxy, Proxy, proxies
+from api_proxy import MakeProxy, Proxy
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from stub_engine import eventually, pattern
 
 from wherry.core.errors import TunnelError
-
-
-@pytest.fixture
-def make_proxy(tmp_path: Path) -> Iterator[MakeProxy]:
-    with proxies(tmp_path) as make:
-        yield make
-
-
-@pytest.fixture
-def proxy(make_proxy: MakeProxy) -> Proxy:
-    return make_proxy()
-
 
 # -- what it carries ---------------------------------------------------------------------------
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from api_proxy import MakeProxy, Proxy, proxies
+from api_proxy import MakeProxy, Proxy
 from loopback_sshd import LoopbackSshd
 from stub_engine import Client, StubEngine, eventually, pattern
 
@@ -30,24 +30,6 @@ from wherry.tunnel.tunnel import Tunnel
 OPEN_S = 1.0
 CHUNKED = "Transfer-Encoding: chunked"
 BAD_CHUNK = b"5\nbad\r\n"
-
-
-@pytest.fixture
-def make_proxy(tmp_path: Path) -> Iterator[MakeProxy]:
-    with proxies(tmp_path) as make:
-        yield make
-
-
-@pytest.fixture
-def proxy(make_proxy: MakeProxy) -> Proxy:
-    return make_proxy()
-
-
-@pytest.fixture
-def sshd(tmp_path: Path) -> Iterator[LoopbackSshd]:
-    made = LoopbackSshd(tmp_path / "sshd")
-    yield made
-    made.stop()
 
 
 @pytest.fixture

@@ -6,11 +6,10 @@ import json
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 
 import pytest
-from api_proxy import MakeProxy, Proxy, proxies
+from api_proxy import MakeProxy, Proxy
 from stub_engine import Client, eventually, pattern
 
 from wherry.api.downstream import Downstream
@@ -21,17 +20,6 @@ from wherry.api.local import LocalEnd
 from wherry.api.messages import AnswerReader, Piece
 
 CREATE = "/containers/create"
-
-
-@pytest.fixture
-def make_proxy(tmp_path: Path) -> Iterator[MakeProxy]:
-    with proxies(tmp_path) as make:
-        yield make
-
-
-@pytest.fixture
-def proxy(make_proxy: MakeProxy) -> Proxy:
-    return make_proxy()
 
 
 def message(client: Client, method: str = "GET") -> tuple[int, str]:

@@ -11,12 +11,12 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
 import pytest
-from api_proxy import MakeProxy, Proxy, proxies
+from api_proxy import Proxy
 from loopback_sshd import LoopbackSshd
 from stub_engine import Client, eventually, pattern
 
@@ -27,17 +27,6 @@ from wherry.tunnel.connection import Connection
 from wherry.tunnel.tunnel import Tunnel
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "unit"))
-
-
-@pytest.fixture
-def make_proxy(tmp_path: Path) -> Iterator[MakeProxy]:
-    with proxies(tmp_path) as make:
-        yield make
-
-
-@pytest.fixture
-def proxy(make_proxy: MakeProxy) -> Proxy:
-    return make_proxy()
 
 
 BAD = [

@@ -27,13 +27,6 @@ pytestmark = pytest.mark.skipif(not Path("/usr/sbin/sshd").exists(), reason="nee
 WAIT_S = 10.0
 
 
-@pytest.fixture(scope="module")
-def sshd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LoopbackSshd]:
-    server = LoopbackSshd(tmp_path_factory.mktemp("sshd"))
-    yield server
-    server.stop()
-
-
 @pytest.fixture
 def guest_socket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Where sshd listens for the agent."""

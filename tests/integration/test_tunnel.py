@@ -26,13 +26,6 @@ pytestmark = pytest.mark.skipif(not Path("/usr/sbin/sshd").exists(), reason="nee
 WAIT_S = 10.0
 
 
-@pytest.fixture(scope="module")
-def sshd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LoopbackSshd]:
-    server = LoopbackSshd(tmp_path_factory.mktemp("sshd"))
-    yield server
-    server.stop()
-
-
 @pytest.fixture
 def own_sshd(tmp_path: Path) -> Iterator[LoopbackSshd]:
     """One that the test may stop."""

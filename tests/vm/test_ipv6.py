@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import http.server
 import json
-import socket
-import threading
 from collections.abc import Iterator
 
 import pytest
+from greeter import GREETING, greeter
 from sandbox import Sandbox
 
 pytestmark = [pytest.mark.vm, pytest.mark.timeout(300)]
@@ -38,32 +36,12 @@ def test_containers_reach_each_other(machine: Sandbox, network: str) -> None:
     assert f"Address: {address}" in said
 
 
-class _Server(http.server.ThreadingHTTPServer):
-    address_family = socket.AF_INET6
-
-
-class _Hello(http.server.BaseHTTPRequestHandler):
-    def do_GET(self) -> None:
-        self.send_response(200)
-        self.end_headers()
-        self.wfile.write(b"from the host")
-
-    def log_message(self, *_: object) -> None:
-        pass
-
-
 def test_the_way_out(machine: Sandbox, network: str) -> None:
     """QEMU's network has IPv6 as well; its address of the host is the host's ::1."""
-    with _Server(("::1", 0), _Hello) as server:
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        try:
-            done = machine.docker(
-                "run", "--rm", "--network", network, "busybox",
-                "wget", "-T", "20", "-qO-", f"http://[fec0::2]:{server.server_port}/",
-                check=False,
-            )  # fmt: skip
-        finally:
-            server.shutdown()
-            thread.join()
-    assert (done.stdout, done.stderr) == (b"from the host", b"")
+    with greeter("::1") as port:
+        done = machine.docker(
+            "run", "--rm", "--network", network, "busybox",
+            "wget", "-T", "20", "-qO-", f"http://[fec0::2]:{port}/",
+            check=False,
+        )  # fmt: skip
+    assert (done.stdout, done.stderr) == (GREETING.encode(), b"")

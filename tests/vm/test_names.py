@@ -2,39 +2,24 @@
 
 from __future__ import annotations
 
-import http.server
 import os
 import signal
 import subprocess
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from greeter import GREETING, greeter
 from sandbox import Sandbox, wait_until
 
 pytestmark = [pytest.mark.vm, pytest.mark.timeout(600)]
 
 
-class _Hello(http.server.BaseHTTPRequestHandler):
-    def do_GET(self) -> None:
-        self.send_response(200)
-        self.end_headers()
-        self.wfile.write(b"from the host")
-
-    def log_message(self, *_: object) -> None:
-        pass
-
-
 @pytest.fixture
 def host_port() -> Iterator[int]:
     """A service on this computer's 127.0.0.1 alone."""
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Hello) as server:
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        yield server.server_port
-        server.shutdown()
-        thread.join()
+    with greeter("127.0.0.1") as port:
+        yield port
 
 
 def fetched(machine: Sandbox, name: str, port: int, *options: str) -> str:
@@ -47,21 +32,21 @@ def fetched(machine: Sandbox, name: str, port: int, *options: str) -> str:
 
 def test_the_host_by_its_names(machine: Sandbox, host_port: int) -> None:
     for name in ("host.docker.internal", "gateway.docker.internal"):
-        assert fetched(machine, name, host_port) == "from the host"
+        assert fetched(machine, name, host_port) == GREETING
 
 
 def test_the_host_from_a_network_of_the_user_s(machine: Sandbox, host_port: int) -> None:
     machine.docker("network", "create", "own")
     try:
         said = fetched(machine, "host.docker.internal", host_port, "--network", "own")
-        assert said == "from the host"
+        assert said == GREETING
     finally:
         machine.docker("network", "rm", "own")
 
 
 def test_the_host_by_host_gateway(machine: Sandbox, host_port: int) -> None:
     said = fetched(machine, "me", host_port, "--add-host", "me:host-gateway")
-    assert said == "from the host"
+    assert said == GREETING
 
 
 def test_the_host_in_a_build(machine: Sandbox, host_port: int, tmp_path: Path) -> None:
@@ -69,7 +54,7 @@ def test_the_host_in_a_build(machine: Sandbox, host_port: int, tmp_path: Path) -
         f"FROM busybox\nRUN wget -T 20 -qO /said http://host.docker.internal:{host_port}/\n"
     )
     machine.docker("build", "-q", "--no-cache", "-t", "asked", str(tmp_path))
-    assert machine.docker("run", "--rm", "asked", "cat", "/said").stdout == b"from the host"
+    assert machine.docker("run", "--rm", "asked", "cat", "/said").stdout == GREETING.encode()
     machine.docker("rmi", "asked")
 
 
@@ -90,7 +75,7 @@ def test_names_lead_to_the_host_as_long_as_it_answers(
     wait_until(lambda: not leads(), 60, "nothing leads to a server that is gone")
     machine.wherry("start")
     wait_until(leads, 60, "the new service's server is asked")
-    assert fetched(machine, "host.docker.internal", host_port) == "from the host"
+    assert fetched(machine, "host.docker.internal", host_port) == GREETING
 
 
 def test_the_way_to_the_host_can_be_closed(machine: Sandbox, host_port: int) -> None:
@@ -111,6 +96,6 @@ def test_the_way_to_the_host_can_be_closed(machine: Sandbox, host_port: int) -> 
         os.kill(machine.status()["service_pid"], signal.SIGKILL)
         machine.wherry("start")
     wait_until(
-        lambda: fetched(machine, "host.docker.internal", host_port) == "from the host",
+        lambda: fetched(machine, "host.docker.internal", host_port) == GREETING,
         60, "the host answers again",
     )  # fmt: skip
