@@ -428,11 +428,6 @@ class Service:
         if driver is not None and driver.paused and not force:
             log.warning("the guest cannot shut down: %s", driver.paused)
             force = True
-        if leave and driver is not None:
-            if tunnel is not None:
-                await in_thread(tunnel.close, name="tunnel close")
-            await driver.release()
-            return
         if driver is not None and driver.identity is not None and tunnel is not None and not force:
             self._stages.tell("stop", "begin")
             ended = await shutdown.power_off(driver, tunnel, self._bounds.guest_stop_s)
@@ -442,7 +437,9 @@ class Service:
         if tunnel is not None:
             await in_thread(tunnel.close, name="tunnel close")
         await in_thread(self._ssh_agent.close, name="ssh agent close")
-        if driver is not None:
+        if driver is not None and leave:
+            await driver.release()
+        elif driver is not None:
             await driver.stop(timeout_s=_QUIT_S)
             orphan = await in_thread(lambda: state.find_orphan(self._paths), name="find QEMU")
             if orphan is not None:  # its adoption was interrupted
