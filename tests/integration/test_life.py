@@ -372,3 +372,10 @@ def test_what_is_running_is_not_deleted_by_halves(host: FakeHost) -> None:
     host.good("delete", "--yes")
     host.at_rest()
     assert not Path(host.paths.directory).exists()
+
+
+def test_a_machine_whose_settings_file_is_gone_starts_with_the_defaults(host: FakeHost) -> None:
+    host.make()
+    host.paths.config.unlink()
+    host.good("start")
+    assert host.status()["state"] == "running"

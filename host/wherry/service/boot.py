@@ -183,7 +183,9 @@ class Boot:
             timeout_s=bounds.disk_s,
         )
         self._engine_settings.write(config)
-        write_atomic(paths.launched_config, paths.config.read_bytes())
+        # No file is one that changes no default.
+        settings = paths.config.read_bytes() if paths.config.exists() else b""
+        write_atomic(paths.launched_config, settings)
         trusted = await in_thread(lambda: self._trust.firmware(chosen), name="certificates")
         for tries_left in reversed(range(_BOOT_TRIES)):
             paths.console_log.unlink(missing_ok=True)  # what it says is believed to be of this boot
