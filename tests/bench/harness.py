@@ -16,7 +16,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -149,7 +149,8 @@ def compare(bench: Bench, directory: Path, options: argparse.Namespace) -> dict[
         ssh += ["-i", str(sshd.keys.user_path), "-o", f"UserKnownHostsFile={known}"]
         ssh += ["-L", f"{directory}/ssh.sock:{directory}/server.sock"]
         ssh += ["-p", str(sshd.port), f"{sshd.user}@127.0.0.1"]
-        programs.append(subprocess.Popen(ssh))
+        openssh = subprocess.Popen(ssh)
+        programs.append(openssh)
         paths = {side: directory / f"{side}.sock" for side in bench.sides}
         for path in (directory / "server.sock", *paths.values()):
             deadline = time.monotonic() + 20
@@ -165,7 +166,11 @@ def compare(bench: Bench, directory: Path, options: argparse.Namespace) -> dict[
         if options.only in "memory":
             results["memory"] = bench.memory(paths["ours"], psutil.Process(ours.pid))
         results["measures"] = alternate(
-            bench.measures(options.size * MB), paths, options.runs, options.only
+            bench.measures(options.size * MB),
+            paths,
+            options.runs,
+            options.only,
+            {"ours": psutil.Process(ours.pid), "ssh": psutil.Process(openssh.pid)},
         )
         return results
     finally:
@@ -179,21 +184,32 @@ def compare(bench: Bench, directory: Path, options: argparse.Namespace) -> dict[
 
 
 def alternate(
-    measures: Measures, paths: dict[str, Path], runs: int, only: str = ""
+    measures: Measures,
+    paths: dict[str, Path],
+    runs: int,
+    only: str = "",
+    programs: Mapping[str, psutil.Process] | None = None,
 ) -> dict[str, Any]:
     """Measure each side in turns, and return medians and the median of the pairs' ratios.
 
     :param paths: the socket of each side; the first and the last of a pair change places.
+    :param programs: of some sides, to tell the processor's time that each measuring took,
+        which a busy computer distorts less than it does the rest.
     """
+    programs = programs or {}
     results: dict[str, Any] = {}
     sides = list(paths)
     for name, (unit, more, measure) in measures.items():
         if only not in name:
             continue
         found: dict[str, list[float]] = {side: [] for side in sides}
+        processor: dict[str, list[float]] = {side: [] for side in programs}
         for run in range(runs):
             for side in sides if run % 2 else sides[::-1]:
+                before = _processor_s(programs.get(side))
                 found[side].append(measure(paths[side]))
+                if side in programs:
+                    processor[side].append(_processor_s(programs[side]) - before)
         ratios = [a / b for a, b in zip(found["ours"], found["ssh"], strict=True)]
         results[name] = {
             "unit": unit,
@@ -201,15 +217,24 @@ def alternate(
             **{side: statistics.median(found[side]) for side in sides},
             "ratio": statistics.median(ratios),
             "samples": found,
+            "processor_s": {side: statistics.median(used) for side, used in processor.items()},
         }
     return results
 
 
+def _processor_s(program: psutil.Process | None) -> float:
+    if program is None:
+        return 0.0
+    used = program.cpu_times()
+    return used.user + used.system
+
+
 def print_table(sides: Sequence[str], results: dict[str, Any]) -> None:
     columns = "".join(f" {'ssh -L' if side == 'ssh' else side:>9}" for side in sides)
-    print(f"{'':24}{columns} {'':5} {'ratio':>6}")
+    print(f"{'':24}{columns} {'':5} {'ratio':>6}   processor, s")
     for name, found in results["measures"].items():
         columns = "".join(f" {found[side]:9.0f}" for side in sides)
-        print(f"{name:24}{columns} {found['unit']:5} {found['ratio']:5.2f}x")
+        used = " / ".join(f"{value:.2f}" for value in found["processor_s"].values())
+        print(f"{name:24}{columns} {found['unit']:5} {found['ratio']:5.2f}x   {used}")
     for name, value in results.get("memory", {}).items():
         print(f"{name:30} {value:9.1f}")
