@@ -338,9 +338,7 @@ class Builder:
                 break
             if state is not None:
                 state.update(chunk)
-            written = os.write(descriptor, chunk)
-            while written < len(chunk):
-                written += os.write(descriptor, memoryview(chunk)[written:])
+            handles.write_all(descriptor, chunk)
         if size != wanted or (state is not None and state.digest() != leaf.digest):
             raise Damaged("the contents are not those announced")
 

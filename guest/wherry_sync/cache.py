@@ -32,7 +32,7 @@ import os
 import struct
 import time
 
-from wherry_sync import hashing, records
+from wherry_sync import handles, hashing, records
 from wherry_sync.entry import EMPTY, FILE, LINK, MAX_DEPTH, Directory, Leaf
 from wherry_sync.scan import Node
 
@@ -63,9 +63,7 @@ def save(path: str, known: Known, trust: str) -> None:
     flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
     descriptor = os.open(new, flags, 0o600)
     try:
-        view = memoryview(data)
-        while view:
-            view = view[os.write(descriptor, view) :]
+        handles.write_all(descriptor, data)
     except BaseException:
         os.unlink(new)
         raise

@@ -83,6 +83,16 @@ def open_regular(fd: int, name: str) -> int:
     return descriptor
 
 
+def write_all(descriptor: int, data: bytes) -> None:
+    """Write all of ``data`` where the file is; a disk that gets full takes a part without a word.
+
+    :raises OSError: the disk is full, or fails.
+    """
+    written = os.write(descriptor, data)
+    while written < len(data):
+        written += os.write(descriptor, memoryview(data)[written:])
+
+
 def write_at(descriptor: int, data: bytes, position: int) -> None:
     """Write all of ``data`` to a place in a file.
 

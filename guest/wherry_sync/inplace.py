@@ -170,9 +170,7 @@ def copy(fd: int, name: str, to_fd: int, to_name: str) -> None:
         target = os.open(to_name, flags, 0o600, dir_fd=to_fd)
         try:
             while data := os.read(source, _STEP_BYTES):
-                view = memoryview(data)
-                while view:
-                    view = view[os.write(target, view) :]
+                handles.write_all(target, data)
         finally:
             os.close(target)
     finally:

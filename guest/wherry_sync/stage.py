@@ -167,9 +167,7 @@ class Stage:
                 if size > leaf.size:
                     break
                 state.update(chunk)
-                view = memoryview(chunk)
-                while view:
-                    view = view[os.write(descriptor, view) :]
+                handles.write_all(descriptor, chunk)
             if size != leaf.size or state.digest() != leaf.digest:
                 raise Damaged("the contents are not those announced")
 
@@ -215,9 +213,7 @@ class Stage:
                     break
                 if state is not None:
                     state.update(chunk)
-                written = os.write(descriptor, chunk)
-                while written < len(chunk):
-                    written += os.write(descriptor, memoryview(chunk)[written:])
+                handles.write_all(descriptor, chunk)
             if size != leaf.size or (state is not None and state.digest() != leaf.digest):
                 raise Damaged("the contents are not those announced")
             if owner is not None:
@@ -258,7 +254,7 @@ class Stage:
             target = os.open(part, _NEW, 0o600, dir_fd=self.fd)
             try:
                 while data := os.read(source, hashing.CHUNK_BYTES):
-                    os.write(target, data)
+                    handles.write_all(target, data)
                 status = os.fstat(source)
                 os.utime(target, ns=(status.st_mtime_ns, status.st_mtime_ns))
             finally:
@@ -310,7 +306,7 @@ class Stage:
             journal.tail,
         )
         data = b"".join(len(field).to_bytes(4, "big") + field for field in fields)
-        os.pwrite(self._journal, len(data).to_bytes(4, "big") + data, 0)
+        handles.write_at(self._journal, len(data).to_bytes(4, "big") + data, 0)
         if in_place and self._durable:
             assert after is not None
             if not journal.tail:
@@ -374,7 +370,7 @@ class Stage:
         kept = self.name("rescued")
         marker = os.open(f"{kept}.path", _NEW, 0o600, dir_fd=self.fd)
         try:
-            os.write(marker, path.encode())
+            handles.write_all(marker, path.encode())
         finally:
             os.close(marker)
         os.rename(name, kept, src_dir_fd=self.fd, dst_dir_fd=self.fd)

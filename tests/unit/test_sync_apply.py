@@ -221,6 +221,27 @@ def test_a_filesystem_without_special_renames(
 # 22, 23: nothing outside the root
 
 
+def test_a_disk_that_takes_a_part_at_a_time_gets_all(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As one that is nearly full does, without a word."""
+    write(place.root, {"a": "1", "b": "3"})
+    real_write, real_pwrite = os.write, os.pwrite
+    monkeypatch.setattr(os, "write", lambda to, data: real_write(to, _half(data)))
+    monkeypatch.setattr(os, "pwrite", lambda to, data, at: real_pwrite(to, _half(data), at))
+    place.do(
+        Operation("a", text("1"), text("1 and more")),
+        Operation("b", text("3"), text("short")),
+        Operation("c", None, text("short")),
+        Operation("d", None, text("short")),
+    )
+    assert read(place.root) == {"a": "1 and more", "b": "short", "c": "short", "d": "short"}
+
+
+def _half(data: bytes) -> bytes:
+    return bytes(data)[: max(1, len(data) // 2)]
+
+
 @pytest.mark.parametrize("path", ["../out", "/out", "a/../../out", "", ".", "a//b", "a\0b"])
 def test_a_path_that_is_none_of_the_tree_is_refused(place: Place, path: str) -> None:
     write(place.root, {"a": {}})
