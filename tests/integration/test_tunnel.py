@@ -103,6 +103,37 @@ def test_exec_is_a_stream_both_ways(connection: Connection) -> None:
     process.close()
 
 
+def test_the_end_of_writing_does_not_wait_for_a_silent_guest(
+    own_sshd: LoopbackSshd, tmp_path: Path
+) -> None:
+    """A program that connects and says nothing has to learn that nobody is there, too."""
+    told: list[TunnelError | None] = []
+
+    class Sink:
+        def write(self, parts: list[memoryview]) -> int:
+            return sum(map(len, parts))
+
+        def stalled(self) -> None:
+            pass
+
+        def ended(self, error: TunnelError | None) -> None:
+            told.append(error)
+
+        def hung_up(self) -> None:
+            pass
+
+    with unix_server(tmp_path / "s", echo) as path, contextlib.closing(connect(own_sshd)) as made:
+        own_sshd.signal_sessions(signal.SIGSTOP)
+        try:
+            stream = made.begin_unix(path, timeout_s=0.5)
+            stream.deliver_to(Sink())
+            stream.shutdown_write()
+        finally:
+            own_sshd.signal_sessions(signal.SIGCONT)
+        assert "in time" in str(told[0])
+        assert made.run("echo still here", timeout_s=WAIT_S).stdout == b"still here\n"
+
+
 # -- refusals ---------------------------------------------------------------------------------
 
 

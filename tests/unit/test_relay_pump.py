@@ -172,6 +172,36 @@ def test_rest_of() -> None:
     assert rest_of(parts, 5) == []
 
 
+def test_what_waits_for_a_sink_that_goes_is_dropped() -> None:
+    """Else a worker that has begun to drain writes to who has broken off."""
+
+    class Full:
+        ends = 0
+
+        def write(self, parts: list[memoryview]) -> int:
+            return 0
+
+        def stalled(self) -> None:
+            pass
+
+        def ended(self, error: object) -> None:
+            self.ends += 1
+
+        def hung_up(self) -> None:
+            pass
+
+    inbox, sink = Inbox(), Full()
+    inbox.attach(sink)
+    inbox.feed([memoryview(b"waits")])
+    inbox.close()
+    inbox.detach()
+    written: list[memoryview] = []
+    assert not inbox.drain(written.extend, [])
+    assert inbox.feed([memoryview(b"late")]) == 4
+    inbox.tell_end(None, gone=True)
+    assert (written, sink.ends) == ([], 1)
+
+
 def test_workers_are_reused_and_survive_a_failing_job(caplog: pytest.LogCaptureFixture) -> None:
     workers = Workers("reuse")
     names = []

@@ -13,9 +13,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from wherry.config.layout import Layout, MachinePaths
+from wherry.core.clock import Deadline
 from wherry.core.processes import Child, spawn
 from wherry.service import state
 from wherry.service.state import Record, State
@@ -120,6 +122,34 @@ def test_a_zombie_is_not_running() -> None:
     adopted = QemuProcess.__new__(QemuProcess)
     adopted._child, adopted.identity = None, identity
     assert not adopted.alive
+    process.wait()
+
+
+ONLY_THE_FIRST_THREAD_ENDS = """
+import ctypes, sys, threading
+threading.Thread(target=sys.stdin.read).start()
+ctypes.CDLL(None).syscall({number}, 0)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="macOS ends threads together")
+def test_a_process_runs_while_any_of_its_threads_does() -> None:
+    """What it holds, such as the machine's lock, is free when its last thread has ended."""
+    number = {"x86_64": 60, "aarch64": 93}[os.uname().machine]  # exit, of one thread: _exit(2)
+    process = spawn(
+        [sys.executable, "-c", ONLY_THE_FIRST_THREAD_ENDS.format(number=number)],
+        stdin=subprocess.PIPE,
+    )
+    identity = identify(process.pid)
+    deadline = Deadline(10)
+    while psutil.Process(process.pid).status() != psutil.STATUS_ZOMBIE:
+        assert not deadline.passed
+        time.sleep(0.01)
+    assert find(identity) is not None
+    assert process.stdin is not None
+    process.stdin.close()
+    os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+    assert find(identity) is None
     process.wait()
 
 

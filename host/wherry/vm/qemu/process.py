@@ -21,11 +21,15 @@ _POLL_S = 0.2
 
 
 def find(identity: ProcessIdentity) -> psutil.Process | None:
-    """Return the process if it still runs; a later one with its number is not it."""
+    """Return the process if any of its threads runs; a later one with its number is not it."""
     try:
         process = psutil.Process(identity.pid)
-        same = identify(identity.pid) == identity
-        return process if same and process.status() != psutil.STATUS_ZOMBIE else None
+        if identify(identity.pid) != identity:
+            return None
+        # A killed process shows as a zombie when its first thread has ended; until the last
+        # has, the process holds its files and their locks.
+        ended = process.status() == psutil.STATUS_ZOMBIE and process.num_threads() <= 1
+        return None if ended else process
     except (psutil.Error, WherryError, ValueError, OverflowError):
         return None  # the last two: what a damaged file has is no process's number
 
