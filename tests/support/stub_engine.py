@@ -20,7 +20,7 @@ import h11
 
 from wherry.core.errors import TunnelError
 from wherry.tunnel.inbox import Inbox
-from wherry.tunnel.stream import DrainWrite, Sink
+from wherry.tunnel.stream import CopyingSender, DrainWrite, Sink
 
 WINDOW_BYTES = 2 * 1024 * 1024
 WAIT_S = 20.0
@@ -313,7 +313,7 @@ class _Client:
         return False
 
 
-class SocketStream:
+class SocketStream(CopyingSender):
     """A connected socket as a :class:`wherry.tunnel.stream.Stream`, with a channel's window."""
 
     def __init__(self, sock: socket.socket) -> None:

@@ -14,12 +14,12 @@ from wherry.core.errors import TunnelError
 from wherry.relay.pump import Pump
 from wherry.relay.workers import Workers
 from wherry.tunnel.inbox import Inbox, rest_of
-from wherry.tunnel.stream import Sink
+from wherry.tunnel.stream import CopyingSender, Sink
 
 WAIT_S = 10.0
 
 
-class PairStream:
+class PairStream(CopyingSender):
     """A Stream over a socket; what arrives goes through an inbox, as with a channel."""
 
     def __init__(self, end: socket.socket) -> None:

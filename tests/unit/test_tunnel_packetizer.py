@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import random
 import time
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 from cryptography.exceptions import InvalidTag
@@ -14,7 +16,7 @@ from hypothesis import strategies as st
 from paramiko.message import Message
 from paramiko.packet import NeedRekeyException, Packetizer
 
-from wherry.tunnel.packetizer import FastPacketizer
+from wherry.tunnel.packetizer import DataPackets, FastPacketizer
 
 KEY, NONCE = b"k" * 16, b"n" * 11 + b"\xff"
 
@@ -81,16 +83,17 @@ def test_it_speaks_as_paramiko_does() -> None:
 @given(
     st.lists(st.tuples(st.integers(0, 2), st.integers(0, 70_000)), min_size=1, max_size=25),
     st.lists(st.integers(1, 300_000), min_size=1, max_size=10),
+    st.sampled_from([32_000, 32 * 1024]),
 )
 def test_data_arrives_in_order_whatever_the_pieces(
-    writes: list[tuple[int, int]], pieces: list[int]
+    writes: list[tuple[int, int]], pieces: list[int], most: int
 ) -> None:
     wire = Wire()
     out = sender(wire)
     expected: dict[int, bytes] = {}
     for number, (channel, size) in enumerate(writes):
-        data = bytes([number]) * size
-        out.send_data(channel, memoryview(data), 32_000)
+        data = random.Random(number).randbytes(size)
+        out.send_data(channel, memoryview(data), most)
         expected[channel] = expected.get(channel, b"") + data
         if number % 5 == 4:
             out.send_message(message(b"\x5a" + bytes([number])))
@@ -110,6 +113,62 @@ def test_data_arrives_in_order_whatever_the_pieces(
         into.read_message()
     assert {c: d for c, d in got.items() if d} == {c: d for c, d in expected.items() if d}
     assert others == [90] * (len(writes) // 5)
+
+
+class Sealer:
+    """A cipher of a release that cannot encrypt into a buffer."""
+
+    def __init__(self) -> None:
+        aes = AESGCM(KEY)
+        self.encrypt, self.decrypt = aes.encrypt, aes.decrypt
+
+
+@pytest.mark.parametrize("engine", [lambda: AESGCM(KEY), Sealer], ids=["new", "old"])
+@pytest.mark.parametrize("kind", [FastPacketizer, Packetizer])
+def test_data_is_sealed_where_it_lies(engine: Callable[[], Any], kind: type[Packetizer]) -> None:
+    """Of any length after any other, which may leave its own bytes behind in the room."""
+    wire = Wire()
+    out = FastPacketizer(wire)
+    out.set_outbound_cipher(engine(), 16, None, 16, None, aead=True, iv_out=NONCE)
+    packets = DataPackets()
+    counts = [packets.size, 1, 33, 32 * 1024, packets.size, 100_000, 33, 16, 17, 32 * 1024 + 1, 2]
+    expected = []
+    for number, count in enumerate(counts):
+        data = random.Random(number).randbytes(count)
+        left = memoryview(data)
+        for room in packets.room(packets.size):
+            room[: len(left[: len(room)])] = left[: len(room)]
+            left = left[len(room) :]
+        out.send_packets(number % 2, packets, count)
+        expected.append((number % 2, data))
+    into = receiver(Wire(bytes(wire.sent)), kind)
+    for channel, data in expected:
+        got = b""
+        while len(got) < len(data):
+            _, packet = into.read_message()
+            assert packet.get_int() == channel
+            got += packet.get_binary()
+        assert got == data
+    assert out._packets_out == sum(-(-count // (32 * 1024)) for count in counts)
+
+
+def test_the_room_is_as_large_as_the_window_lets_it_be() -> None:
+    packets = DataPackets()
+    for most, sizes in (
+        (5, [5]),
+        (32 * 1024 - 1, [32 * 1024 - 1]),
+        (32 * 1024, [32 * 1024]),
+        (100_000, [32 * 1024] * 3),
+        (packets.size, [32 * 1024] * 8),
+    ):
+        assert [len(part) for part in packets.room(most)] == sizes
+
+
+def test_padding_shows_nothing_of_what_was_there_before() -> None:
+    packets = DataPackets()
+    packets.data[0][:] = b"x" * len(packets.data[0])
+    plain = packets.plain(0, 1, 5)
+    assert plain[10:].tobytes() == b"xxxxx" + bytes(plain[0])
 
 
 def test_a_changed_byte_is_noticed() -> None:

@@ -27,15 +27,15 @@ def test_the_version_is_one_that_was_read() -> None:
 # Methods of ours that paramiko does not know; every other method of ours is an override.
 OURS = {
     FastPacketizer: {
-        "_acknowledge_now", "_fill", "_has_packet", "_next_packet", "_sealed", "_send_sealed",
-        "_take_data", "_want_rekey_in", "send_data", "send_now",
+        "_acknowledge_now", "_fill", "_has_packet", "_next_packet", "_sealed", "_send_laid",
+        "_send_sealed", "_take_data", "_want_rekey_in", "send_data", "send_now", "send_packets",
     },
     StreamChannel: {
         "_abandon", "_acknowledge", "_raise_failure", "_send_all", "_take_window", "_tell_end",
         "_wait_active",
         "_flush", "_post", "close_now", "confirmed", "deliver_to", "drain", "feed", "more_window",
         "recv_into", "refused", "untouched",
-        "_await_window", "_park", "wait_open",
+        "_await_window", "_park", "_take_room", "_transmit", "send_from", "wait_open",
     },
     TunnelTransport: {
         "_ask", "_begin", "_begin_unix", "_channel_data", "_channel_window", "_drop_spares",
@@ -43,7 +43,7 @@ OURS = {
         "authenticated_as_client", "begin_session", "begin_tcp", "begin_unix", "listen_unix",
         "prepare_unix",
         "send_data",
-        "send_now",
+        "send_now", "send_packets",
     },
 }  # fmt: skip
 

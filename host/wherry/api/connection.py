@@ -30,7 +30,7 @@ from wherry.relay.pump import Spawn
 from wherry.tunnel.stream import Stream
 
 _FIRST_BUFFER_BYTES = 16 * 1024
-_FULL_BUFFER_BYTES = 128 * 1024
+_FULL_BUFFER_BYTES = 256 * 1024
 _JOINED_BYTES = 16 * 1024
 """A head and the beginning of its body go in one packet up to this."""
 
@@ -170,7 +170,7 @@ class Connection:
     def _read(self) -> memoryview:
         """Wait for bytes of the client; none at their end. They are good until the next call."""
         buffer = self._buffer
-        count = self._local.receive_into(buffer)
+        count = self._local.read([buffer])
         if count == len(buffer) < _FULL_BUFFER_BYTES:
             # Most connections never send this much, so they do not pay for it.
             self._buffer = memoryview(bytearray(_FULL_BUFFER_BYTES))
@@ -274,7 +274,16 @@ class Connection:
         data = first or self._read()
         while data:
             self._send(data)
+            if len(data) >= _FIRST_BUFFER_BYTES:
+                self._copy_much()
+                return
             data = self._read()
+
+    def _copy_much(self) -> None:
+        assert self._remote is not None
+        while count := self._remote.send_from(self._local.read, self._look):
+            self._last_active = time.monotonic()
+            self.bytes_up += count
 
     def _patience(self, event: threading.Event, timeout_s: float) -> bool:
         """See :meth:`Request.wait`."""

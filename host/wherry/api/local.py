@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 from wherry.platform.base import AcceptedStream, LocalStream
 from wherry.platform.hangup import hangs_up
-from wherry.relay.pump import SEND_BUFFER_BYTES
+from wherry.relay.pump import SEND_BUFFER_BYTES, LocalReader
 from wherry.tunnel.inbox import rest_of
 
 _LOOK_AGAIN_S = 1.0
@@ -31,23 +31,11 @@ class LocalEnd:
         self._hung_up = False
         self.socket: socket.socket | None = None
         """The stream, if it can be polled (a named pipe cannot)."""
-        self._poller: select.poll | None = None
         if isinstance(stream, socket.socket):
             self.socket = stream
-            self._poller = select.poll()
-            self._poller.register(stream, select.POLLIN)
             stream.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
-
-    def receive_into(self, buffer: memoryview) -> int:
-        """Wait for bytes and return how many came; 0 at the end of the client's stream.
-
-        :raises OSError: the client is gone.
-        """
-        if self._poller is not None:
-            # A thread that waits in recv(2) is woken whenever the client has read some of
-            # what is sent to it; one that polls for input is not (unix_write_space in Linux).
-            self._poller.poll()
-        return self._stream.recv_into(buffer)
+        self.read = LocalReader(stream)
+        """Waits for bytes of the client."""
 
     def send_some(self, parts: list[memoryview]) -> int:
         """Write what there is room for and return how many bytes; never waits for a socket.

@@ -18,7 +18,7 @@ from wherry.ports.conflicts import open_socket
 from wherry.ports.desired import Forward
 from wherry.relay.relay import Relays
 from wherry.relay.workers import Workers
-from wherry.tunnel.stream import DrainWrite, Sink, Stream
+from wherry.tunnel.stream import CopyingSender, DrainWrite, Sink, Stream
 
 CONNECTION_LIMIT = 256
 """Connections at once, of all ports; more are closed. Each takes two threads."""
@@ -156,7 +156,7 @@ class _Blocking:
         self.close = sock.close
 
 
-class _Connected:
+class _Connected(CopyingSender):
     """A connection on this computer, as far as a relay in two threads needs a ``Stream``."""
 
     def __init__(self, address: tuple[str, int]) -> None:

@@ -38,6 +38,31 @@ SEND_BUFFER_BYTES = 256 * 1024
 worker is woken for each read."""
 
 
+class LocalReader:
+    """Reads a local stream; see :class:`wherry.tunnel.stream.Read`.
+
+    :param local: a socket is a blocking one.
+    """
+
+    def __init__(self, local: LocalStream) -> None:
+        self._local = local
+        self._socket = local if isinstance(local, socket.socket) else None
+        # A thread that waits in recv(2) is woken whenever the program has read some of what
+        # is sent to it; one that polls for input is not (unix_write_space in Linux).
+        can_poll = self._socket is not None and hasattr(select, "poll")
+        self._poller = _poller(local, select.POLLIN) if can_poll else None
+
+    def __call__(self, parts: list[memoryview]) -> int:
+        """Wait for bytes.
+
+        :raises OSError: the other side is gone.
+        """
+        if self._poller is None or self._socket is None:
+            return self._local.recv_into(parts[0])
+        self._poller.poll()
+        return self._socket.recvmsg_into(parts)[0]
+
+
 class Pump:
     """One relayed connection.
 
@@ -104,21 +129,16 @@ class Pump:
 
     def _copy_up(self) -> None:
         """Send what the local side sends until it ends."""
-        local, remote = self._local, self._remote
+        read, remote = LocalReader(self._local), self._remote
         buffer = memoryview(bytearray(_FIRST_BUFFER_BYTES))
-        # A thread that waits in recv(2) is woken whenever the program has read some of what
-        # is sent to it; one that polls for input is not (unix_write_space in Linux).
-        poller = _poller(local, select.POLLIN) if self._socket is not None else None
-        while True:
-            if poller is not None:
-                poller.poll()
-            if not (count := local.recv_into(buffer)):
-                return
+        while count := read([buffer]):
             remote.sendall(buffer[:count])
             self.bytes_up += count
-            if count == len(buffer) < _FULL_BUFFER_BYTES:
-                # Most connections never send this much, so they do not pay for it.
-                buffer = memoryview(bytearray(_FULL_BUFFER_BYTES))
+            if count == len(buffer):
+                break
+        # Most connections never send this much at once, so they do not pay for its room.
+        while count and (count := remote.send_from(read)):
+            self.bytes_up += count
 
     def _await_down(self) -> None:
         """Wait for the end of the other direction, or for the local side to be gone."""

@@ -22,6 +22,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from paramiko.channel import Channel
@@ -36,8 +37,8 @@ from paramiko.ssh_exception import SSHException
 
 from wherry.core.errors import TunnelError
 from wherry.tunnel.inbox import Inbox
-from wherry.tunnel.packetizer import CHANNEL_DATA
-from wherry.tunnel.stream import DrainWrite, Sink
+from wherry.tunnel.packetizer import CHANNEL_DATA, DataPackets
+from wherry.tunnel.stream import DrainWrite, Read, Sink
 
 WINDOW_BYTES = 2 * 1024 * 1024
 """How much the guest may send ahead of a reader; also OpenSSH's own choice (``channels.h``)."""
@@ -48,11 +49,16 @@ MAX_PACKET_BYTES = 32 * 1024
 _STDERR = 1
 """SSH_EXTENDED_DATA_STDERR (RFC 4254 §5.2)."""
 
-_SEND_AT_ONCE_BYTES = 128 * 1024
+_SEND_AT_ONCE_BYTES = 256 * 1024
 """How much one call sends before other streams may: a bound on what they wait."""
 
 _LOOK_S = 0.25
 """How often a sender that waits for the guest looks whether it still should."""
+
+_TOGETHER_S = 0.01
+"""How long a sender with much to send waits for room for much: many small packets of the
+guest's, each of which makes a little room, would have it send as many small ones. A guest may
+be one that makes room only when there is none left."""
 
 _CLOSE = struct.Struct(">BI")
 _PARKED_BYTES = 16 * 1024
@@ -85,6 +91,9 @@ class StreamChannel(Channel):  # type: ignore[misc]  # paramiko ships no types
         self._failure: TunnelError | None = None
         self._parked: memoryview | None = None
         self._sending = threading.Lock()
+        self._packets: DataPackets | None = None
+        self._first_window = 0
+        self._wanted = 1
         self._due: deque[tuple[Any, bool]] = deque()
         self._close_sent = False
 
@@ -136,18 +145,59 @@ class StreamChannel(Channel):  # type: ignore[misc]  # paramiko ships no types
             return
         while view:
             count = self._take_window(min(len(view), _SEND_AT_ONCE_BYTES), waiting, deadline)
-            part = view[:count]
-            try:
-                with self._sending:
-                    if self._close_sent:
-                        raise self._failure or TunnelError(f"{self.target} closed the stream")
-                    self.transport.send_data(self.remote_chanid, part, self.out_max_packet_size)
-            except (EOFError, OSError, SSHException) as error:
-                raise TunnelError(LOST) from error
-            finally:
-                if self._due:
-                    self._flush()
+            part, most = view[:count], self.out_max_packet_size
+            self._transmit(partial(self.transport.send_data, self.remote_chanid, part, most))
             view = view[count:]
+
+    def send_from(self, read: Read, waiting: Callable[[], None] | None = None) -> int:
+        """See :meth:`Stream.send_from`."""
+        if self._packets is None:
+            self._packets = DataPackets()
+        packets = self._packets
+        room = self._take_room(packets)
+        if not room:
+            # Whoever reads is to learn of the end also while the guest takes nothing.
+            part = packets.data[0]
+            count = read([part])
+            self.sendall(part[:count], waiting)
+            return count
+        count = 0
+        try:
+            count = read(packets.room(room))
+        finally:
+            if count < room:
+                self.more_window(room - count)
+        if count:
+            self._transmit(partial(self.transport.send_packets, self.remote_chanid, packets, count))
+        return count
+
+    def _take_room(self, packets: DataPackets) -> int:
+        """Take what the guest's window has room for now; 0 while nothing can be sent."""
+        with self.lock:
+            sending = self.active and not self.closed and not self.eof_sent
+            if not sending or self.out_max_packet_size < len(packets.data[0]):
+                return 0
+            enough = min(packets.size, self._first_window // 8)
+            if self.out_window_size < enough:
+                self._wanted = enough
+                self.out_buffer_cv.wait(_TOGETHER_S)
+                self._wanted = 1
+            room: int = min(packets.size, self.out_window_size)
+            self.out_window_size -= room
+            return room
+
+    def _transmit(self, send: Callable[[], None]) -> None:
+        """Send data for which window was taken, unless the channel was closed meanwhile."""
+        try:
+            with self._sending:
+                if self._close_sent:
+                    raise self._failure or TunnelError(f"{self.target} closed the stream")
+                send()
+        except (EOFError, OSError, SSHException) as error:
+            raise TunnelError(LOST) from error
+        finally:
+            if self._due:
+                self._flush()
 
     def shutdown_write(self) -> None:
         """See :meth:`Stream.shutdown_write`."""
@@ -235,7 +285,8 @@ class StreamChannel(Channel):  # type: ignore[misc]  # paramiko ships no types
         """Take the guest's leave to send ``count`` bytes more."""
         with self.lock:
             self.out_window_size += count
-            self.out_buffer_cv.notify_all()
+            if self.out_window_size >= self._wanted:
+                self.out_buffer_cv.notify_all()
 
     def refused(self, error: TunnelError) -> None:
         """Take the guest's refusal to open the channel."""
@@ -262,6 +313,7 @@ class StreamChannel(Channel):  # type: ignore[misc]  # paramiko ships no types
     def _set_remote_channel(self, chanid: int, window_size: int, max_packet_size: int) -> None:
         with self.lock:
             super()._set_remote_channel(chanid, window_size, max_packet_size)
+            self._first_window = window_size
             parked = self._parked
             if (
                 parked is not None

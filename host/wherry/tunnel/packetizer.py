@@ -5,7 +5,7 @@ content some five times, which bounds a relay more than the cipher does. This on
 
 - reads as much as the socket has into one buffer and parses packets there,
 - gives channel data straight to a handler, without a Message,
-- seals several packets of data under one lock and sends them by one call.
+- seals several packets of data where they lie and sends them by one call.
 
 It does so for AES-GCM alone, which the guest always agrees to; everything before
 the first key exchange, and every other cipher, goes through paramiko's own code.
@@ -22,7 +22,7 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import chain
 from typing import Any
@@ -58,6 +58,13 @@ _NONCE = struct.Struct(">4sQ")
 _DATA_AT = 1 + _DATA_HEAD.size
 """Where a packet of channel data has its data: after the padding's length and the head."""
 
+
+_OUT_DATA_BYTES = 32 * 1024
+"""The data of one of our packets when there is much: the most that OpenSSH takes."""
+
+_OUT_PACKETS = 8
+_OUT_RECORD_BYTES = 4 + _DATA_AT + _OUT_DATA_BYTES + 2 * _BLOCK_BYTES + _TAG_BYTES
+
 DataHandler = Callable[[int, list[memoryview]], None]
 
 
@@ -65,15 +72,63 @@ class _Cipher:
     """One direction's AES-GCM: the key, and the nonce that every packet advances."""
 
     def __init__(self, engine: Any, nonce: bytes) -> None:
-        self.encrypt: Callable[[bytes, bytes, bytes], bytes] = engine.encrypt
+        self.encrypt: Callable[..., bytes] = engine.encrypt
         self.decrypt: Callable[..., bytes] = engine.decrypt
-        # Newer releases of cryptography have it; it saves a fresh object for each packet.
+        # Newer releases of cryptography have these; they save a fresh object for each packet.
+        self.encrypt_into: Callable[..., int] | None = getattr(engine, "encrypt_into", None)
         self.decrypt_into: Callable[..., int] | None = getattr(engine, "decrypt_into", None)
         fixed, first = _NONCE.unpack(nonce)
         self.nonces: Iterator[bytes] = map(
             partial(_NONCE.pack, fixed), chain(range(first, 1 << 64), range(first))
         )
         """Each packet's nonce; the invocation counter is RFC 5647 §7.1's. No Python runs here."""
+
+
+class DataPackets:
+    """Room for the data of some packets, laid out so that they are sealed without a copy."""
+
+    def __init__(self) -> None:
+        room = memoryview(bytearray(_OUT_PACKETS * _OUT_RECORD_BYTES))
+        self._records = [room[at : at + _OUT_RECORD_BYTES] for at in _record_offsets()]
+        self.data = [record[_DATA_AT : _DATA_AT + _OUT_DATA_BYTES] for record in self._records]
+        """Where the data of each packet goes; all but the last of those sent are full."""
+        self._plain = list(self._records)
+        self._laid = [(-1, -1)] * _OUT_PACKETS
+
+    @property
+    def size(self) -> int:
+        """How many bytes of data there is room for."""
+        return _OUT_PACKETS * _OUT_DATA_BYTES
+
+    def room(self, most: int) -> list[memoryview]:
+        """Return where up to ``most`` bytes of data go: whole packets, or a part of one."""
+        whole = most // _OUT_DATA_BYTES
+        return self.data[:whole] if whole else [self.data[0][:most]]
+
+    def filled(self, count: int) -> Iterator[memoryview]:
+        """Yield the first ``count`` bytes of data, by packets."""
+        for data in self.data:
+            if count <= 0:
+                return
+            yield data[:count]
+            count -= len(data)
+
+    def plain(self, index: int, channel: int, count: int) -> memoryview:
+        """Return a packet's plain text with its first ``count`` bytes of data."""
+        # As a rule it is the same packet as before, with other data.
+        if self._laid[index] != (channel, count):
+            record = self._records[index]
+            end = _DATA_AT + count
+            padding = record[0] = _padding(end)
+            _DATA_HEAD.pack_into(record, 1, CHANNEL_DATA, channel, count)
+            record[end : end + padding] = _ZEROS[padding]
+            self._plain[index] = record[: end + padding]
+            self._laid[index] = channel, count
+        return self._plain[index]
+
+
+def _record_offsets() -> range:
+    return range(0, _OUT_PACKETS * _OUT_RECORD_BYTES, _OUT_RECORD_BYTES)
 
 
 class FastPacketizer(Packetizer):  # type: ignore[misc]  # paramiko ships no types
@@ -101,11 +156,15 @@ class FastPacketizer(Packetizer):  # type: ignore[misc]  # paramiko ships no typ
         self._start = 0
         self._end = 0
         # Windows' sockets have no sendmsg.
-        self._sendmsg: Callable[[list[bytes]], int] | None = getattr(sock, "sendmsg", None)
+        self._sendmsg: Callable[[Sequence[bytes | memoryview]], int] | None = getattr(
+            sock, "sendmsg", None
+        )
         self._quick_ack: int | None = None
         if isinstance(sock, socket.socket):
             self._quick_ack = getattr(socket, "TCP_QUICKACK", None)  # Linux has it
         self._write_lock = threading.Lock()
+        self._scratch = DataPackets()
+        self._out_sealed = memoryview(bytearray(_OUT_PACKETS * _OUT_RECORD_BYTES))
         self._cipher_in: _Cipher | None = None
         self._cipher_out: _Cipher | None = None
         self._bytes_in = self._packets_in = 0
@@ -339,18 +398,51 @@ class FastPacketizer(Packetizer):  # type: ignore[misc]  # paramiko ships no typ
                 message.add_bytes(part)
                 super().send_message(message)
             return
-        if len(data) <= most:
-            head = _DATA_HEAD.pack(CHANNEL_DATA, channel, len(data))
-            with self._write_lock:
-                self._send_sealed(self._sealed(head, data), 1)
+        with self._write_lock:
+            if len(data) <= SMALL_BYTES or most < _OUT_DATA_BYTES:
+                for at in range(0, len(data), most):
+                    part = data[at : at + most]
+                    head = _DATA_HEAD.pack(CHANNEL_DATA, channel, len(part))
+                    self._send_sealed(self._sealed(head, part), 1)
+                return
+            packets = self._scratch
+            for at in range(0, len(data), packets.size):
+                some = data[at : at + packets.size]
+                for index, begin in enumerate(range(0, len(some), _OUT_DATA_BYTES)):
+                    part = some[begin : begin + _OUT_DATA_BYTES]
+                    packets.data[index][: len(part)] = part
+                self._send_laid(channel, packets, len(some))
+
+    def send_packets(self, channel: int, packets: DataPackets, count: int) -> None:
+        """Send the first ``count`` bytes of the packets' data, by one call."""
+        if self._cipher_out is None:
+            for part in packets.filled(count):
+                self.send_data(channel, part, _OUT_DATA_BYTES)
             return
         with self._write_lock:
-            buffers: list[bytes] = []
-            for at in range(0, len(data), most):
-                part = data[at : at + most]
-                head = _DATA_HEAD.pack(CHANNEL_DATA, channel, len(part))
-                buffers += self._sealed(head, part)
-            self._send_sealed(buffers, len(buffers) // 2)
+            self._send_laid(channel, packets, count)
+
+    def _send_laid(self, channel: int, packets: DataPackets, count: int) -> None:
+        """Seal packets side by side and send them, holding the lock.
+
+        Nothing is allocated on the way: fresh memory for each packet costs as much as the
+        cipher.
+        """
+        cipher, sealed = self._cipher_out, self._out_sealed
+        assert cipher is not None
+        end = index = 0
+        while count > 0:
+            plain = packets.plain(index, channel, min(count, _OUT_DATA_BYTES))
+            head, body = end, end + _UINT32.size
+            end = body + len(plain) + _TAG_BYTES
+            _UINT32.pack_into(sealed, head, len(plain))
+            if cipher.encrypt_into is not None:
+                cipher.encrypt_into(next(cipher.nonces), plain, sealed[head:body], sealed[body:end])
+            else:
+                sealed[body:end] = cipher.encrypt(next(cipher.nonces), plain, sealed[head:body])
+            count -= _OUT_DATA_BYTES
+            index += 1
+        self._send_sealed([sealed[:end]], index)
 
     def write_all(self, out: memoryview | bytes) -> None:
         """Send all bytes, in order."""
@@ -364,15 +456,12 @@ class FastPacketizer(Packetizer):  # type: ignore[misc]  # paramiko ships no typ
         cipher = self._cipher_out
         assert cipher is not None
         length = 1 + len(head) + len(body)
-        padding = _BLOCK_BYTES - length % _BLOCK_BYTES
-        if padding < 4:
-            padding += _BLOCK_BYTES
-        # The padding need not be random: the cipher hides and authenticates it.
+        padding = _padding(length)
         plain = b"".join((_PADDING[padding], head, body, _ZEROS[padding]))
         size = _UINT32.pack(length + padding)
         return [size, cipher.encrypt(next(cipher.nonces), plain, size)]
 
-    def _send_sealed(self, buffers: list[bytes], packets: int) -> None:
+    def _send_sealed(self, buffers: Sequence[bytes | memoryview], packets: int) -> None:
         total = sum(map(len, buffers))
         sent = 0
         if self._sendmsg is not None:
@@ -388,6 +477,15 @@ class FastPacketizer(Packetizer):  # type: ignore[misc]  # paramiko ships no typ
             self._bytes_out >= self.REKEY_BYTES or self._packets_out >= self.REKEY_PACKETS
         ) and not self.need_rekey():
             self._trigger_rekey()
+
+
+def _padding(length: int) -> int:
+    """How much is to follow ``length`` bytes of a packet.
+
+    It need not be random: the cipher hides and authenticates it.
+    """
+    padding = _BLOCK_BYTES - length % _BLOCK_BYTES
+    return padding if padding >= 4 else padding + _BLOCK_BYTES
 
 
 def has_room(sock: socket.socket) -> bool:

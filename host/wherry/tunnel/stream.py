@@ -7,6 +7,8 @@ from typing import Protocol
 
 from wherry.core.errors import TunnelError
 
+_ROOM_BYTES = 128 * 1024
+
 
 class Sink(Protocol):
     """Takes a stream's bytes in the thread in which they arrive; see :meth:`Stream.deliver_to`.
@@ -63,6 +65,16 @@ class Stream(Protocol):
         :raises TunnelError: the other side takes no more, or the connection was lost.
         """
 
+    def send_from(self, read: Read, /, waiting: Callable[[], None] | None = None) -> int:
+        """Read once and send that from where it was read to; return how many bytes, 0 at the end.
+
+        For those who have much to send: it saves a copy, and memory for each packet.
+
+        :param waiting: as for :meth:`sendall`.
+        :raises OSError: what ``read`` raised.
+        :raises TunnelError: as :meth:`sendall`.
+        """
+
     def shutdown_write(self) -> None:
         """End our direction: the other side reads the end of the stream. Safe to repeat."""
 
@@ -86,6 +98,34 @@ class Stream(Protocol):
         :param sink_write: writes all it is given, and may block.
         :raises OSError: what ``sink_write`` raised; the rest is lost.
         """
+
+
+class CopyingSender:
+    """:meth:`Stream.send_from` for a stream that can send from any memory."""
+
+    _sent_from: memoryview | None = None
+
+    def send_from(self: _Sender, read: Read, /, waiting: Callable[[], None] | None = None) -> int:
+        """See :meth:`Stream.send_from`."""
+        if self._sent_from is None:
+            self._sent_from = memoryview(bytearray(_ROOM_BYTES))
+        count = read([self._sent_from])
+        self.sendall(self._sent_from[:count], waiting)
+        return count
+
+
+class _Sender(Protocol):
+    _sent_from: memoryview | None
+
+    def sendall(
+        self, data: memoryview | bytes, /, waiting: Callable[[], None] | None = None
+    ) -> None: ...
+
+
+class Read(Protocol):
+    """Waits for bytes, fills the first parts first, and returns how many came; 0 at the end."""
+
+    def __call__(self, parts: list[memoryview], /) -> int: ...
 
 
 class DrainWrite(Protocol):

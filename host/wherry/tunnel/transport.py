@@ -42,7 +42,7 @@ from wherry.tunnel.channels import (
     CommandChannel,
     StreamChannel,
 )
-from wherry.tunnel.packetizer import SMALL_BYTES, FastPacketizer
+from wherry.tunnel.packetizer import SMALL_BYTES, DataPackets, FastPacketizer
 
 C = TypeVar("C", bound=StreamChannel)
 
@@ -374,6 +374,16 @@ class TunnelTransport(Transport):  # type: ignore[misc]  # paramiko ships no typ
         # send waits for one of them and not for all.
         with self._bulk:
             self._send_data(channel, data, most)
+
+    def send_packets(self, channel: int, packets: DataPackets, count: int) -> None:
+        """Send ``count`` bytes of data from where they lie; waits during a key exchange."""
+        with self._bulk:
+            with self.clear_to_send_lock:
+                if self.active and self.clear_to_send.is_set():
+                    self.packetizer.send_packets(channel, packets, count)
+                    return
+            for part in packets.filled(count):
+                self._send_user_message(_ChannelData(channel, part, len(part)))
 
     def _send_data(self, channel: int, data: memoryview, most: int) -> None:
         with self.clear_to_send_lock:
