@@ -39,7 +39,7 @@ OURS = {
     },
     TunnelTransport: {
         "_ask", "_begin", "_begin_unix", "_channel_data", "_channel_window", "_drop_spares",
-        "_fail_opening", "_keep_watch", "_ready_for_data", "_send_data", "_take_spare",
+        "_fail_opening", "_keep_watch", "_ready_for_data", "_send_data", "_take_spare", "_turn",
         "authenticated_as_client", "begin_session", "begin_tcp", "begin_unix", "listen_unix",
         "prepare_unix",
         "send_data",

@@ -20,6 +20,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from types import MappingProxyType
 from typing import Any, TypeVar
 
@@ -367,23 +368,26 @@ class TunnelTransport(Transport):  # type: ignore[misc]  # paramiko ships no typ
 
     def send_data(self, channel: int, data: memoryview, most: int) -> None:
         """Send channel data in packets of up to ``most`` bytes; waits during a key exchange."""
-        if len(data) <= SMALL_BYTES:
-            self._send_data(channel, data, most)
-            return
-        # At most one thread with much to send is under way, so a thread with little to
-        # send waits for one of them and not for all.
-        with self._bulk:
+        with self._turn(len(data)):
             self._send_data(channel, data, most)
 
     def send_packets(self, channel: int, packets: DataPackets, count: int) -> None:
         """Send ``count`` bytes of data from where they lie; waits during a key exchange."""
-        with self._bulk:
+        with self._turn(count):
             with self.clear_to_send_lock:
                 if self.active and self.clear_to_send.is_set():
                     self.packetizer.send_packets(channel, packets, count)
                     return
             for part in packets.filled(count):
                 self._send_user_message(_ChannelData(channel, part, len(part)))
+
+    def _turn(self, count: int) -> AbstractContextManager[object]:
+        """Return what is to be held while so many bytes are sent.
+
+        At most one thread with much to send is under way, so a thread with little to send
+        waits for one of them and not for all.
+        """
+        return nullcontext() if count <= SMALL_BYTES else self._bulk
 
     def _send_data(self, channel: int, data: memoryview, most: int) -> None:
         with self.clear_to_send_lock:
