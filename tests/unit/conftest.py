@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,6 +17,16 @@ from wherry.config.layout import Layout, MachinePaths
 from wherry.platform.linux import Linux
 
 GIB = 1 << 30
+
+ROOT = Path(__file__).resolve().parents[2]
+TOOLS = (
+    "ruff check",
+    "ruff format --check",
+    "mypy",
+    "mypy --platform win32 --cache-dir .mypy_cache/win32"
+    " -p wherry.platform.windows -m wherry.platform",
+    "lint-imports",
+)
 
 # For long runs: pytest --hypothesis-profile=thorough
 # A busy computer is no failure.
@@ -50,6 +63,30 @@ class Host(Linux):
     def short_directory(self) -> Path:
         self.make_private_directory(self._sockets)
         return self._sockets
+
+
+@pytest.fixture(scope="session", autouse=True)
+def tools(request: pytest.FixtureRequest) -> Iterator[dict[str, subprocess.Popen[str]]]:
+    """What looks at the whole project, if a test of this run asks for it; see test_tools.py."""
+    sources = os.pathsep.join(str(ROOT / each) for each in ("host", "guest", "images"))
+    wanted = {each.name for each in request.session.items}
+    running = {
+        command: subprocess.Popen(
+            [Path(sys.executable).parent / command.split()[0], *command.split()[1:]],
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env={**os.environ, "PYTHONPATH": sources},
+        )
+        for command in TOOLS
+        if f"test_tools[{command}]" in wanted
+    }
+    yield running
+    for process in running.values():
+        process.kill()
+        with process:
+            pass
 
 
 @pytest.fixture(autouse=True)

@@ -1,50 +1,17 @@
-"""The house rules: format, lint, types, layers, and a command line that answers at once."""
+"""A command line that answers at once."""
 
 from __future__ import annotations
 
 import json
-import os
 import statistics
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
-PROGRAMS = Path(sys.executable).parent
-
 HELP_S = 0.25
 SLOW_IMPORTS = ("asyncio", "cryptography", "msgspec", "paramiko", "psutil", "qemu", "rich")
-
-
-@pytest.mark.timeout(300)
-@pytest.mark.parametrize(
-    "command",
-    [
-        "ruff check",
-        "ruff format --check",
-        "mypy",
-        "mypy --platform win32 --cache-dir .mypy_cache/win32"
-        " -p wherry.platform.windows -m wherry.platform",
-        "lint-imports",
-    ],
-)
-def test_tools(command: str) -> None:
-    program, *arguments = command.split()
-    done = subprocess.run(
-        [PROGRAMS / program, *arguments],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, source_directories()))},
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-
-
-def source_directories() -> list[Path]:
-    return [ROOT / "host", ROOT / "guest", ROOT / "images"]
 
 
 PRINT_MODULES = (
