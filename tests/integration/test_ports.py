@@ -427,6 +427,72 @@ def test_two_listeners_on_one_port_are_refused(server: Echo, relays: StreamRelay
     assert caught.value.errno == errno.EADDRINUSE
 
 
+# -- other programs' listeners -------------------------------------------------------------------
+
+LISTENER = """
+import socket, sys
+made = socket.socket()
+made.bind(("127.0.0.1", 0))
+made.listen(1)
+print(made.getsockname()[1], flush=True)
+sys.stdin.read()
+"""
+
+
+def waiting_clients(port: int) -> int:
+    """Return how many of 50 clients are connected at once, though none is accepted."""
+    clients = []
+    for _ in range(50):
+        client = socket.socket()
+        client.setblocking(False)
+        client.connect_ex(("127.0.0.1", port))
+        clients.append(client)
+    time.sleep(0.1)
+    connected = 0
+    for client in clients:
+        with contextlib.suppress(OSError):
+            client.getpeername()
+            connected += 1
+        client.close()
+    return connected
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux lets a process do that")
+def test_more_clients_wait_at_a_listener_of_another_process() -> None:
+    with subprocess.Popen(
+        [sys.executable, "-c", LISTENER], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as process:
+        assert process.stdout is not None
+        port = int(process.stdout.readline())
+        assert waiting_clients(port) <= 3
+        time.sleep(0.1)
+        current().lengthen_queue(process.pid, "127.0.0.1", port + 1)  # is not there
+        current().lengthen_queue(process.pid, "127.0.0.1", port)
+        assert waiting_clients(port) >= 45
+        process.communicate(timeout=10)
+    with pytest.raises(OSError):
+        current().lengthen_queue(process.pid, "127.0.0.1", port)
+
+
+def test_what_qemu_listens_for_is_told_of_and_what_it_refuses_is_not() -> None:
+    async def body() -> None:
+        monitor, told = Monitor(), list[Forward]()
+
+        async def listening(forward: Forward) -> None:
+            told.append(forward)
+
+        forwards = QemuForwards(monitor.human, "net0", listening)
+        port = free_port()
+        tcp, udp = Forward("tcp", "127.0.0.1", port), Forward("udp", "127.0.0.1", port)
+        assert not await forwards.add(tcp, "")
+        assert not await forwards.add(udp, "")
+        assert await forwards.add(tcp, "")
+        assert told == [tcp]
+        monitor.close()
+
+    asyncio.run(body())
+
+
 # -- UDP on IPv6 -------------------------------------------------------------------------------
 
 

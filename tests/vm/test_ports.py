@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import socket
+import sys
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -357,6 +359,43 @@ def test_compose_up_returns_when_its_ports_are_there(
     assert answers("127.0.0.1", second)
     machine.docker(*compose, "down", "-t", "0")
     assert not answers("127.0.0.1", first)
+
+
+CROWD = 1000
+
+ECHO_TO_A_CROWD = """
+import asyncio
+async def serve(reader, writer):
+    writer.write(await reader.read(1))
+    writer.close()
+async def main():
+    server = await asyncio.start_server(serve, "0.0.0.0", 80, backlog=2000)
+    await server.serve_forever()
+asyncio.run(main())
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere QEMU's queue stays at one")
+def test_a_thousand_connections_at_once(machine: Sandbox) -> None:
+    port = free_port()
+    machine.docker("run", "-d", "--name", "crowd", "-p", f"{port}:80", "busybox", "sleep", "999")
+    run_inside(machine, "crowd", ECHO_TO_A_CROWD)
+
+    async def one() -> bytes:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        try:
+            writer.write(b"x")
+            return await reader.read(1)
+        finally:
+            writer.close()
+
+    async def crowd(size: int) -> int:
+        async with asyncio.timeout(100):
+            answers = await asyncio.gather(*(one() for _ in range(size)), return_exceptions=True)
+        return answers.count(b"x")
+
+    wait_until(lambda: asyncio.run(crowd(1)), 60, "the server answers")
+    assert asyncio.run(crowd(CROWD)) == CROWD
 
 
 def test_a_cut_connection_changes_no_port(machine: Sandbox) -> None:

@@ -147,6 +147,14 @@ class Platform(Protocol):
     def low_port_hint(self, address: str, port: int) -> str:
         """Return what the user can do to publish a port below 1024."""
 
+    def lengthen_queue(self, pid: int, address: str, port: int) -> None:
+        """Let more clients wait at a process's listener, on IPv4, than it asked for.
+
+        Does nothing where the system has no way to.
+
+        :raises OSError: the system has one, and refuses it.
+        """
+
     def accelerator_problem(self, accelerator: str) -> str | None:
         """Return why an accelerator cannot be used here at all, or None if it is worth a try."""
 

@@ -25,6 +25,12 @@ class Linux(Posix):
             f"sudo sysctl net.ipv4.ip_unprivileged_port_start={port}"
         )
 
+    def lengthen_queue(self, pid: int, address: str, port: int) -> None:
+        """pidfd_getfd(2)."""
+        from wherry.platform import listeners
+
+        listeners.lengthen(pid, address, port)
+
     def accelerator_problem(self, accelerator: str) -> str | None:
         """Open /dev/kvm: its permissions, not its existence, decide."""
         if accelerator == "tcg":

@@ -34,6 +34,9 @@ class MacOS(Posix):
         """Since macOS 10.14 any user may bind a low port, but only on all addresses."""
         return f"publish it on all addresses (-p {port}:…), or one above, such as {port + 8000}"
 
+    def lengthen_queue(self, pid: int, address: str, port: int) -> None:
+        """No process can reach into another here."""
+
     def accelerator_problem(self, accelerator: str) -> str | None:
         """``kern.hv_support`` tells whether the Hypervisor framework works here."""
         if accelerator == "tcg":

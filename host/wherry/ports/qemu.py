@@ -24,16 +24,26 @@ class QemuForwards:
     """Adds and removes forwards; lives on the loop.
 
     :param network: id of the user-mode network device.
+    :param listening: called with each forward of TCP that QEMU now listens for.
     """
 
-    def __init__(self, human: Human, network: str) -> None:
+    def __init__(
+        self,
+        human: Human,
+        network: str,
+        listening: Callable[[Forward], Awaitable[None]] | None = None,
+    ) -> None:
         self._human = human
         self._network = network
+        self._listening = listening
 
     async def add(self, forward: Forward, guest: str) -> str:
         """Have QEMU listen; return what is wrong, or nothing."""
         rule = f"{_host(forward)}-{guest}:{forward.port}"
-        return await self._ask(f"hostfwd_add {self._network} {rule}")
+        said = await self._ask(f"hostfwd_add {self._network} {rule}")
+        if not said and forward.protocol == "tcp" and self._listening is not None:
+            await self._listening(forward)
+        return said
 
     async def remove(self, forward: Forward) -> None:
         """Have QEMU listen no more; connections go on until one side ends them."""

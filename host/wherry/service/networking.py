@@ -117,7 +117,7 @@ class Networking:
         self._loop = asyncio.get_running_loop()
         self._driver, self._tunnel, self._guest, self._ssh = driver, tunnel, guest, ssh
         self._keeper = PortKeeper(
-            QemuForwards(driver.monitor.human, NETWORK_DEVICE),
+            QemuForwards(driver.monitor.human, NETWORK_DEVICE, self._lengthen_queue),
             self._platform,
             {forward: route for forward, route in await self._forwarded()},
             open_guest=tunnel.begin_tcp,
@@ -130,6 +130,19 @@ class Networking:
             lambda: tunnel.open_unix(engine.SOCKET), lambda: post(loop, self._asked.set)
         )
         self._ready.set()
+
+    async def _lengthen_queue(self, forward: Forward) -> None:
+        """Have QEMU keep more than one client waiting, where the system lets us."""
+        identity = self._driver.identity if self._driver is not None else None
+        if identity is None:
+            return
+        try:
+            await in_thread(
+                lambda: self._platform.lengthen_queue(identity.pid, forward.address, forward.port),
+                name="longer queue",
+            )
+        except OSError as error:
+            log.debug("the queue of %s stays short: %s", forward, error)
 
     async def close(self) -> None:
         """End the rounds and what we relay; QEMU's forwards end with QEMU."""

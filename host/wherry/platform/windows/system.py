@@ -77,6 +77,9 @@ class Windows:
             "netsh interface ipv4 show excludedportrange protocol=tcp"
         )
 
+    def lengthen_queue(self, pid: int, address: str, port: int) -> None:
+        """No process can reach into another here."""
+
     def accelerator_problem(self, accelerator: str) -> str | None:
         """Ask the Windows Hypervisor Platform whether there is a hypervisor."""
         if accelerator == "tcg":
