@@ -274,7 +274,8 @@ class Connection:
         data = first or self._read()
         while data:
             self._send(data)
-            if len(data) >= _FIRST_BUFFER_BYTES:
+            if len(data) >= _FIRST_BUFFER_BYTES and self._local.read.scatters:
+                data = first = self._buffer = memoryview(b"")  # the stream has its own room
                 self._copy_much()
                 return
             data = self._read()

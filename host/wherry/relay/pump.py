@@ -49,8 +49,9 @@ class LocalReader:
         self._socket = local if isinstance(local, socket.socket) else None
         # A thread that waits in recv(2) is woken whenever the program has read some of what
         # is sent to it; one that polls for input is not (unix_write_space in Linux).
-        can_poll = self._socket is not None and hasattr(select, "poll")
-        self._poller = _poller(local, select.POLLIN) if can_poll else None
+        self.scatters = self._socket is not None and hasattr(select, "poll")
+        """Whether it fills several parts at once; else the first one alone."""
+        self._poller = _poller(local, select.POLLIN) if self.scatters else None
 
     def __call__(self, parts: list[memoryview]) -> int:
         """Wait for bytes.
@@ -134,9 +135,11 @@ class Pump:
         while count := read([buffer]):
             remote.sendall(buffer[:count])
             self.bytes_up += count
-            if count == len(buffer):
-                break
-        # Most connections never send this much at once, so they do not pay for its room.
+            # Most connections never send this much at once, so they do not pay for more room.
+            if count == len(buffer) < _FULL_BUFFER_BYTES:
+                if read.scatters:
+                    break
+                buffer = memoryview(bytearray(_FULL_BUFFER_BYTES))
         while count and (count := remote.send_from(read)):
             self.bytes_up += count
 

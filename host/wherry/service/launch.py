@@ -163,10 +163,10 @@ def end_by_force(layout: Layout, paths: MachinePaths) -> bool:
     if not _is_free(paths):
         service = state.read(paths).service
         if service is not None:
-            QemuProcess.adopt(service, paths.service_log).kill()
+            QemuProcess(service, None, paths.service_log).kill()
     orphan = state.find_orphan(paths)
     if orphan is not None:
-        QemuProcess.adopt(orphan, paths.qemu_log).kill()
+        QemuProcess(orphan, None, paths.qemu_log).kill()
     if not _is_free(paths):
         raise WherryError(
             f"the service of machine {paths.name} runs, but it is not known as which process",

@@ -121,10 +121,11 @@ class DataPackets:
             end = _DATA_AT + count
             padding = record[0] = _padding(end)
             _DATA_HEAD.pack_into(record, 1, CHANNEL_DATA, channel, count)
-            record[end : end + padding] = _ZEROS[padding]
             self._plain[index] = record[: end + padding]
             self._laid[index] = channel, count
-        return self._plain[index]
+        plain = self._plain[index]
+        plain[-plain[0] :] = _ZEROS[plain[0]]
+        return plain
 
 
 def _record_offsets() -> range:
@@ -400,10 +401,12 @@ class FastPacketizer(Packetizer):  # type: ignore[misc]  # paramiko ships no typ
             return
         with self._write_lock:
             if len(data) <= SMALL_BYTES or most < _OUT_DATA_BYTES:
+                buffers: list[bytes] = []
                 for at in range(0, len(data), most):
                     part = data[at : at + most]
                     head = _DATA_HEAD.pack(CHANNEL_DATA, channel, len(part))
-                    self._send_sealed(self._sealed(head, part), 1)
+                    buffers += self._sealed(head, part)
+                self._send_sealed(buffers, len(buffers) // 2)
                 return
             packets = self._scratch
             for at in range(0, len(data), packets.size):
