@@ -382,16 +382,17 @@ def test_a_thousand_connections_at_once(machine: Sandbox) -> None:
     run_inside(machine, "crowd", ECHO_TO_A_CROWD)
 
     async def one() -> bytes:
-        reader, writer = await asyncio.open_connection("127.0.0.1", port)
-        try:
-            writer.write(b"x")
-            return await reader.read(1)
-        finally:
-            writer.close()
+        async with asyncio.timeout(60):
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            try:
+                writer.write(b"x")
+                return await reader.read(1)
+            finally:
+                writer.close()
+                await writer.wait_closed()
 
     async def crowd(size: int) -> int:
-        async with asyncio.timeout(100):
-            answers = await asyncio.gather(*(one() for _ in range(size)), return_exceptions=True)
+        answers = await asyncio.gather(*(one() for _ in range(size)), return_exceptions=True)
         return answers.count(b"x")
 
     wait_until(lambda: asyncio.run(crowd(1)), 60, "the server answers")
