@@ -16,6 +16,7 @@ import psutil
 import pytest
 from sandbox import Sandbox, wait_until
 
+from wherry.platform import current
 from wherry.vm.image import Image
 
 pytestmark = [pytest.mark.vm, pytest.mark.timeout(300)]
@@ -380,6 +381,7 @@ def test_a_thousand_connections_at_once(machine: Sandbox) -> None:
     port = free_port()
     machine.docker("run", "-d", "--name", "crowd", "-p", f"{port}:80", "busybox", "sleep", "999")
     run_inside(machine, "crowd", ECHO_TO_A_CROWD)
+    assert current().raise_descriptor_limit(2 * CROWD) > CROWD + 100
 
     async def one() -> bytes:
         async with asyncio.timeout(60):
