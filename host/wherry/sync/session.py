@@ -99,6 +99,7 @@ class Session:
         self._traits = traits
         self._lock = threading.Condition()
         self._closing = False
+        self._gone = f"{root.path} is not synchronised any more"
         self._tickets: list[Ticket] = []
         self._number = 0
         self._host_changed = False
@@ -137,7 +138,7 @@ class Session:
             self._number += 1
             ticket = Ticket(self._number, fresh)
             if self._closing:
-                ticket.finish(WherryError(f"{self.root.path} is not synchronised any more"))
+                ticket.finish(WherryError(self._gone))
             else:
                 self._tickets.append(ticket)
                 self._lock.notify()
@@ -178,7 +179,7 @@ class Session:
         future: concurrent.futures.Future[Any] = concurrent.futures.Future()
         with self._lock:
             if self._closing:
-                raise WherryError(f"{self.root.path} is not synchronised any more")
+                raise WherryError(self._gone)
             self._calls.append((function, future))
             self._lock.notify()
         try:
@@ -268,14 +269,15 @@ class Session:
                 self._serve(store, conflicts, trash)
         except Exception as error:
             log.exception("%s is not synchronised any more", self.root.path)
-            self._fail(WherryError(f"{self.root.path} cannot be synchronised: {error}"))
+            with self._lock:
+                self._gone = f"{self.root.path} cannot be synchronised: {error}"
+                self._closing = True
         finally:
             with self._lock:
                 self._closing = True
-            gone = WherryError(f"{self.root.path} is not synchronised any more")
-            self._fail(gone)
+            self._fail(WherryError(self._gone))
             for _, future in self._calls:
-                future.set_exception(gone)
+                future.set_exception(WherryError(self._gone))
             if self._watch is not None:
                 self._watch.close()
             if self._remote is not None:
