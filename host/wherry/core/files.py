@@ -38,6 +38,15 @@ def write_atomic(path: Path, data: bytes, *, mode: int = 0o600) -> None:
         raise
 
 
+def remove_unfinished(path: Path) -> None:
+    """Remove what a :func:`write_atomic` to ``path`` left that was killed in the midst.
+
+    To be called where nobody can be writing to it.
+    """
+    for left in path.parent.glob(f".{path.name}.*"):
+        left.unlink(missing_ok=True)
+
+
 def _replace(new: Path, path: Path) -> None:
     """Rename; on Windows that fails for as long as another program reads the old file."""
     for pause_s in _PAUSES_S:
