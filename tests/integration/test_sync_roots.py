@@ -205,10 +205,16 @@ def test_what_conflicts_left_can_be_listed_though_no_container_mounts_it(
     assert machine.roots.with_conflicts == []
 
 
-def test_one_that_this_computer_failed_is_begun_again(machine: Machine, source: Path) -> None:
+@pytest.mark.parametrize("late", [False, True])
+def test_one_that_this_computer_failed_is_begun_again(
+    late: bool, machine: Machine, source: Path
+) -> None:
     (machine.directory / "sync.db").write_bytes(b"not a database" * 100)
-    with pytest.raises(WherryError, match=r"cannot be synchronised.*sync\.db"):
-        hold([machine.roots.require(str(source))], fresh=True)
+    failing = machine.roots.require(str(source))
+    if late:
+        failing._thread.join(20)
+    with pytest.raises(WherryError, match=r"cannot be synchronised.*sync\.db.*move it away"):
+        hold([failing], fresh=True)
     (machine.directory / "sync.db").unlink()
     hold([machine.roots.require(str(source))], fresh=True)
     assert machine.copy(source) == read(source)

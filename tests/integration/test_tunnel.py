@@ -105,6 +105,22 @@ def test_exec_is_a_stream_both_ways(connection: Connection) -> None:
     process.close()
 
 
+def test_a_little_is_sent_past_much(connection: Connection, tmp_path: Path) -> None:
+    """Whoever has much to send holds a lock that the others with much to send wait for."""
+    with unix_server(tmp_path / "s", echo) as path:
+        stream = connection.open_unix(path)
+        with connection._transport._bulk:
+            stream.sendall(b"a")
+            stream.send_from(lambda parts: io.BytesIO(b"b").readinto(parts[0]))
+            assert stream.recv(1) + stream.recv(1) == b"ab"
+            much = threading.Thread(target=stream.sendall, args=(bytes(100_000),))
+            much.start()
+            much.join(0.05)
+            assert much.is_alive()
+        much.join(WAIT_S)
+        stream.close()
+
+
 def test_the_end_of_writing_does_not_wait_for_a_silent_guest(
     own_sshd: LoopbackSshd, tmp_path: Path
 ) -> None:

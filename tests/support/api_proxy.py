@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from stub_engine import Client, SocketStream, StubEngine, eventually
+from stub_engine import Client, SocketStream, StubEngine
 
 from wherry.api.hooks import Hooks
 from wherry.api.server import Endpoint
@@ -72,10 +72,5 @@ def proxies(directory: Path) -> Iterator[MakeProxy]:
         proxy.endpoint.close()
         with contextlib.suppress(OSError):
             proxy.engine.stop()
-    # One that idled out at that very moment is not waited for by its owner.
-    eventually(lambda: not left(), "no thread is left")
-
-
-def left() -> list[str]:
-    """Return the names of the endpoints' threads that there are."""
-    return [each.name for each in threading.enumerate() if each.name.startswith("endpoint")]
+    left = [each.name for each in threading.enumerate() if each.name.startswith("endpoint")]
+    assert not left

@@ -8,7 +8,10 @@ import hashlib
 import os
 import resource
 import stat
+import subprocess
+import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -51,6 +54,29 @@ def test_a_full_disk_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> Non
         files.write_atomic(path, b"x" * (2 * LARGEST_BYTES))
     assert path.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_what_a_killed_writer_left_is_removed_and_what_another_writes_is_not(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "file"
+    with subprocess.Popen([sys.executable, "-c", WRITES_FOR_EVER, str(path)]) as writer:
+        while not (left := [each for each in tmp_path.iterdir() if each != path]):
+            time.sleep(0.01)
+        files.write_atomic(path, b"ours")
+        assert left[0].exists()
+        writer.kill()
+    files.write_atomic(path, b"ours again")
+    assert list(tmp_path.iterdir()) == [path]
+
+
+WRITES_FOR_EVER = """
+import os, sys, time
+from pathlib import Path
+from wherry.core import files
+os.fsync = lambda descriptor: time.sleep(60)
+files.write_atomic(Path(sys.argv[1]), b"half")
+"""
 
 
 def test_what_cannot_be_replaced_leaves_nothing(tmp_path: Path) -> None:

@@ -10,9 +10,11 @@ from filelock import FileLock
 
 from wherry.config.layout import Layout, MachinePaths
 from wherry.core.errors import WherryError
+from wherry.core.processes import spawn
 from wherry.service import launch, machine, shutdown, state
 from wherry.service.stages import DEFAULT_BOUNDS
 from wherry.service.state import Record, State
+from wherry.vm.qemu.process import identify
 
 
 @pytest.fixture(autouse=True)
@@ -37,6 +39,23 @@ def test_a_service_that_cannot_be_reached_is_not_taken_for_none(
         with pytest.raises(WherryError, match=r"end the process that holds .*service\.lock"):
             launch.end_by_force(layout, paths)
     assert '"running"' in paths.state.read_text()
+
+
+def test_a_service_that_ends_as_it_is_being_ended(
+    layout: Layout, paths: MachinePaths, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with spawn(["/bin/sleep", "60"]) as process:
+        gone = identify(process.pid)
+        process.kill()
+    lock = FileLock(paths.service_lock)
+    lock.acquire()
+
+    def read(_: MachinePaths) -> Record:
+        lock.release()
+        return Record(State.RUNNING, service=gone)
+
+    monkeypatch.setattr(state, "read", read)
+    assert launch.end_by_force(layout, paths)
 
 
 def programs(script: str) -> Sequence[str]:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from wherry.core.errors import TunnelError
+from wherry.relay import workers as workers_module
 from wherry.relay.pump import Pump
 from wherry.relay.workers import Workers
 from wherry.tunnel.inbox import Inbox, rest_of
@@ -224,6 +225,26 @@ def test_workers_are_reused_and_survive_a_failing_job(caplog: pytest.LogCaptureF
     assert workers.close(WAIT_S)
     with pytest.raises(RuntimeError, match="closed"):
         workers.spawn(lambda: None)
+
+
+def test_close_waits_for_a_thread_that_idled_out_a_moment_ago(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ending, go = threading.Event(), threading.Event()
+
+    class Lingering(Workers):
+        def _work(self, job: Any) -> None:
+            super()._work(job)
+            ending.set()
+            assert go.wait(WAIT_S)
+
+    monkeypatch.setattr(workers_module, "_IDLE_S", 0.01)
+    workers = Lingering("lingering")
+    workers.spawn(lambda: None)
+    assert ending.wait(WAIT_S)
+    assert not workers.close(0.01)
+    go.set()
+    assert workers.close(WAIT_S)
 
 
 def test_close_waits_for_a_thread_that_is_being_started(monkeypatch: pytest.MonkeyPatch) -> None:

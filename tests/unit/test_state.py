@@ -112,14 +112,8 @@ def test_a_number_that_another_program_has_now_is_not_the_service(
     assert find(now) is not None
 
 
-def test_what_a_killed_service_was_writing_is_gone_when_the_machine_is_stopped(
-    paths: MachinePaths,
-) -> None:
-    for path in (paths.state, paths.launched_config):
-        (path.parent / f".{path.name}.x1y2").write_bytes(b"half")
-    paths.config.write_bytes(b"")
-    state.mark_stopped(paths)
-    assert {each.name for each in paths.directory.iterdir()} == {"config.toml", "state.json"}
+def test_ending_what_has_just_ended_is_no_error(gone: ProcessIdentity, tmp_path: Path) -> None:
+    QemuProcess(gone, None, tmp_path / "log").kill()
 
 
 def test_a_zombie_is_not_running() -> None:

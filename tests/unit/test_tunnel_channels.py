@@ -13,7 +13,7 @@ from paramiko.message import Message
 from wherry.core.errors import TunnelError
 from wherry.tunnel import channels
 from wherry.tunnel.channels import StreamChannel
-from wherry.tunnel.packetizer import DataPackets
+from wherry.tunnel.packets import DataPackets
 from wherry.tunnel.stream import Read
 
 EOF, CLOSE, DATA = 96, 97, 94

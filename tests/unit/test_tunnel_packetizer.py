@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from paramiko.message import Message
 from paramiko.packet import NeedRekeyException, Packetizer
 
-from wherry.tunnel.packetizer import DataPackets, FastPacketizer
+from wherry.tunnel.packetizer import FastPacketizer
+from wherry.tunnel.packets import SEND_AT_ONCE_BYTES, DataPackets
 
 KEY, NONCE = b"k" * 16, b"n" * 11 + b"\xff"
 
@@ -131,12 +132,25 @@ def test_data_is_sealed_where_it_lies(engine: Callable[[], Any], kind: type[Pack
     out = FastPacketizer(wire)
     out.set_outbound_cipher(engine(), 16, None, 16, None, aead=True, iv_out=NONCE)
     packets = DataPackets()
-    counts = [packets.size, 1, 33, 32 * 1024, packets.size, 100_000, 33, 16, 17, 32 * 1024 + 1, 2]
-    expected = []
+    counts = [
+        SEND_AT_ONCE_BYTES,
+        1,
+        33,
+        32 * 1024,
+        SEND_AT_ONCE_BYTES,
+        100_000,
+        33,
+        16,
+        17,
+        32 * 1024 + 1,
+        2,
+    ]
+    expected = [(9, random.Random(9).randbytes(2 * SEND_AT_ONCE_BYTES + 5))]
+    out.send_data(9, memoryview(expected[0][1]), 32 * 1024)
     for number, count in enumerate(counts):
         data = random.Random(number).randbytes(count)
         left = memoryview(data)
-        for room in packets.room(packets.size):
+        for room in packets.room(SEND_AT_ONCE_BYTES):
             room[: len(left[: len(room)])] = left[: len(room)]
             left = left[len(room) :]
         out.send_packets(number % 2, packets, count)
@@ -149,7 +163,7 @@ def test_data_is_sealed_where_it_lies(engine: Callable[[], Any], kind: type[Pack
             assert packet.get_int() == channel
             got += packet.get_binary()
         assert got == data
-    assert out._packets_out == sum(-(-count // (32 * 1024)) for count in counts)
+    assert out._packets_out == sum(-(-len(data) // (32 * 1024)) for _, data in expected)
 
 
 def test_the_room_is_as_large_as_the_window_lets_it_be() -> None:
@@ -159,7 +173,7 @@ def test_the_room_is_as_large_as_the_window_lets_it_be() -> None:
         (32 * 1024 - 1, [32 * 1024 - 1]),
         (32 * 1024, [32 * 1024]),
         (100_000, [32 * 1024] * 3),
-        (packets.size, [32 * 1024] * 8),
+        (SEND_AT_ONCE_BYTES, [32 * 1024] * 8),
     ):
         assert [len(part) for part in packets.room(most)] == sizes
 

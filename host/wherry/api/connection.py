@@ -274,7 +274,7 @@ class Connection:
         data = first or self._read()
         while data:
             self._send(data)
-            if len(data) >= _FIRST_BUFFER_BYTES and self._local.read.scatters:
+            if len(data) >= _FIRST_BUFFER_BYTES and self._local.socket is not None:
                 data = first = self._buffer = memoryview(b"")  # the stream has its own room
                 self._copy_much()
                 return

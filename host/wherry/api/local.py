@@ -29,13 +29,12 @@ class LocalEnd:
     def __init__(self, stream: AcceptedStream) -> None:
         self._stream = stream
         self._hung_up = False
-        self.socket: socket.socket | None = None
-        """The stream, if it can be polled (a named pipe cannot)."""
-        if isinstance(stream, socket.socket):
-            self.socket = stream
-            stream.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
         self.read = LocalReader(stream)
         """Waits for bytes of the client."""
+        self.socket = self.read.socket
+        """The stream, if it can be polled (a named pipe cannot)."""
+        if self.socket is not None:
+            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
 
     def send_some(self, parts: list[memoryview]) -> int:
         """Write what there is room for and return how many bytes; never waits for a socket.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import os
 import tempfile
@@ -19,11 +20,14 @@ _PAUSES_S = (0.001, 0.01, 0.05, 0.2, 0.5)
 def write_atomic(path: Path, data: bytes, *, mode: int = 0o600) -> None:
     """Replace ``path`` by ``data`` in one step; the data is on the disk before that.
 
+    What a writer that was killed left half-made beside it, the next one removes.
+
     :param mode: permission bits of the new file.
     :raises OSError: the directory is missing, full or not writable; ``path`` is
         then what it was.
     """
-    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    _remove_unfinished(path)
+    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.{os.getpid()}-")
     try:
         with os.fdopen(descriptor, "wb") as file:
             # mkstemp makes the file 0600, which Windows cannot widen: only when asked.
@@ -38,13 +42,24 @@ def write_atomic(path: Path, data: bytes, *, mode: int = 0o600) -> None:
         raise
 
 
-def remove_unfinished(path: Path) -> None:
-    """Remove what a :func:`write_atomic` to ``path`` left that was killed in the midst.
+def _remove_unfinished(path: Path) -> None:
+    """Remove what processes that were killed while they wrote ``path`` left of it."""
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*-*"):
+        writer = left.name[len(path.name) + 2 :].partition("-")[0]
+        if writer.isdecimal() and not _runs(int(writer)):
+            left.unlink(missing_ok=True)
 
-    To be called where nobody can be writing to it.
-    """
-    for left in path.parent.glob(f".{path.name}.*"):
-        left.unlink(missing_ok=True)
+
+def _runs(pid: int) -> bool:
+    # Only here, as the command line should be there at once.
+    import psutil
+
+    try:
+        return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
+    except (psutil.NoSuchProcess, OverflowError):
+        return False
+    except psutil.Error:
+        return True
 
 
 def _replace(new: Path, path: Path) -> None:

@@ -46,22 +46,24 @@ class LocalReader:
 
     def __init__(self, local: LocalStream) -> None:
         self._local = local
-        self._socket = local if isinstance(local, socket.socket) else None
-        # A thread that waits in recv(2) is woken whenever the program has read some of what
-        # is sent to it; one that polls for input is not (unix_write_space in Linux).
-        self.scatters = self._socket is not None and hasattr(select, "poll")
-        """Whether it fills several parts at once; else the first one alone."""
-        self._poller = _poller(local, select.POLLIN) if self.scatters else None
+        self.socket: socket.socket | None = None
+        """The stream, if it can be polled. Then several parts are filled at once, else one."""
+        self._poller: select.poll | None = None
+        if isinstance(local, socket.socket) and hasattr(select, "poll"):
+            # A thread that waits in recv(2) is woken whenever the program has read some of what
+            # is sent to it; one that polls for input is not (unix_write_space in Linux).
+            self.socket = local
+            self._poller = _poller(local, select.POLLIN)
 
     def __call__(self, parts: list[memoryview]) -> int:
         """Wait for bytes.
 
         :raises OSError: the other side is gone.
         """
-        if self._poller is None or self._socket is None:
+        if self._poller is None or self.socket is None:
             return self._local.recv_into(parts[0])
         self._poller.poll()
-        return self._socket.recvmsg_into(parts)[0]
+        return self.socket.recvmsg_into(parts)[0]
 
 
 class Pump:
@@ -83,9 +85,8 @@ class Pump:
         self._down_done = threading.Event()
         self._aborted = False
         self._draining = threading.Lock()
-        self._socket: socket.socket | None = None
-        if isinstance(local, socket.socket) and hasattr(select, "poll"):
-            self._socket = local
+        self._read = LocalReader(local)
+        self._socket = self._read.socket
         self.bytes_up = 0
         """Bytes sent to the guest; written by one thread."""
         self.bytes_down = 0
@@ -130,14 +131,14 @@ class Pump:
 
     def _copy_up(self) -> None:
         """Send what the local side sends until it ends."""
-        read, remote = LocalReader(self._local), self._remote
+        read, remote = self._read, self._remote
         buffer = memoryview(bytearray(_FIRST_BUFFER_BYTES))
         while count := read([buffer]):
             remote.sendall(buffer[:count])
             self.bytes_up += count
             # Most connections never send this much at once, so they do not pay for more room.
             if count == len(buffer) < _FULL_BUFFER_BYTES:
-                if read.scatters:
+                if read.socket is not None:
                     break
                 buffer = memoryview(bytearray(_FULL_BUFFER_BYTES))
         while count and (count := remote.send_from(read)):

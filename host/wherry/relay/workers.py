@@ -54,7 +54,7 @@ class Workers:
                     thread.start()
                 finally:
                     threading.stack_size(before)
-            self._threads.add(thread)
+            self._threads = {each for each in self._threads if each.is_alive()} | {thread}
 
     def close(self, timeout_s: float) -> bool:
         """Take no more jobs and wait for the running ones; tell whether all ended in time."""
@@ -90,5 +90,3 @@ class Workers:
                         self._idle.remove(inbox)
                         break
                 job = inbox.get()  # was handed over at the last moment
-        with self._lock:
-            self._threads.discard(threading.current_thread())

@@ -19,7 +19,7 @@ import psutil
 
 from wherry.config.layout import MachinePaths
 from wherry.core.errors import WherryError
-from wherry.core.files import remove_unfinished, write_atomic
+from wherry.core.files import write_atomic
 from wherry.vm.driver import ProcessIdentity
 from wherry.vm.qemu.process import find, identify
 
@@ -82,8 +82,6 @@ def mark_stopped(paths: MachinePaths) -> None:
     """Forget why a machine broke: the user stopped it, and nothing of it runs."""
     for stale in (paths.docker_socket, paths.control_socket, paths.qmp_socket):
         stale.unlink(missing_ok=True)
-    remove_unfinished(paths.state)
-    remove_unfinished(paths.launched_config)
     write(paths, Record())
 
 

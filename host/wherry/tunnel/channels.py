@@ -1,4 +1,4 @@
-"""Channels as streams: Unix sockets of the guest, and commands in it.
+"""Channels as streams.
 
 A Unix socket in the guest is reached by ``direct-streamlocal@openssh.com`` (OpenSSH
 PROTOCOL §2.4), which paramiko cannot open (paramiko#544). :class:`StreamChannel`
@@ -16,7 +16,6 @@ of the end outside all of them, since it may close the channel.
 
 from __future__ import annotations
 
-import signal
 import struct
 import threading
 import time
@@ -29,7 +28,6 @@ from paramiko.channel import Channel
 from paramiko.common import (
     MSG_CHANNEL_CLOSE,
     cMSG_CHANNEL_CLOSE,
-    cMSG_CHANNEL_REQUEST,
     cMSG_CHANNEL_WINDOW_ADJUST,
 )
 from paramiko.message import Message
@@ -37,7 +35,13 @@ from paramiko.ssh_exception import SSHException
 
 from wherry.core.errors import TunnelError
 from wherry.tunnel.inbox import Inbox
-from wherry.tunnel.packetizer import CHANNEL_DATA, DataPackets
+from wherry.tunnel.packets import (
+    CHANNEL_DATA,
+    DATA_HEAD,
+    MOST_DATA_BYTES,
+    SEND_AT_ONCE_BYTES,
+    DataPackets,
+)
 from wherry.tunnel.stream import DrainWrite, Read, Sink
 
 WINDOW_BYTES = 2 * 1024 * 1024
@@ -49,16 +53,15 @@ MAX_PACKET_BYTES = 32 * 1024
 _STDERR = 1
 """SSH_EXTENDED_DATA_STDERR (RFC 4254 §5.2)."""
 
-_SEND_AT_ONCE_BYTES = 256 * 1024
-"""How much one call sends before other streams may: a bound on what they wait."""
-
 _LOOK_S = 0.25
 """How often a sender that waits for the guest looks whether it still should."""
 
 _TOGETHER_S = 0.01
-"""How long a sender with much to send waits for room for much: many small packets of the
-guest's, each of which makes a little room, would have it send as many small ones. A guest may
-be one that makes room only when there is none left."""
+"""How long a sender with much to send waits until the guest's window has room for much.
+
+The guest gives window in small portions, and sending each at once would be many small sends.
+The wait has an end because a guest may give window only when there is none left.
+"""
 
 _CLOSE = struct.Struct(">BI")
 _PARKED_BYTES = 16 * 1024
@@ -144,7 +147,7 @@ class StreamChannel(Channel):  # type: ignore[misc]  # paramiko ships no types
         if not self.active and len(view) <= _PARKED_BYTES and self._park(view):
             return
         while view:
-            count = self._take_window(min(len(view), _SEND_AT_ONCE_BYTES), waiting, deadline)
+            count = self._take_window(min(len(view), SEND_AT_ONCE_BYTES), waiting, deadline)
             part, most = view[:count], self.out_max_packet_size
             self._transmit(partial(self.transport.send_data, self.remote_chanid, part, most))
             view = view[count:]
@@ -154,7 +157,7 @@ class StreamChannel(Channel):  # type: ignore[misc]  # paramiko ships no types
         if self._packets is None:
             self._packets = DataPackets()
         packets = self._packets
-        room = self._take_room(packets)
+        room = self._take_room()
         if not room:
             # Whoever reads is to learn of the end also while the guest takes nothing.
             part = packets.data[0]
@@ -171,18 +174,18 @@ class StreamChannel(Channel):  # type: ignore[misc]  # paramiko ships no types
             self._transmit(partial(self.transport.send_packets, self.remote_chanid, packets, count))
         return count
 
-    def _take_room(self, packets: DataPackets) -> int:
+    def _take_room(self) -> int:
         """Take what the guest's window has room for now; 0 while nothing can be sent."""
         with self.lock:
             sending = self.active and not self.closed and not self.eof_sent
-            if not sending or self.out_max_packet_size < len(packets.data[0]):
+            if not sending or self.out_max_packet_size < MOST_DATA_BYTES:
                 return 0
-            enough = min(packets.size, self._first_window // 8)
+            enough = min(SEND_AT_ONCE_BYTES, self._first_window // 8)
             if self.out_window_size < enough:
                 self._wanted = enough
                 self.out_buffer_cv.wait(_TOGETHER_S)
                 self._wanted = 1
-            room: int = min(packets.size, self.out_window_size)
+            room: int = min(SEND_AT_ONCE_BYTES, self.out_window_size)
             self.out_window_size -= room
             return room
 
@@ -320,7 +323,7 @@ class StreamChannel(Channel):  # type: ignore[misc]  # paramiko ships no types
                 and not self.closed
                 and len(parked) <= min(self.out_window_size, max_packet_size)
             ):
-                head = struct.pack(">BII", CHANNEL_DATA, self.remote_chanid, len(parked))
+                head = DATA_HEAD.pack(CHANNEL_DATA, self.remote_chanid, len(parked))
                 if self.transport.send_now(head + parked):
                     self.out_window_size -= len(parked)
                     self._parked = None
@@ -470,68 +473,3 @@ class StreamChannel(Channel):  # type: ignore[misc]  # paramiko ships no types
                 break
         if self.closed or self.eof_sent:
             raise self._failure or TunnelError(f"{self.target} takes no more data")
-
-
-class CommandChannel(StreamChannel):
-    """A session channel that runs one command (RFC 4254 §6.5).
-
-    As a stream it is the command's standard input and output.
-    """
-
-    def start(self, command: str, deadline: float) -> None:
-        """Have the guest's shell run ``command``.
-
-        :raises TunnelError: the guest refused, or did not answer in time.
-        """
-        with self.lock:
-            self._wait_active()
-        self._event_pending()
-        message = Message()
-        message.add_byte(cMSG_CHANNEL_REQUEST)
-        message.add_int(self.remote_chanid)
-        message.add_string("exec")
-        message.add_boolean(True)
-        message.add_string(command)
-        self._post(message)
-        answered = self.event.wait(max(0.0, deadline - time.monotonic()))
-        if not answered or not self.event_ready:
-            self.close()
-            reason = "refused to run" if answered else "did not answer in time to run"
-            raise TunnelError(f"the guest {reason}: {command}")
-
-    def recv_stderr(self, size: int) -> bytes:
-        """Wait for bytes on the standard error; ``b""`` at its end."""
-        data: bytes = self.in_stderr_buffer.read(size)
-        if data:
-            self._acknowledge(len(data))
-        return data
-
-    def collect(self, stdout: Sink, stderr: Sink) -> None:
-        """Hand both outputs to sinks that never stall."""
-        self.in_stderr_buffer.attach(stderr)
-        self.deliver_to(stdout)
-
-    def wait(self, timeout_s: float) -> int:
-        """Wait for the command's end and return its exit status, 128 + N for signal N.
-
-        :raises TunnelError: it did not end in time, or the connection was lost.
-        """
-        if not self.status_event.wait(timeout_s):
-            raise TunnelError(f"the command did not end within {timeout_s:g} s")
-        if self.exit_status < 0:
-            self._raise_failure()
-            raise TunnelError("the guest did not tell the command's exit status")
-        status: int = self.exit_status
-        return status
-
-    def _handle_request(self, m: Any) -> None:
-        # paramiko knows "exit-status" alone and would leave a killed command at -1.
-        start = m.packet.tell()
-        if m.get_text() == "exit-signal":
-            m.get_boolean()
-            number = getattr(signal, f"SIG{m.get_text()}", 0)
-            self.exit_status = 128 + int(number)
-            self.status_event.set()
-            return
-        m.packet.seek(start)
-        super()._handle_request(m)

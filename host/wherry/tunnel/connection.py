@@ -15,7 +15,8 @@ from paramiko.ssh_exception import AuthenticationException, IncompatiblePeer, SS
 
 from wherry.core.clock import Deadline
 from wherry.core.errors import TunnelError
-from wherry.tunnel.channels import LOST, CommandChannel, StreamChannel
+from wherry.tunnel.channels import LOST, StreamChannel
+from wherry.tunnel.command import CommandChannel
 from wherry.tunnel.keys import KeyPair
 from wherry.tunnel.stream import Stream
 from wherry.tunnel.transport import TunnelTransport

@@ -31,9 +31,20 @@ from paramiko.message import Message
 from paramiko.packet import NeedRekeyException, Packetizer
 from paramiko.ssh_exception import SSHException
 
+from wherry.tunnel.packets import (
+    BLOCK_BYTES,
+    CHANNEL_DATA,
+    DATA_AT,
+    DATA_HEAD,
+    MOST_DATA_BYTES,
+    SEALED_BYTES,
+    TAG_BYTES,
+    DataPackets,
+    plain_text,
+)
+
 WINDOW_ADJUST = 93
-CHANNEL_DATA = 94
-"""SSH_MSG_CHANNEL_WINDOW_ADJUST and SSH_MSG_CHANNEL_DATA (RFC 4254 §5.2)."""
+"""SSH_MSG_CHANNEL_WINDOW_ADJUST (RFC 4254 §5.2)."""
 
 MAX_PACKET_BYTES = 256 * 1024
 """OpenSSH neither sends nor takes a longer packet (``PACKET_MAX_SIZE`` in packet.c)."""
@@ -46,24 +57,10 @@ _READ_BYTES = 256 * 1024
 """More in one go would push everything else out of the processor's cache."""
 
 _LEAST_ROOM_BYTES = 64 * 1024
-_TAG_BYTES = 16
-_BLOCK_BYTES = 16
-_PADDING = tuple(bytes([n]) for n in range(2 * _BLOCK_BYTES))
-_ZEROS = tuple(bytes(n) for n in range(2 * _BLOCK_BYTES))
 _PARTS_AT_ONCE = 8
 _UINT32 = struct.Struct(">I")
 _TWO_UINT32 = struct.Struct(">II")
-_DATA_HEAD = struct.Struct(">BII")
 _NONCE = struct.Struct(">4sQ")
-_DATA_AT = 1 + _DATA_HEAD.size
-"""Where a packet of channel data has its data: after the padding's length and the head."""
-
-
-_OUT_DATA_BYTES = 32 * 1024
-"""The data of one of our packets when there is much: the most that OpenSSH takes."""
-
-_OUT_PACKETS = 8
-_OUT_RECORD_BYTES = 4 + _DATA_AT + _OUT_DATA_BYTES + 2 * _BLOCK_BYTES + _TAG_BYTES
 
 DataHandler = Callable[[int, list[memoryview]], None]
 
@@ -82,54 +79,6 @@ class _Cipher:
             partial(_NONCE.pack, fixed), chain(range(first, 1 << 64), range(first))
         )
         """Each packet's nonce; the invocation counter is RFC 5647 §7.1's. No Python runs here."""
-
-
-class DataPackets:
-    """Room for the data of some packets, laid out so that they are sealed without a copy."""
-
-    def __init__(self) -> None:
-        room = memoryview(bytearray(_OUT_PACKETS * _OUT_RECORD_BYTES))
-        self._records = [room[at : at + _OUT_RECORD_BYTES] for at in _record_offsets()]
-        self.data = [record[_DATA_AT : _DATA_AT + _OUT_DATA_BYTES] for record in self._records]
-        """Where the data of each packet goes; all but the last of those sent are full."""
-        self._plain = list(self._records)
-        self._laid = [(-1, -1)] * _OUT_PACKETS
-
-    @property
-    def size(self) -> int:
-        """How many bytes of data there is room for."""
-        return _OUT_PACKETS * _OUT_DATA_BYTES
-
-    def room(self, most: int) -> list[memoryview]:
-        """Return where up to ``most`` bytes of data go: whole packets, or a part of one."""
-        whole = most // _OUT_DATA_BYTES
-        return self.data[:whole] if whole else [self.data[0][:most]]
-
-    def filled(self, count: int) -> Iterator[memoryview]:
-        """Yield the first ``count`` bytes of data, by packets."""
-        for data in self.data:
-            if count <= 0:
-                return
-            yield data[:count]
-            count -= len(data)
-
-    def plain(self, index: int, channel: int, count: int) -> memoryview:
-        """Return a packet's plain text with its first ``count`` bytes of data."""
-        # As a rule it is the same packet as before, with other data.
-        if self._laid[index] != (channel, count):
-            record = self._records[index]
-            end = _DATA_AT + count
-            padding = record[0] = _padding(end)
-            _DATA_HEAD.pack_into(record, 1, CHANNEL_DATA, channel, count)
-            self._plain[index] = record[: end + padding]
-            self._laid[index] = channel, count
-        plain = self._plain[index]
-        plain[-plain[0] :] = _ZEROS[plain[0]]
-        return plain
-
-
-def _record_offsets() -> range:
-    return range(0, _OUT_PACKETS * _OUT_RECORD_BYTES, _OUT_RECORD_BYTES)
 
 
 class FastPacketizer(Packetizer):  # type: ignore[misc]  # paramiko ships no types
@@ -165,7 +114,7 @@ class FastPacketizer(Packetizer):  # type: ignore[misc]  # paramiko ships no typ
             self._quick_ack = getattr(socket, "TCP_QUICKACK", None)  # Linux has it
         self._write_lock = threading.Lock()
         self._scratch = DataPackets()
-        self._out_sealed = memoryview(bytearray(_OUT_PACKETS * _OUT_RECORD_BYTES))
+        self._out_sealed = memoryview(bytearray(SEALED_BYTES))
         self._cipher_in: _Cipher | None = None
         self._cipher_out: _Cipher | None = None
         self._bytes_in = self._packets_in = 0
@@ -234,7 +183,7 @@ class FastPacketizer(Packetizer):  # type: ignore[misc]  # paramiko ships no typ
             packet = self._next_packet(cipher)
             end = len(packet) - packet[0]
             kind = packet[1]
-            if kind == CHANNEL_DATA and end >= _DATA_AT:
+            if kind == CHANNEL_DATA and end >= DATA_AT:
                 taken = self._take_data(cipher, packet, end)
             elif kind == WINDOW_ADJUST and end >= 10:
                 taken = self.on_window(*_TWO_UINT32.unpack_from(packet, 2))
@@ -273,19 +222,19 @@ class FastPacketizer(Packetizer):  # type: ignore[misc]  # paramiko ships no typ
         if not self.ready_for_data():
             return False
         (channel,) = _UINT32.unpack_from(packet, 2)
-        parts = [packet[_DATA_AT:end]]
+        parts = [packet[DATA_AT:end]]
         while self._end > self._start and len(parts) < _PARTS_AT_ONCE and self._has_packet():
             # The channel's number is encrypted: only a packet that is read tells it.
             packet = self._next_packet(cipher)
             end = len(packet) - packet[0]
             if (
                 packet[1] != CHANNEL_DATA
-                or end < _DATA_AT
+                or end < DATA_AT
                 or _UINT32.unpack_from(packet, 2)[0] != channel
             ):
                 self._pushed_back = packet
                 break
-            parts.append(packet[_DATA_AT:end])
+            parts.append(packet[DATA_AT:end])
         self.on_data(channel, parts)
         return True
 
@@ -295,7 +244,7 @@ class FastPacketizer(Packetizer):  # type: ignore[misc]  # paramiko ships no typ
         if have < 4:
             return False
         size: int = _UINT32.unpack_from(self._buffer, self._start)[0]
-        return have >= 4 + size + _TAG_BYTES
+        return have >= 4 + size + TAG_BYTES
 
     def _next_packet(self, cipher: _Cipher) -> memoryview:
         """Return a packet's plain text: the padding's length, payload, padding.
@@ -310,13 +259,13 @@ class FastPacketizer(Packetizer):  # type: ignore[misc]  # paramiko ships no typ
             self._fill(4)
             at = self._start
         (size,) = _UINT32.unpack_from(self._buffer, at)
-        stop = at + 4 + size + _TAG_BYTES
-        if not _BLOCK_BYTES <= size <= MAX_PACKET_BYTES or size % _BLOCK_BYTES:
+        stop = at + 4 + size + TAG_BYTES
+        if not BLOCK_BYTES <= size <= MAX_PACKET_BYTES or size % BLOCK_BYTES:
             raise SSHException(f"the packet's length is {size}")
         if self._end < stop:
             self._fill(stop - at)
             at = self._start
-            stop = at + 4 + size + _TAG_BYTES
+            stop = at + 4 + size + TAG_BYTES
         self._start = stop
         view = self._view
         body = at + 4
@@ -395,32 +344,29 @@ class FastPacketizer(Packetizer):  # type: ignore[misc]  # paramiko ships no typ
             for at in range(0, len(data), most):
                 part = data[at : at + most]
                 message = Message()
-                message.add_bytes(_DATA_HEAD.pack(CHANNEL_DATA, channel, len(part)))
+                message.add_bytes(DATA_HEAD.pack(CHANNEL_DATA, channel, len(part)))
                 message.add_bytes(part)
                 super().send_message(message)
             return
         with self._write_lock:
-            if len(data) <= SMALL_BYTES or most < _OUT_DATA_BYTES:
+            if len(data) <= SMALL_BYTES or most < MOST_DATA_BYTES:
                 buffers: list[bytes] = []
                 for at in range(0, len(data), most):
                     part = data[at : at + most]
-                    head = _DATA_HEAD.pack(CHANNEL_DATA, channel, len(part))
+                    head = DATA_HEAD.pack(CHANNEL_DATA, channel, len(part))
                     buffers += self._sealed(head, part)
                 self._send_sealed(buffers, len(buffers) // 2)
                 return
-            packets = self._scratch
-            for at in range(0, len(data), packets.size):
-                some = data[at : at + packets.size]
-                for index, begin in enumerate(range(0, len(some), _OUT_DATA_BYTES)):
-                    part = some[begin : begin + _OUT_DATA_BYTES]
-                    packets.data[index][: len(part)] = part
-                self._send_laid(channel, packets, len(some))
+            while data:
+                count = self._scratch.fill(data)
+                self._send_laid(channel, self._scratch, count)
+                data = data[count:]
 
     def send_packets(self, channel: int, packets: DataPackets, count: int) -> None:
         """Send the first ``count`` bytes of the packets' data, by one call."""
         if self._cipher_out is None:
             for part in packets.filled(count):
-                self.send_data(channel, part, _OUT_DATA_BYTES)
+                self.send_data(channel, part, MOST_DATA_BYTES)
             return
         with self._write_lock:
             self._send_laid(channel, packets, count)
@@ -435,15 +381,15 @@ class FastPacketizer(Packetizer):  # type: ignore[misc]  # paramiko ships no typ
         assert cipher is not None
         end = index = 0
         while count > 0:
-            plain = packets.plain(index, channel, min(count, _OUT_DATA_BYTES))
+            plain = packets.plain(index, channel, min(count, MOST_DATA_BYTES))
             head, body = end, end + _UINT32.size
-            end = body + len(plain) + _TAG_BYTES
+            end = body + len(plain) + TAG_BYTES
             _UINT32.pack_into(sealed, head, len(plain))
             if cipher.encrypt_into is not None:
                 cipher.encrypt_into(next(cipher.nonces), plain, sealed[head:body], sealed[body:end])
             else:
                 sealed[body:end] = cipher.encrypt(next(cipher.nonces), plain, sealed[head:body])
-            count -= _OUT_DATA_BYTES
+            count -= MOST_DATA_BYTES
             index += 1
         self._send_sealed([sealed[:end]], index)
 
@@ -458,10 +404,8 @@ class FastPacketizer(Packetizer):  # type: ignore[misc]  # paramiko ships no typ
         """Return a packet's length, and its encrypted rest."""
         cipher = self._cipher_out
         assert cipher is not None
-        length = 1 + len(head) + len(body)
-        padding = _padding(length)
-        plain = b"".join((_PADDING[padding], head, body, _ZEROS[padding]))
-        size = _UINT32.pack(length + padding)
+        plain = plain_text(head, body)
+        size = _UINT32.pack(len(plain))
         return [size, cipher.encrypt(next(cipher.nonces), plain, size)]
 
     def _send_sealed(self, buffers: Sequence[bytes | memoryview], packets: int) -> None:
@@ -480,15 +424,6 @@ class FastPacketizer(Packetizer):  # type: ignore[misc]  # paramiko ships no typ
             self._bytes_out >= self.REKEY_BYTES or self._packets_out >= self.REKEY_PACKETS
         ) and not self.need_rekey():
             self._trigger_rekey()
-
-
-def _padding(length: int) -> int:
-    """How much is to follow ``length`` bytes of a packet.
-
-    It need not be random: the cipher hides and authenticates it.
-    """
-    padding = _BLOCK_BYTES - length % _BLOCK_BYTES
-    return padding if padding >= 4 else padding + _BLOCK_BYTES
 
 
 def has_room(sock: socket.socket) -> bool:

@@ -105,21 +105,19 @@ class CopyingSender:
 
     _sent_from: memoryview | None = None
 
-    def send_from(self: _Sender, read: Read, /, waiting: Callable[[], None] | None = None) -> int:
+    def sendall(
+        self, data: memoryview | bytes, /, waiting: Callable[[], None] | None = None
+    ) -> None:
+        """See :meth:`Stream.sendall`."""
+        raise NotImplementedError
+
+    def send_from(self, read: Read, /, waiting: Callable[[], None] | None = None) -> int:
         """See :meth:`Stream.send_from`."""
         if self._sent_from is None:
             self._sent_from = memoryview(bytearray(_ROOM_BYTES))
         count = read([self._sent_from])
         self.sendall(self._sent_from[:count], waiting)
         return count
-
-
-class _Sender(Protocol):
-    _sent_from: memoryview | None
-
-    def sendall(
-        self, data: memoryview | bytes, /, waiting: Callable[[], None] | None = None
-    ) -> None: ...
 
 
 class Read(Protocol):

@@ -40,10 +40,11 @@ from wherry.tunnel.channels import (
     LOST,
     MAX_PACKET_BYTES,
     WINDOW_BYTES,
-    CommandChannel,
     StreamChannel,
 )
-from wherry.tunnel.packetizer import SMALL_BYTES, DataPackets, FastPacketizer
+from wherry.tunnel.command import CommandChannel
+from wherry.tunnel.packetizer import SMALL_BYTES, FastPacketizer
+from wherry.tunnel.packets import DataPackets
 
 C = TypeVar("C", bound=StreamChannel)
 

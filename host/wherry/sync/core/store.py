@@ -70,7 +70,13 @@ class Store:
                 self._open(path)
         except sqlite3.DatabaseError as error:
             self._database.close()
-            raise WherryError(f"{path} cannot be read: {error}") from error
+            damaged = not isinstance(error, sqlite3.OperationalError)
+            raise WherryError(
+                f"{path} cannot be read: {error}",
+                hint="move it away; what differs on both sides is then a conflict"
+                if damaged
+                else "",
+            ) from error
         except BaseException:
             self._database.close()
             raise
