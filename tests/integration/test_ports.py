@@ -231,6 +231,25 @@ def test_a_holder_elsewhere_is_not_blamed() -> None:
         assert find_holder(Forward("tcp", "127.0.0.1", taken.getsockname()[1])) == ""
 
 
+def test_of_two_families_the_one_asked_for_is_blamed() -> None:
+    """A port that is published on all addresses is bound for IPv4 before IPv6 fails."""
+    with socket.create_server(("::", 0), family=socket.AF_INET6) as taken:
+        port = taken.getsockname()[1]
+        listens = (
+            "import socket, sys\n"
+            f"with socket.create_server(('0.0.0.0', {port})): print(); sys.stdin.read()\n"
+        )
+        ipv4 = [sys.executable, "-c", listens]
+        with subprocess.Popen(ipv4, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+            assert other.stdout is not None
+            assert other.stdin is not None
+            other.stdout.readline()
+            for _ in range(5):
+                assert find_holder(Forward("tcp", "::", port)).endswith(f"{os.getpid()})")
+                assert find_holder(Forward("tcp", "0.0.0.0", port)).endswith(f"{other.pid})")
+            other.stdin.close()
+
+
 @pytest.mark.skipif(
     os.geteuid() != 0 or sys.platform != "linux", reason="needs Linux, and a user to become"
 )

@@ -309,6 +309,17 @@ def test_when_nothing_boots_the_next_start_tries_again(trials: Trials) -> None:
     assert trials.choose(kvm=BOOTS, tcg=BOOTS).accelerator == "kvm"
 
 
+def test_no_line_of_a_trial_is_written_over(trials: Trials) -> None:
+    """As it is if the console is read by the descriptor that QEMU has: they share a position."""
+    ends_at_once = f"""exec {sys.executable} -c "
+import os
+for line in b'wherry: init\\n', b'reboot: Power down\\n':
+    os.write(1, line)
+    os.lseek(1, 0, os.SEEK_SET)
+" """
+    assert trials.choose(tcg=ends_at_once, kvm=CRASHES).accelerator == "tcg"
+
+
 @pytest.mark.parametrize("damage", ["", "[]", "{", '{"QEMU 7.2.0, x86_64 on A Processor": 5}'])
 def test_a_damaged_cache_is_made_anew(damage: str, trials: Trials) -> None:
     trials.cache.write_text(damage)

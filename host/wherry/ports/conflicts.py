@@ -11,6 +11,8 @@ import psutil
 from wherry.platform.base import Platform
 from wherry.ports.desired import Forward
 
+_Address = ipaddress.IPv4Address | ipaddress.IPv6Address
+
 _KINDS = {"tcp": socket.SOCK_STREAM, "udp": socket.SOCK_DGRAM}
 
 
@@ -75,18 +77,24 @@ def find_holder(forward: Forward) -> str:
         connections = psutil.net_connections(kind=forward.protocol)
     except (psutil.Error, OSError):
         return ""
+    wanted = ipaddress.ip_address(forward.address)
+    found: dict[bool, int] = {}
     for each in connections:
         if not each.laddr or each.laddr.port != forward.port or each.pid is None:
             continue
         if each.status not in (psutil.CONN_LISTEN, psutil.CONN_NONE):
             continue
-        if not _overlap(each.laddr.ip, forward.address):
-            continue
-        try:
-            return f"{psutil.Process(each.pid).name()} (process {each.pid})"
-        except psutil.Error:
-            return f"process {each.pid}"
-    return ""
+        held = ipaddress.ip_address(each.laddr.ip.partition("%")[0])
+        if _overlap(held, wanted):
+            found[held.version == wanted.version] = each.pid
+    if not found:
+        return ""
+    # They come in no order. One of the other family may be bound for that family alone.
+    pid = found.get(True) or found[False]
+    try:
+        return f"{psutil.Process(pid).name()} (process {pid})"
+    except psutil.Error:
+        return f"process {pid}"
 
 
 def in_use() -> set[tuple[str, int]]:
@@ -105,9 +113,8 @@ def in_use() -> set[tuple[str, int]]:
         return set()
 
 
-def _overlap(one: str, other: str) -> bool:
-    # "::" holds IPv4 as well, unless it was bound for IPv6 alone.
-    held, wanted = (ipaddress.ip_address(each.partition("%")[0]) for each in (one, other))
+def _overlap(held: _Address, wanted: _Address) -> bool:
     if held.version == wanted.version:
         return held == wanted or held.is_unspecified or wanted.is_unspecified
-    return held.is_unspecified
+    # "::" holds IPv4 as well, unless it was bound for IPv6 alone, as ours are.
+    return held.version == 6 and held.is_unspecified

@@ -125,19 +125,22 @@ async def trial(
         ),
         *("-chardev", "stdio,id=console,signal=off", "-serial", "chardev:console"),
     ]
-    with tempfile.TemporaryFile() as output:
-        process = spawn(
-            platform.leash(argv),
-            stdin=PIPE,
-            stdout=output.fileno(),
-            stderr=STDOUT,
-            new_session=True,
-        )
+    with tempfile.TemporaryDirectory(prefix="wherry-", ignore_cleanup_errors=True) as directory:
+        console = Path(directory) / "console"
+        # Opened to append, and read by a descriptor of its own: whoever moves the position of
+        # the one that QEMU has inherited makes it write over what it wrote before.
+        with console.open("ab") as output:
+            process = spawn(
+                platform.leash(argv),
+                stdin=PIPE,
+                stdout=output.fileno(),
+                stderr=STDOUT,
+                new_session=True,
+            )
         try:
             while True:
                 ended = process.poll() is not None
-                output.seek(0)
-                said = output.read()
+                said = console.read_bytes()
                 if INIT_LINE in said:
                     return None
                 if ended:
