@@ -574,8 +574,13 @@ class _Root:
 
     def _operations(self) -> list[Operation]:
         return [
-            Operation(wire.parse_path(path), wire.parse_entry(before), wire.parse_entry(after))
-            for path, before, after in self._asked(3)
+            Operation(
+                wire.parse_path(path),
+                wire.parse_entry(before),
+                wire.parse_entry(after),
+                in_place=bool(in_place),
+            )
+            for path, before, after, in_place in self._asked(4)
         ]
 
     def _tell(self, results: Iterable[Result]) -> None:

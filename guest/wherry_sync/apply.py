@@ -9,7 +9,8 @@ Invariants:
   a write between check and rename is seen, and undone or rescued. What cannot be closed: a
   process that still has the displaced file open and writes to it later.
 * A reader sees the old file or the new one, except where the inode must stay
-  (:mod:`wherry_sync.inplace`).
+  (:mod:`wherry_sync.inplace`). Where it need not, but is wanted to, it stays if that changes
+  nothing of this.
 * Contents are complete and verified before they are placed. They are *not* on the disk then:
   a disk flush for each file would make a first synchronisation ten times as long. The
   ancestor's store keeps the path pending until :meth:`~wherry_sync.local.LocalEndpoint.flush`.
@@ -256,9 +257,7 @@ class Applier:
         if given is not None and isinstance(after, Leaf) and is_file(after):
             if isinstance(before, Leaf) and is_file(before):
                 assert status is not None
-                self._update(
-                    fd, name, operation.path, before, after, status, given, in_place=in_place
-                )
+                self._update(fd, name, operation, before, after, status, given, in_place=in_place)
                 return
             self._stage.receive(after, given.mtime_ns, given.chunks)
         if isinstance(after, Directory):
@@ -278,7 +277,7 @@ class Applier:
             self._create(fd, name, operation.path, after)
         else:
             assert status is not None
-            self._replace(fd, name, operation.path, before, after, status, in_place=in_place)
+            self._replace(fd, name, operation, before, after, status, in_place=in_place)
 
     def _remove_directory(self, fd: int, name: str) -> bool:
         """Remove a directory; return False if it still holds something."""
@@ -321,13 +320,14 @@ class Applier:
         self,
         fd: int,
         name: str,
-        path: str,
+        operation: Operation,
         before: Leaf,
         after: Leaf,
         status: os.stat_result,
         *,
         in_place: bool,
     ) -> None:
+        path = operation.path
         if is_file(before) and is_file(after):
             if before.digest == after.digest:
                 self._forget(after)
@@ -335,28 +335,48 @@ class Applier:
                 self._set_executable(fd, name, status, after.executable)
                 return
             start = inplace.start(self._stage, before, after)
-            if in_place or status.st_nlink > 1 or start:
-                self._stage.begin(Journal(path, before, after, in_place=True))
-                self._checkpoint("in place")
-                step = self._checkpoint
-                try:
-                    mtime_ns = inplace.rewrite(fd, name, self._stage, after, start, step, status)
-                except Stale:
-                    self._stage.end()
-                    raise
-                self._end_in_place(fd, name, path, before, after, mtime_ns)
-                self._forget(after)
+            must = in_place or status.st_nlink > 1 or start > 0
+            if (must or operation.in_place) and self._rewrite(
+                fd, name, path, before, after, start, status, alone=not must
+            ):
                 return
         self._stage.begin(Journal(path, before, after))
         made = self._make(after, status, os.fstat(fd))
         ours = os.stat(made, dir_fd=self._stage.fd, follow_symlinks=False)
         self._swap(fd, name, path, before, after, status, made, ours)
 
-    def _update(
+    def _rewrite(
         self,
         fd: int,
         name: str,
         path: str,
+        before: Leaf,
+        after: Leaf,
+        start: int,
+        status: os.stat_result,
+        *,
+        alone: bool,
+    ) -> bool:
+        """Write over a file; False if it should be for us alone and is not."""
+        self._stage.begin(Journal(path, before, after, in_place=True))
+        self._checkpoint("in place")
+        step, only = self._checkpoint, before if alone else None
+        try:
+            mtime_ns = inplace.rewrite(fd, name, self._stage, after, start, step, status, only)
+        except inplace.InUse:
+            return False
+        except Stale:
+            self._stage.end()
+            raise
+        self._end_in_place(fd, name, path, before, after, mtime_ns)
+        self._forget(after)
+        return True
+
+    def _update(
+        self,
+        fd: int,
+        name: str,
+        operation: Operation,
         before: Leaf,
         after: Leaf,
         status: os.stat_result,
@@ -365,6 +385,7 @@ class Applier:
         in_place: bool,
     ) -> None:
         """Give a file the contents that come now, with as few system calls as will do."""
+        path = operation.path
         if given.start:
             if given.start != before.size:
                 raise Stale("it is not as long as it should be")
@@ -382,9 +403,9 @@ class Applier:
             self._end_in_place(fd, name, path, before, after, given.mtime_ns)
             return
         may_append = given.start is None and before.size < after.size
-        if in_place or status.st_nlink > 1 or may_append:
+        if in_place or operation.in_place or status.st_nlink > 1 or may_append:
             self._stage.receive(after, given.mtime_ns, given.chunks)
-            self._replace(fd, name, path, before, after, status, in_place=in_place)
+            self._replace(fd, name, operation, before, after, status, in_place=in_place)
             return
         mode = with_executable(status.st_mode & 0o777, after.executable)
         owner = (status.st_uid, status.st_gid)

@@ -2,6 +2,8 @@
 
 Needed where the inode is what somebody holds: a single file that is itself mounted, a file
 with several hard links, and a file that only grew, for ``tail -f`` reads on in what it opened.
+Wanted where a file was saved so: who watches that one file, as ``node --watch`` does, hears
+nothing of another one that takes its place.
 
 Not atomic, so the stage's journal has it on the disk before the first byte is written, and
 :meth:`~wherry_sync.apply.Applier.finish_in_place` finishes it after a crash. A torn file is
@@ -13,7 +15,7 @@ from __future__ import annotations
 import errno
 import os
 
-from wherry_sync import handles, hashing
+from wherry_sync import handles, hashing, kernel
 from wherry_sync.operation import Stale
 
 TYPE_CHECKING = False
@@ -44,6 +46,10 @@ def start(stage: Stage, before: Leaf, after: Leaf) -> int:
     return before.size if digest == before.digest else 0
 
 
+class InUse(Exception):
+    """Somebody has the file open, or it cannot be known."""
+
+
 def rewrite(
     fd: int,
     name: str,
@@ -52,18 +58,33 @@ def rewrite(
     start: int,
     checkpoint: Callable[[str], None],
     expected: os.stat_result | None = None,
+    alone: Leaf | None = None,
 ) -> int:
     """Write the staged contents over a file, from ``start`` on.
 
     :param expected: what the file's status must be when it is open; it is the last check.
+    :param alone: what the file must be when nobody else has it open. Nobody can open it then
+        until it is written, so no write of somebody else's is lost, and nobody reads half of it.
     :returns: the time of modification that it has then, in ns.
-    :raises Stale: it is not; nothing was written.
+    :raises InUse: nothing was written, as it is not for us alone.
+    :raises Stale: it is not what it must be; nothing was written.
     :raises OSError: it cannot be written.
     """
-    flags = os.O_WRONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-    target = os.open(name, flags, dir_fd=fd)
+    access = os.O_WRONLY if alone is None else os.O_RDWR
+    flags = access | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     try:
+        target = os.open(name, flags, dir_fd=fd)
+    except OSError as error:
+        if alone is None:
+            raise
+        # A program that runs cannot be written over (ETXTBSY), but replaced.
+        raise InUse from error
+    try:
+        if alone is not None and not kernel.claim(target):
+            raise InUse
         status = os.fstat(target)
+        if alone is not None and not _is(target, status, alone):
+            raise Stale("it was written at the last moment")
         if expected is not None and _changed(status, expected):
             raise Stale("it was written at the last moment")
         if after.size > status.st_size:
@@ -138,6 +159,11 @@ def finish_append(fd: int, name: str, before: Leaf, tail: bytes) -> None:
         os.ftruncate(target, before.size + len(tail))
     finally:
         os.close(target)
+
+
+def _is(descriptor: int, status: os.stat_result, leaf: Leaf) -> bool:
+    found = hashing.read_digest(descriptor, leaf.size)
+    return status.st_size == leaf.size and found == (leaf.digest, leaf.size)
 
 
 def _changed(status: os.stat_result, expected: os.stat_result) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
+import signal
 
 from wherry_sync import handles
 
@@ -52,6 +53,27 @@ def exchange(old_fd: int, old: str, new_fd: int, new: str) -> bool:
     :raises OSError: it failed.
     """
     return _call(old_fd, old, new_fd, new, _EXCHANGE)
+
+
+def claim(fd: int) -> bool:
+    """Have a file for us alone until ``fd``, which can write, is closed: others wait to open it.
+
+    By a lease (fcntl(2), ``F_SETLEASE``), which the kernel takes back after 45 s.
+
+    :returns: False if somebody has it open, or this cannot be had here.
+    """
+    import fcntl
+
+    if not hasattr(fcntl, "F_SETLEASE"):
+        return False
+    try:
+        # Who wants to open it makes the kernel send us a signal. SIGIO would end the process;
+        # SIGURG, that nobody listens for, does nothing.
+        fcntl.fcntl(fd, fcntl.F_SETSIG, signal.SIGURG)
+        fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_WRLCK)
+    except OSError:
+        return False
+    return True
 
 
 def flush(fd: int) -> None:

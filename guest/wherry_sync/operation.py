@@ -27,14 +27,19 @@ class Operation:
     :param before: what must be at the path; None for nothing.
     :param after: what shall be there. A directory that shall vanish but still holds
         something, untracked or new, is left as it is, and that counts as done.
+    :param in_place: whether a file shall rather be written over than replaced by another one,
+        as programs that watch this one file want it.
     """
 
-    __slots__ = ("after", "before", "path")
+    __slots__ = ("after", "before", "in_place", "path")
 
-    def __init__(self, path: str, before: Entry | None, after: Entry | None) -> None:
+    def __init__(
+        self, path: str, before: Entry | None, after: Entry | None, *, in_place: bool = False
+    ) -> None:
         self.path = path
         self.before = before
         self.after = after
+        self.in_place = in_place
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Operation):

@@ -57,9 +57,10 @@ class Snapshot:
     :ivar requeue: paths to look at again soon, as they were changing.
     :ivar files_read: files whose contents were read, because no record stood for them.
     :ivar bytes_read: their size.
+    :ivar written_over: files that were read anew, and are the same inodes as in the last scan.
     """
 
-    __slots__ = ("bytes_read", "device", "files_read", "requeue", "root")
+    __slots__ = ("bytes_read", "device", "files_read", "requeue", "root", "written_over")
 
     def __init__(self) -> None:
         self.root: Entry | None = None
@@ -67,6 +68,7 @@ class Snapshot:
         self.requeue: set[str] = set()
         self.files_read = 0
         self.bytes_read = 0
+        self.written_over: set[str] = set()
 
 
 class Node:
@@ -347,7 +349,9 @@ class Scanner:
                 or status.st_dev != device
                 or self._ignore(below, False)
             ):
-                record, leaf = self._leaf(fd, below, name, status)
+                before, (record, leaf) = record, self._leaf(fd, below, name, status)
+                if record and record[records.INODE] == before[records.INODE]:
+                    self._found.written_over.add(below)
             if record:
                 fresh[name] = record
             children[shown] = kept[shown] if kept.get(shown) == leaf else leaf

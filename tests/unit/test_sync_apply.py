@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import shutil
 import stat
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,7 +13,7 @@ from pathlib import Path
 import pytest
 from sync_trees import FIFO, read, text, tree, write
 
-from wherry_sync import kernel
+from wherry_sync import inplace, kernel
 from wherry_sync.apply import Policy, with_executable
 from wherry_sync.entry import EMPTY, Entry, Leaf, is_file, link, lookup
 from wherry_sync.local import LocalEndpoint
@@ -20,6 +22,9 @@ from wherry_sync.operation import DONE, FAILED, STALE, Arrival, Operation, Resul
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="directory descriptors")
 
 MTIME_NS = 1_600_000_000_123_456_789
+
+
+linux_only = pytest.mark.skipif(sys.platform != "linux", reason="leases are Linux's")
 
 
 class Crash(BaseException):
@@ -421,6 +426,90 @@ def test_34_a_single_file_is_rewritten_in_place(tmp_path: Path) -> None:
     finally:
         end.close()
     assert ((tmp_path / "f").read_text(), (tmp_path / "f").stat().st_ino) == ("2", inode)
+
+
+def saved(path: str, before: str, after: str) -> Operation:
+    """What a save in place on the other side comes to."""
+    return Operation(path, text(before), text(after), in_place=True)
+
+
+@pytest.mark.parametrize("after", ["2", "1 and more", "short", ""])
+def test_a_file_that_was_saved_in_place_is_written_in_place(place: Place, after: str) -> None:
+    write(place.root, {"f": "1"})
+    inode = (place.root / "f").stat().st_ino
+    assert place.do(saved("f", "1", after))[0].status == DONE
+    assert ((place.root / "f").read_text(), (place.root / "f").stat().st_ino) == (after, inode)
+    left = {path.name for path in (place.directory / "stage").iterdir()}
+    assert {name.partition("-")[0] for name in left} <= {"journal", "rescued"}
+
+
+@linux_only
+@pytest.mark.parametrize("flags", [os.O_RDONLY, os.O_WRONLY])
+def test_a_file_that_somebody_has_open_is_replaced(place: Place, flags: int) -> None:
+    """They would read half of it, or write to what we write."""
+    write(place.root, {"f": "1"})
+    descriptor = os.open(place.root / "f", flags)
+    try:
+        assert place.do(saved("f", "1", "2"))[0].status == DONE
+        assert os.fstat(descriptor).st_nlink == 0
+        assert os.fstat(descriptor).st_size == 1
+    finally:
+        os.close(descriptor)
+    assert read(place.root) == {"f": "2"}
+
+
+@linux_only
+def test_nobody_opens_a_file_while_it_is_written_in_place(place: Place) -> None:
+    write(place.root, {"f": "3"})
+    refused = []
+
+    def action(point: str) -> None:
+        if point in ("written in place", "truncated"):
+            for flags in (os.O_RDONLY, os.O_WRONLY | os.O_TRUNC):
+                try:
+                    os.close(os.open(place.root / "f", flags | os.O_NONBLOCK))
+                except BlockingIOError:
+                    refused.append(point)
+
+    place.action = action
+    assert place.do(saved("f", "3", "short"))[0].status == DONE
+    assert refused == ["written in place"] * 2 + ["truncated"] * 2
+    assert read(place.root) == {"f": "short"}
+
+
+@linux_only
+@pytest.mark.parametrize("written", ["2", "more than it was"])
+def test_a_write_just_before_one_in_place_survives(place: Place, written: str) -> None:
+    """Also one that changes neither the size nor the times, as it does now and then."""
+    write(place.root, {"f": "3"})
+    path = place.root / "f"
+    times = path.stat().st_atime_ns, path.stat().st_mtime_ns
+
+    def action(point: str) -> None:
+        if point == "in place":
+            path.write_text(written)
+            os.utime(path, ns=times)
+
+    place.action = action
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(inplace, "_changed", lambda one, other: False)
+        assert place.do(saved("f", "3", "short"))[0].status == STALE
+    assert read(place.root) == {"f": written}
+
+
+@linux_only
+def test_a_program_that_runs_is_replaced(place: Place) -> None:
+    shutil.copy("/bin/sleep", place.root / "f")
+    before, after = lookup(place.end.scan().root, "f"), text("2", executable=True)
+    with subprocess.Popen([place.root / "f", "60"]) as runs:
+        try:
+            place.end.stage_all([(after, MTIME_NS, [b"2"])])
+            (result,) = place.end.apply([Operation("f", before, after, in_place=True)])
+            assert result.status == DONE
+            assert runs.poll() is None
+        finally:
+            runs.kill()
+    assert read(place.root) == {"f": "2*"}
 
 
 @pytest.mark.parametrize("point", ["in place", "written in place", "truncated"])

@@ -43,6 +43,44 @@ def synchronised(pair: Pair, value: dict[str, object]) -> None:
         pair.flush(side)
 
 
+def save(path: Path, text: str) -> None:
+    """Save a file as careful editors do."""
+    new = path.with_name(".wherry-new")
+    new.write_text(text)
+    new.rename(path)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="leases are Linux's")
+def test_a_save_in_place_is_one_in_the_guest_too(pair: Pair) -> None:
+    files = {str(number): "1" for number in range(33)}
+    synchronised(pair, {"f": "1", "g": "1", **files})
+
+    def inodes() -> list[int]:
+        return [(pair.guest / name).stat().st_ino for name in ("f", "g")]
+
+    before = inodes()
+    for number in range(3):
+        (pair.host / "f").write_text(f"saved {number}")
+        save(pair.host / "g", f"saved {number}")
+        pair.settle()
+        after = inodes()
+        assert after[0] == before[0]
+        assert after[1] != before[1]
+        before = after
+    # A program's work: the fast way.
+    held = (pair.guest / "0").stat().st_ino
+    for name in files:
+        (pair.host / name).write_text("formatted")
+    pair.settle()
+    assert (pair.guest / "0").stat().st_ino != held
+    # In the guest only: who works on the host may have the file open.
+    held = (pair.host / "f").stat().st_ino
+    (pair.guest / "f").write_text("in the container")
+    pair.settle()
+    assert (pair.host / "f").stat().st_ino != held
+    assert pair.trees()[0] == pair.trees()[1]
+
+
 def test_both_sides_become_equal_and_idle_rounds_do_nothing(pair: Pair) -> None:
     write(pair.host, {"a": "1*", "d": {"l": "->../a", "empty": {}}})
     write(pair.guest, {"b": "2", "d": {"x": "3"}})
@@ -193,7 +231,7 @@ def test_a_single_file_is_a_root_too(place: Path) -> None:
 
 def test_what_is_rescued_ends_with_the_conflicts(pair: Pair) -> None:
     synchronised(pair, {"f": "1"})
-    (pair.host / "f").write_text("2")
+    save(pair.host / "f", "2")
 
     def action(point: str) -> None:
         if point == "exchange":

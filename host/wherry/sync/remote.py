@@ -330,6 +330,7 @@ class RemoteEndpoint(Connection):
                     operation.path.encode(),
                     wire.pack_entry(operation.before),
                     wire.pack_entry(operation.after),
+                    b"y" if operation.in_place else b"",
                 )
                 for operation in operations
             )

@@ -30,7 +30,7 @@ from dataclasses import dataclass, field
 
 from wherry.sync.core import safety
 from wherry.sync.core.keep import Keep
-from wherry.sync.core.plan import SidePlan, Want, needs, plan
+from wherry.sync.core.plan import ALONG_BYTES, SidePlan, Want, needs, plan
 from wherry.sync.core.reconcile import (
     GUEST,
     HOST,
@@ -56,6 +56,10 @@ from wherry_sync.stage import Gone
 
 _WORTH = 0.75
 """Of the blocks of a file; if more of them have changed, all of it is sent."""
+
+_SAVED_AT_ONCE = 32
+"""Files that people and their editors save; more at once is a program's work, for which the way
+that is faster is right."""
 
 
 @dataclass(slots=True)
@@ -140,6 +144,7 @@ class Cycle:
             _stay(found, outcome)
         if not found.decisions and not found.ancestor:
             return outcome
+        _follow(found.decisions, host.written_over)
         outcome.changed = True
         self._begin(found.decisions, found.ancestor)
         decisions = [decision for decision in found.decisions if self._save(decision, outcome)]
@@ -376,6 +381,21 @@ class Cycle:
                 else:
                     outcome.requeue.add(path)
         return undone
+
+
+def _follow(decisions: Iterable[Decision], written_over: Container[str]) -> None:
+    """Have files that were saved in place on the host be written in place in the guest."""
+    saved = [
+        decision.guest
+        for decision in decisions
+        if decision.guest is not None
+        and decision.path in written_over
+        and isinstance(decision.guest.after, Leaf)
+        and decision.guest.after.size <= ALONG_BYTES
+    ]
+    if len(saved) <= _SAVED_AT_ONCE:
+        for operation in saved:
+            operation.in_place = True
 
 
 def _stay(found: Reconciliation, outcome: Outcome) -> None:
