@@ -3,10 +3,6 @@
 The copy of a root that is ``/home/ann/app`` on the host is the directory ``tree/home/ann/app``
 on the data disk, and is mounted at ``/home/ann/app`` for containers. As all copies are in one
 tree, roots that contain each other share their files.
-
-A watch (:mod:`wherry_sync.fanotify`) tells what to look at in a scan. It is drained when the
-scan begins: what a process did before it ended is in the watch's queue by then, so a scan that
-is asked for after a container's end sees all that the container wrote.
 """
 
 from __future__ import annotations
@@ -15,30 +11,29 @@ import _thread
 import fcntl
 import json
 import os
-import select
 import socket
 import time
 
 from wherry_guest import system
+from wherry_guest.link import Ended, Link, is_cut, to_the_end
 from wherry_guest.session import failure
+from wherry_guest.watcher import Watcher
 from wherry_sync import blocks, packing, wire
 from wherry_sync.apply import Policy
 from wherry_sync.diff import diff
 from wherry_sync.entry import is_file
-from wherry_sync.fanotify import Changes, Watch
+from wherry_sync.fanotify import Changes
 from wherry_sync.ignore import Ignore
 from wherry_sync.local import LocalEndpoint
 from wherry_sync.operation import Operation, Result
 from wherry_sync.stage import Gone
-from wherry_wire.frames import Decoder, Frame, WireError
+from wherry_wire.frames import WireError
 from wherry_wire.messages import (
     Done,
     Message,
     SyncApply,
     SyncBuild,
-    SyncBusy,
     SyncChanged,
-    SyncEnd,
     SyncFlush,
     SyncForgetRescued,
     SyncListen,
@@ -59,101 +54,19 @@ from wherry_wire.messages import (
     SyncStageLocal,
     SyncSums,
     SyncYes,
-    pack,
-    unpack,
 )
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
-    from typing import TypeVar
 
     from wherry_sync.entry import Entry, Leaf
 
-    T = TypeVar("T")
-
 _SOCKET = "/run/wherry/sync-%d.sock"
-_READ_BYTES = 256 * 1024
-_BUSY_S = 2.0
 _LOCK_S = 60.0
 _LOCK_STEP_S = 0.02
-# Events come in bursts; the host is told of the first ones when the burst is over, nearly.
-_SETTLE_S = 0.01
 _ORDERED = "ended in order"
-# While very much changes, as in a first synchronisation or an installation, the watch takes a
-# fifth of a processor at most: it rests so many times as long as it worked. A scan that somebody
-# waits for does not wait for that.
-_REST = 4
-_LONGEST_REST_S = 0.25
 _RESULTS = {"done": b"d", "stale": b"s", "failed": b"f"}
-
-
-class _Ended(Exception):
-    """The host closed the connection."""
-
-
-class Watcher:
-    """The one watch of all roots, and what it has seen of each since its last scan.
-
-    :param changed: called with a root's id when there is something new for its next scan.
-    """
-
-    def __init__(self, directory: str, changed: Callable[[str], None]) -> None:
-        self._watch = Watch(directory)
-        self._changed = changed
-        self._lock = _thread.allocate_lock()
-        self._ids: dict[str, str] = {}
-        self._seen: dict[str, Changes] = {}
-        self._told: set[str] = set()
-        _thread.start_new_thread(self._run, ())
-
-    def add(self, tree: str, root: str) -> None:
-        """Watch a root's copy from now on; its next scan has to be a full one."""
-        with self._lock:
-            self._ids[tree] = root
-            self._watch.add(tree)
-
-    def remove(self, tree: str) -> None:
-        """Watch it no longer."""
-        with self._lock:
-            self._watch.remove(tree)
-            self._ids.pop(tree, None)
-            self._seen.pop(tree, None)
-            self._told.discard(tree)
-
-    def take(self, tree: str) -> Changes | None:
-        """Return what has changed up to now since the last call; None for nothing."""
-        with self._lock:
-            self._drain()
-            self._told.discard(tree)
-            return self._seen.pop(tree, None)
-
-    def _drain(self) -> list[str]:
-        """Empty the queue; return the roots of which the host has to be told."""
-        news = []
-        for tree, changes in self._watch.drain().items():
-            seen = self._seen.get(tree)
-            if seen is None:
-                self._seen[tree] = changes
-            else:
-                seen.directories |= changes.directories
-                seen.files |= changes.files
-                seen.lost = seen.lost or changes.lost
-            if (changes.foreign or changes.lost) and tree in self._ids and tree not in self._told:
-                self._told.add(tree)
-                news.append(self._ids[tree])
-        return news
-
-    def _run(self) -> None:
-        while True:
-            select.select([self._watch.fileno()], [], [])
-            time.sleep(_SETTLE_S)
-            begun = time.monotonic()
-            with self._lock:
-                news = self._drain()
-            for root in news:
-                self._changed(root)
-            time.sleep(min(_LONGEST_REST_S, _REST * (time.monotonic() - begun)))
 
 
 class Roots:
@@ -197,17 +110,19 @@ def serve(connection: socket.socket, directory: str, watcher: Watcher) -> None:
     :param directory: where copies and stages are.
     """
     with connection:
-        root = _Root(connection, directory, watcher)
+        link = Link(connection)
+        root = _Root(link, directory, watcher)
         try:
             root.run()
-        except (_Ended, OSError):
+        except (Ended, OSError):
             pass
         except WireError as error:
             try:
-                root.say(failure(f"the protocol was broken: {error}"))
+                link.say(failure(f"the protocol was broken: {error}"))
             except OSError:
                 pass
         finally:
+            link.close()
             root.close()
 
 
@@ -230,15 +145,10 @@ def _remove(path: str) -> None:
 
 
 class _Root:
-    def __init__(self, connection: socket.socket, directory: str, watcher: Watcher) -> None:
-        self._connection = connection
+    def __init__(self, link: Link, directory: str, watcher: Watcher) -> None:
+        self._link = link
         self._directory = directory
         self._watcher = watcher
-        self._decoder = Decoder()
-        self._frames: list[Frame] = []
-        self._writing = _thread.allocate_lock()
-        self._working_since = 0.0
-        self._ended = False
         self._endpoint: LocalEndpoint | None = None
         self._tree = ""
         self._path = ""
@@ -252,7 +162,6 @@ class _Root:
 
     def close(self) -> None:
         """Release what it holds."""
-        self._ended = True
         if self._tree:
             self._watcher.remove(self._tree)
         if self._endpoint is not None:
@@ -280,15 +189,8 @@ class _Root:
             SyncMount: self._mount,
             SyncPin: self._pin,
         }
-        self._rows: list[bytes] = []
-        _thread.start_new_thread(self._busy, ())
         while True:
-            frame = self._next()
-            if frame.type == wire.ROWS:
-                self._rows.append(frame.payload)
-                continue
-            request = unpack(frame)
-            self._working_since = time.monotonic()
+            request = self._link.request()
             try:
                 if isinstance(request, SyncOpen):
                     reply: Message = self._open(request)
@@ -300,48 +202,10 @@ class _Root:
             except Gone as error:
                 reply = failure(str(error))
             except OSError as error:
-                if self._is_cut(error):
+                if is_cut(error):
                     raise
                 reply = failure(f"{error.strerror or error}: {error.filename or self._path}")
-            self._working_since = 0.0
-            self._rows.clear()
-            self.say(reply)
-
-    def say(self, message: Message) -> None:
-        """Send a control frame."""
-        self._send((pack(message, 0),))
-
-    def _is_cut(self, error: OSError) -> bool:
-        return isinstance(error, (BrokenPipeError, ConnectionError))
-
-    def _send(self, frames: Iterable[bytes]) -> None:
-        for frame in frames:
-            with self._writing:
-                self._connection.sendall(frame)
-
-    def _busy(self) -> None:
-        """Let the host see that a long request is being worked on."""
-        while not self._ended:
-            time.sleep(_BUSY_S)
-            since = self._working_since
-            if since and time.monotonic() - since > _BUSY_S and not self._ended:
-                try:
-                    self.say(SyncBusy())
-                except OSError:
-                    return
-
-    def _next(self) -> Frame:
-        while not self._frames:
-            data = self._connection.recv(_READ_BYTES)
-            if not data:
-                raise _Ended
-            self._frames = self._decoder.feed(data)
-            self._frames.reverse()
-        return self._frames.pop()
-
-    def _asked(self, width: int) -> Iterator[tuple[bytes, ...]]:
-        for payload in self._rows:
-            yield from wire.parse_rows(payload, width)
+            self._link.answer(reply)
 
     @property
     def _end(self) -> LocalEndpoint:
@@ -422,10 +286,10 @@ class _Root:
         self._unsettled = snapshot.requeue
         self._files_read += snapshot.files_read
         found = diff(self._known, snapshot.root)
-        self._send(
+        self._link.send(
             wire.rows((path.encode(), wire.pack_entry(entry)) for path, entry in found.items())
         )
-        self._send(wire.rows((path.encode(), b"") for path in snapshot.requeue))
+        self._link.send(wire.rows((path.encode(), b"") for path in snapshot.requeue))
         # What the host was told of; it has the same tree when it has read all of it.
         self._known = snapshot.root
         return SyncScanned(
@@ -438,9 +302,9 @@ class _Root:
         )
 
     def _missing(self, request: SyncMissing) -> Done:
-        leaves = [wire.parse_leaf(leaf) for (leaf,) in self._asked(1)]
+        leaves = [wire.parse_leaf(leaf) for (leaf,) in self._link.rows(1)]
         missing = {leaf.digest for leaf in self._end.missing(leaves)}
-        self._send(
+        self._link.send(
             wire.rows(
                 (wire.pack_number(number),)
                 for number, leaf in enumerate(leaves)
@@ -450,8 +314,8 @@ class _Root:
         return Done()
 
     def _read(self, request: SyncRead) -> Done:
-        paths = [wire.parse_path(path) for (path,) in self._asked(1)]
-        self._send(wire.contents(self._readable(paths)))
+        paths = [wire.parse_path(path) for (path,) in self._link.rows(1)]
+        self._link.send(wire.contents(self._readable(paths)))
         return Done()
 
     def _readable(self, paths: list[str]) -> Iterator[tuple[bytes, int, Iterator[bytes]]]:
@@ -462,48 +326,18 @@ class _Root:
                 continue
             yield wire.pack_number(number), mtime_ns, chunks
 
-    def _receive(self, next_frame: Callable[[], bytes | None], work: Callable[[], T]) -> T:
-        """Do what reads contents; when the disk fails, read them to their end before saying so."""
-        try:
-            return work()
-        except OSError as error:
-            if self._is_cut(error):
-                raise
-            while next_frame() is not None:
-                pass
-            raise
-
-    def _arriving(self) -> Callable[[], bytes | None]:
-        """Return what gives one piece of contents after the other, and None after the last."""
-        ended = False
-
-        def next_frame() -> bytes | None:
-            nonlocal ended
-            if not ended:
-                frame = self._next()
-                if frame.type == wire.CONTENTS:
-                    return frame.payload
-                if frame.type == wire.PACKED:
-                    return packing.unpack(frame.payload)
-                if not isinstance(unpack(frame), SyncEnd):
-                    raise WireError("contents are cut off")
-                ended = True
-            return None
-
-        return next_frame
-
     def _stage(self, request: SyncStage) -> Done:
         refused: list[bytes] = []
-        next_frame = self._arriving()
+        next_piece = self._link.contents()
 
         def take() -> None:
-            for key, mtime_ns, chunks in wire.Contents(next_frame):
+            for key, mtime_ns, chunks in wire.Contents(next_piece):
                 leaf = wire.parse_leaf(key)
                 if not self._end.stage_all([(leaf, mtime_ns, chunks)]):
                     refused.append(leaf.digest)
 
-        self._receive(next_frame, take)
-        self._send(wire.rows((digest,) for digest in refused))
+        to_the_end(next_piece, take)
+        self._link.send(wire.rows((digest,) for digest in refused))
         return Done()
 
     def _stage_local(self, request: SyncStageLocal) -> SyncYes:
@@ -513,63 +347,63 @@ class _Root:
 
     def _sums(self, request: SyncSums) -> Done:
         path, leaf = wire.parse_path(request.path.encode()), _file(request.leaf)
-        self._send(wire.rows(wire.pieces(self._end.sums(path, leaf))))
+        self._link.send(wire.rows(wire.pieces(self._end.sums(path, leaf))))
         return Done()
 
     def _numbers(self, leaf: Leaf) -> list[int]:
         limit = blocks.count(leaf.size)
-        return [wire.parse_number(number, limit) for (number,) in self._asked(1)]
+        return [wire.parse_number(number, limit) for (number,) in self._link.rows(1)]
 
     def _read_blocks(self, request: SyncReadBlocks) -> Done:
         path, leaf = wire.parse_path(request.path.encode()), _file(request.leaf)
         mtime_ns, chunks = self._end.read_blocks(path, leaf, self._numbers(leaf))
-        self._send(wire.contents([(b"", mtime_ns, chunks)]))
+        self._link.send(wire.contents([(b"", mtime_ns, chunks)]))
         return Done()
 
     def _stage_blocks(self, request: SyncStageBlocks) -> SyncYes:
         path = wire.parse_path(request.path.encode())
         leaf, base = _file(request.leaf), _file(request.base)
         numbers = self._numbers(leaf)
-        next_frame = self._arriving()
+        next_piece = self._link.contents()
 
         def take() -> bool:
             done = False
-            for _, mtime_ns, chunks in wire.Contents(next_frame):
+            for _, mtime_ns, chunks in wire.Contents(next_piece):
                 # The host has found the blocks to be right when it read them.
                 done = self._end.stage_blocks(
                     leaf, path, base, numbers, mtime_ns, chunks, verify=False
                 )
             return done
 
-        return SyncYes(done=self._receive(next_frame, take))
+        return SyncYes(done=to_the_end(next_piece, take))
 
     def _build(self, request: SyncBuild) -> Done:
         operations = self._operations()
-        next_frame = self._arriving()
+        next_piece = self._link.contents()
         contents = (
             (wire.parse_number(key, len(operations)), mtime_ns, chunks)
-            for key, mtime_ns, chunks in wire.Contents(next_frame)
+            for key, mtime_ns, chunks in wire.Contents(next_piece)
         )
         # The host has found them to be right when it read them.
-        results = self._receive(
-            next_frame, lambda: self._end.build(operations, contents, verify=False)
+        results = to_the_end(
+            next_piece, lambda: self._end.build(operations, contents, verify=False)
         )
         self._tell(results)
         return Done()
 
     def _apply(self, request: SyncApply) -> Done:
         operations = self._operations()
-        next_frame = self._arriving()
+        next_piece = self._link.contents()
         contents = (
             wire.parse_arrival(key, mtime_ns, chunks, len(operations))
-            for key, mtime_ns, chunks in wire.Contents(next_frame)
+            for key, mtime_ns, chunks in wire.Contents(next_piece)
         )
 
         def work() -> list[Result]:
             # The host has found them to be right when it read them.
             return list(self._end.apply(operations, contents, verify=False))
 
-        self._tell(self._receive(next_frame, work))
+        self._tell(to_the_end(next_piece, work))
         return Done()
 
     def _operations(self) -> list[Operation]:
@@ -580,11 +414,11 @@ class _Root:
                 wire.parse_entry(after),
                 in_place=bool(in_place),
             )
-            for path, before, after, in_place in self._asked(4)
+            for path, before, after, in_place in self._link.rows(4)
         ]
 
     def _tell(self, results: Iterable[Result]) -> None:
-        self._send(
+        self._link.send(
             wire.rows(
                 (_RESULTS[result.status], result.reason.encode(errors="replace"))
                 for result in results
@@ -599,7 +433,7 @@ class _Root:
         return Done()
 
     def _rescued(self, request: SyncRescued) -> Done:
-        self._send(
+        self._link.send(
             wire.rows(
                 (found.name.encode(), found.path.encode(errors="replace"), found.leaf)
                 for found in self._end.rescued()
@@ -614,7 +448,7 @@ class _Root:
 
     def _read_rescued(self, request: SyncReadRescued) -> Done:
         chunks = self._end.read_rescued(self._rescued_name(request.name))
-        self._send(wire.contents([(b"", 0, chunks)]))
+        self._link.send(wire.contents([(b"", 0, chunks)]))
         return Done()
 
     def _forget_rescued(self, request: SyncForgetRescued) -> Done:
