@@ -9,8 +9,8 @@ Invariants:
   a write between check and rename is seen, and undone or rescued. What cannot be closed: a
   process that still has the displaced file open and writes to it later.
 * A reader sees the old file or the new one, except where the inode must stay
-  (:mod:`wherry_sync.inplace`). Where it need not, but is wanted to, it stays if that changes
-  nothing of this.
+  (:mod:`wherry_sync.inplace`). Where it need not, but is wanted to, it stays if readers can be
+  kept waiting meanwhile.
 * Contents are complete and verified before they are placed. They are *not* on the disk then:
   a disk flush for each file would make a first synchronisation ten times as long. The
   ancestor's store keeps the path pending until :meth:`~wherry_sync.local.LocalEndpoint.flush`.
@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 
     Keep = Callable[[int, str, str, Leaf], None]
 
+_TRIES = 3
 _NOT_EMPTY = {errno.ENOTEMPTY, errno.EEXIST}
 
 
@@ -138,6 +139,8 @@ class Applier:
                     if self._is_gone(error):
                         yield Result(operation, STALE, "the directory it is in has changed")
                         continue
+                    # The next operation's journal must not hide a write that failed half-way.
+                    self.finish_in_place(fd, root_name)
                     yield Result(operation, FAILED, (error.strerror or str(error)).lower())
                 else:
                     yield Result(operation, DONE)
@@ -176,24 +179,41 @@ class Applier:
                     and not same_contents(current, before)
                     and not same_contents(current, after)
                 ):
-                    self._finish(directory, name, entry, before, after)
+                    self._finish(directory, name, entry, before, after, status)
         except FileNotFoundError:
             pass
         self._stage.end()
 
-    def _finish(self, fd: int, name: str, entry: Journal, before: Leaf, after: Leaf) -> None:
+    def _finish(
+        self,
+        fd: int,
+        name: str,
+        entry: Journal,
+        before: Leaf,
+        after: Leaf,
+        status: os.stat_result,
+    ) -> None:
         if entry.tail:
             if not inplace.begins(fd, name, before):
                 return
         elif not self._stage.has(after):
             return
-        copy = self._stage.name("t")
-        inplace.copy(fd, name, self._stage.fd, copy)
-        self._stage.rescue(copy, entry.path)
-        if entry.tail:
-            inplace.finish_append(fd, name, before, entry.tail)
-        else:
-            inplace.rewrite(fd, name, self._stage, after, 0, self._checkpoint)
+        for _ in range(_TRIES):
+            copy = self._stage.name("t")
+            inplace.copy(fd, name, self._stage.fd, copy)
+            self._stage.rescue(copy, entry.path)
+            self._checkpoint("torn")
+            if entry.tail:
+                inplace.finish_append(fd, name, before, entry.tail)
+                return
+            try:
+                inplace.rewrite(fd, name, self._stage, after, 0, self._checkpoint, status)
+            except Stale:
+                # What was written since is rescued as well.
+                status = os.stat(name, dir_fd=fd, follow_symlinks=False)
+            else:
+                return
+        raise OSError(errno.EBUSY, "it is written all the time", entry.path)
 
     def _one(self, fd: int, operation: Operation, root_name: str, given: Arrival | None) -> None:
         path = operation.path
@@ -337,7 +357,7 @@ class Applier:
             start = inplace.start(self._stage, before, after)
             must = in_place or status.st_nlink > 1 or start > 0
             if (must or operation.in_place) and self._rewrite(
-                fd, name, path, before, after, start, status, alone=not must
+                fd, name, path, before, after, status, None if not must else start
             ):
                 return
         self._stage.begin(Journal(path, before, after))
@@ -352,17 +372,22 @@ class Applier:
         path: str,
         before: Leaf,
         after: Leaf,
-        start: int,
         status: os.stat_result,
-        *,
-        alone: bool,
+        start: int | None,
     ) -> bool:
-        """Write over a file; False if it should be for us alone and is not."""
-        self._stage.begin(Journal(path, before, after, in_place=True))
-        self._checkpoint("in place")
-        step, only = self._checkpoint, before if alone else None
+        """Write over a file from ``start`` on.
+
+        :param start: None to write all of it, and only if it is for us alone.
+        :returns: False if it is not.
+        """
+        stage, step = self._stage, self._checkpoint
+        stage.begin(Journal(path, before, after, in_place=True))
+        step("in place")
         try:
-            mtime_ns = inplace.rewrite(fd, name, self._stage, after, start, step, status, only)
+            if start is None:
+                mtime_ns = inplace.rewrite_alone(fd, name, stage, before, after, step)
+            else:
+                mtime_ns = inplace.rewrite(fd, name, stage, after, start, step, status)
         except inplace.InUse:
             return False
         except Stale:

@@ -46,10 +46,6 @@ def start(stage: Stage, before: Leaf, after: Leaf) -> int:
     return before.size if digest == before.digest else 0
 
 
-class InUse(Exception):
-    """Somebody has the file open, or it cannot be known."""
-
-
 def rewrite(
     fd: int,
     name: str,
@@ -58,53 +54,90 @@ def rewrite(
     start: int,
     checkpoint: Callable[[str], None],
     expected: os.stat_result | None = None,
-    alone: Leaf | None = None,
 ) -> int:
     """Write the staged contents over a file, from ``start`` on.
 
     :param expected: what the file's status must be when it is open; it is the last check.
-    :param alone: what the file must be when nobody else has it open. Nobody can open it then
-        until it is written, so no write of somebody else's is lost, and nobody reads half of it.
     :returns: the time of modification that it has then, in ns.
-    :raises InUse: nothing was written, as it is not for us alone.
-    :raises Stale: it is not what it must be; nothing was written.
+    :raises Stale: it is not; nothing was written.
     :raises OSError: it cannot be written.
     """
-    access = os.O_WRONLY if alone is None else os.O_RDWR
-    flags = access | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    flags = os.O_WRONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    target = os.open(name, flags, dir_fd=fd)
     try:
-        target = os.open(name, flags, dir_fd=fd)
-    except OSError as error:
-        if alone is None:
-            raise
-        # A program that runs cannot be written over (ETXTBSY), but replaced.
-        raise InUse from error
-    try:
-        if alone is not None and not kernel.claim(target):
-            raise InUse
         status = os.fstat(target)
-        if alone is not None and not _is(target, status, alone):
-            raise Stale("it was written at the last moment")
         if expected is not None and _changed(status, expected):
             raise Stale("it was written at the last moment")
-        if after.size > status.st_size:
-            _reserve(target, status.st_size, after.size)
         source = stage.open_contents(after)
         try:
-            position = start
-            while data := os.pread(source, _STEP_BYTES, position):
-                handles.write_at(target, data, position)
-                position += len(data)
-                checkpoint("written in place")
-            if status.st_size > after.size:
-                os.ftruncate(target, after.size)
-            mtime_ns = os.fstat(source).st_mtime_ns
+            _reserve(target, status.st_size, after.size)
+            return _write(target, status.st_size, source, after, start, checkpoint)
         finally:
             os.close(source)
-        checkpoint("truncated")
-        os.utime(target, ns=(mtime_ns, mtime_ns))
     finally:
         os.close(target)
+
+
+class InUse(Exception):
+    """A file is not for us alone; nothing was written."""
+
+
+def rewrite_alone(
+    fd: int, name: str, stage: Stage, before: Leaf, after: Leaf, checkpoint: Callable[[str], None]
+) -> int:
+    """Likewise, but only if nobody else has the file open, or opens it meanwhile.
+
+    So no write of somebody else's is lost, and nobody reads half of it.
+
+    :raises InUse: somebody has, or it cannot be done for any other reason.
+    :raises Stale: it is not ``before`` any more; nothing was written.
+    :raises OSError: it cannot be written, in the midst.
+    """
+    try:
+        # What fails is done in the other way: a program that runs, say, can be replaced, but not
+        # written over (ETXTBSY).
+        target = os.open(name, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=fd)
+    except OSError as error:
+        raise InUse from error
+    try:
+        try:
+            if not kernel.claim(target):
+                raise InUse
+            size = os.fstat(target).st_size
+            found = hashing.read_digest(target, before.size)
+            if size != before.size or found != (before.digest, before.size):
+                raise Stale("it was written at the last moment")
+            source = stage.open_contents(after)
+        except OSError as error:
+            raise InUse from error
+        try:
+            # That has taken a moment, however long.
+            if not kernel.is_claimed(target):
+                raise InUse
+            try:
+                _reserve(target, size, after.size)
+            except OSError as error:
+                raise InUse from error
+            return _write(target, size, source, after, 0, checkpoint)
+        finally:
+            os.close(source)
+    finally:
+        os.close(target)
+
+
+def _write(
+    target: int, size: int, source: int, after: Leaf, start: int, checkpoint: Callable[[str], None]
+) -> int:
+    position = start
+    while data := os.pread(source, _STEP_BYTES, position):
+        handles.write_at(target, data, position)
+        position += len(data)
+        checkpoint("written in place")
+    if size > after.size:
+        os.ftruncate(target, after.size)
+    checkpoint("truncated")
+    mtime_ns = os.fstat(source).st_mtime_ns
+    os.utime(target, ns=(mtime_ns, mtime_ns))
     return mtime_ns
 
 
@@ -161,11 +194,6 @@ def finish_append(fd: int, name: str, before: Leaf, tail: bytes) -> None:
         os.close(target)
 
 
-def _is(descriptor: int, status: os.stat_result, leaf: Leaf) -> bool:
-    found = hashing.read_digest(descriptor, leaf.size)
-    return status.st_size == leaf.size and found == (leaf.digest, leaf.size)
-
-
 def _changed(status: os.stat_result, expected: os.stat_result) -> bool:
     return (status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns) != (
         expected.st_ino,
@@ -176,7 +204,12 @@ def _changed(status: os.stat_result, expected: os.stat_result) -> bool:
 
 
 def _reserve(target: int, size: int, wanted: int) -> None:
-    """Have the space before the old contents are touched, where the filesystem can do that."""
+    """Have the space before the old contents are touched, where the filesystem can do that.
+
+    :raises OSError: there is none; the file is as it was.
+    """
+    if wanted <= size:
+        return
     try:
         os.posix_fallocate(target, size, wanted - size)
     except (AttributeError, OSError) as error:

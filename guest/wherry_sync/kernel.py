@@ -58,7 +58,8 @@ def exchange(old_fd: int, old: str, new_fd: int, new: str) -> bool:
 def claim(fd: int) -> bool:
     """Have a file for us alone until ``fd``, which can write, is closed: others wait to open it.
 
-    By a lease (fcntl(2), ``F_SETLEASE``), which the kernel takes back after 45 s.
+    By a lease (fcntl(2), ``F_SETLEASE``), which the kernel takes back when somebody has waited
+    for 45 s. Who opens it with ``O_NONBLOCK`` does not wait: that fails with EAGAIN.
 
     :returns: False if somebody has it open, or this cannot be had here.
     """
@@ -74,6 +75,13 @@ def claim(fd: int) -> bool:
     except OSError:
         return False
     return True
+
+
+def is_claimed(fd: int) -> bool:
+    """Whether nobody waits for a file that we have for us, or has opened it."""
+    import fcntl
+
+    return fcntl.fcntl(fd, fcntl.F_GETLEASE) == fcntl.F_WRLCK
 
 
 def flush(fd: int) -> None:

@@ -37,6 +37,11 @@ def record(status: os.stat_result) -> bytes:
     )
 
 
+def inode(status: os.stat_result) -> bytes:
+    """Return a record of which nothing holds but what :data:`INODE` is."""
+    return record(status)[: INODE.stop]
+
+
 def settled(status: os.stat_result, now_ns: int, granularity_ns: int) -> bool:
     """Whether a change after ``now_ns`` would show in the record.
 

@@ -480,6 +480,10 @@ class Scanner:
         except FileNotFoundError:
             self._found.requeue.add(path)
             return _NEVER, problem("it was moved while it was read")
+        except BlockingIOError:
+            # An endpoint of the same tree writes it in place.
+            self._found.requeue.add(path)
+            return _NEVER, problem("it is being written")
         except OSError as error:
             return _NEVER, problem(_reason(error))
         return _NEVER, untracked("not a file, link or directory")
@@ -509,13 +513,13 @@ class Scanner:
                     if before.st_nlink > 1:
                         entry = (known, set[str]())
                         self._linked.setdefault(known[records.INODE], entry)[1].add(path)
-                    return (known if settled else known[: records.INODE.stop]), leaf
+                    return (known if settled else records.inode(before)), leaf
                 # Two reads of the same bytes while the file got longer: it was appended to.
                 if earlier == (length, digest) and after.st_size >= length:
                     self._found.requeue.add(path)
-                    return _NEVER, file(executable, length, digest)
+                    return records.inode(after), file(executable, length, digest)
                 earlier = (length, digest) if after.st_size >= length else None
         finally:
             os.close(descriptor)
         self._found.requeue.add(path)
-        return _NEVER, problem("it is being written")
+        return records.inode(after), problem("it is being written")

@@ -84,6 +84,39 @@ def test_an_interrupt_while_the_disk_is_made(host: FakeHost) -> None:
     assert not host.paths.directory.exists()
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_start_that_is_asked_to_end(number: int, host: FakeHost) -> None:
+    """As by timeout(1), or by a terminal that is closed; only the command hears of it."""
+    slow_qemu_img(host)
+    command = host.spawn("start")
+    wait_until((host.bin / "making").exists, 20, "qemu-img")
+    command.send_signal(number)
+    assert_interrupted(host.finish(command))
+    host.at_rest()
+    assert not host.paths.directory.exists()
+    (host.bin / "qemu-img").unlink()
+    host.behave(engine="absent")
+    command = host.spawn("start")
+    wait_until(host.paths.docker_socket.exists, 20, "the endpoint")
+    command.send_signal(number)
+    assert_interrupted(host.finish(command))
+    host.at_rest()
+    assert not host.paths.directory.exists()
+
+
+def test_a_start_that_ignores_the_end_of_its_terminal(host: FakeHost) -> None:
+    host.behave(delay_s=1)
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        command = host.spawn("start")
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    wait_until(host.launches, 20, "QEMU")
+    command.send_signal(signal.SIGHUP)
+    assert host.finish(command).status == 0
+    assert host.status()["state"] == "running"
+
+
 def test_a_command_killed_while_the_disk_is_made(host: FakeHost) -> None:
     """What it leaves is no machine, and is gone with the next start."""
     slow_qemu_img(host)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import stat
@@ -13,7 +14,7 @@ from pathlib import Path
 import pytest
 from sync_trees import FIFO, read, text, tree, write
 
-from wherry_sync import inplace, kernel
+from wherry_sync import hashing, kernel
 from wherry_sync.apply import Policy, with_executable
 from wherry_sync.entry import EMPTY, Entry, Leaf, is_file, link, lookup
 from wherry_sync.local import LocalEndpoint
@@ -491,10 +492,64 @@ def test_a_write_just_before_one_in_place_survives(place: Place, written: str) -
             os.utime(path, ns=times)
 
     place.action = action
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(inplace, "_changed", lambda one, other: False)
-        assert place.do(saved("f", "3", "short"))[0].status == STALE
+    assert place.do(saved("f", "3", "short"))[0].status == STALE
     assert read(place.root) == {"f": written}
+
+
+@linux_only
+def test_who_opens_a_file_while_it_is_looked_at_has_it_replaced(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Looking may take longer than the kernel lets others wait, who write to it then."""
+    write(place.root, {"f": "3"})
+    original = hashing.read_digest
+
+    def slow(descriptor: int, size: int) -> tuple[bytes, int]:
+        if sys._getframe(1).f_code.co_name == "rewrite_alone":
+            with pytest.raises(BlockingIOError):
+                os.open(place.root / "f", os.O_WRONLY | os.O_NONBLOCK)
+        return original(descriptor, size)
+
+    inode = (place.root / "f").stat().st_ino
+    monkeypatch.setattr(hashing, "read_digest", slow)
+    assert place.do(saved("f", "3", "short"))[0].status == DONE
+    assert (place.root / "f").stat().st_ino != inode
+    assert read(place.root) == {"f": "short"}
+
+
+@linux_only
+def test_a_disk_with_no_room_for_both_has_the_file_replaced(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(place.root, {"f": "3"})
+
+    def full(*arguments: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    assert place.do(saved("f", "3", "short"))[0].status == DONE
+    assert read(place.root) == {"f": "short"}
+
+
+@linux_only
+def test_a_write_in_place_that_fails_half_way_is_finished_before_the_next(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(place.root, {"f": "1 and more", "g": "1 and more"})
+    original = os.ftruncate
+    broken = []
+
+    def fails_once(descriptor: int, size: int) -> None:
+        if not broken:
+            broken.append(size)
+            raise OSError(errno.EIO, "Input/output error")
+        original(descriptor, size)
+
+    monkeypatch.setattr(os, "ftruncate", fails_once)
+    results = place.do(saved("f", "1 and more", "short"), saved("g", "1 and more", "3"))
+    assert [result.status for result in results] == [FAILED, DONE]
+    assert place.end.scan().root == tree({"f": "short", "g": "3"})
+    assert read(place.root) == {"f": "short", "g": "3"}
 
 
 @linux_only
@@ -533,6 +588,31 @@ def test_a_crash_in_place_is_never_an_edit(place: Place, point: str, edited: boo
     torn = "mine" if edited else "short more" if point == "written in place" else None
     assert place.rescued() == ([] if torn is None else [("a", torn)])
     assert not list((place.directory / "stage").glob("c-*"))
+
+
+def test_what_is_written_over_a_torn_file_is_kept_too(place: Place) -> None:
+    write(place.root, {"a": "1 and more"})
+    (place.root / "b").hardlink_to(place.root / "a")
+
+    def crash(point: str) -> None:
+        if point == "written in place":
+            raise Crash
+
+    seen: list[str] = []
+
+    def edit(point: str) -> None:
+        seen.append(point)
+        if point == "torn" and seen.count(point) == 1:
+            (place.root / "a").write_text("mine")
+
+    place.action = crash
+    with pytest.raises(Crash):
+        place.one("a", "1 and more", "short")
+    place.end.close()
+    place.action = edit
+    place.open()
+    assert read(place.root) == {"a": "short", "b": "short"}
+    assert sorted(place.rescued()) == [("a", "mine"), ("a", "short more")]
 
 
 def test_50_a_full_disk_leaves_the_file_as_it_was(

@@ -67,6 +67,25 @@ def test_a_save_in_place_is_one_in_the_guest_too(pair: Pair) -> None:
         assert after[0] == before[0]
         assert after[1] != before[1]
         before = after
+    # One that comes to nothing at first, as the guest's changes at that moment.
+    (pair.host / "f").write_text("saved, but")
+
+    def action(point: str) -> None:
+        if point == "in place":
+            (pair.guest / "f").write_text("in the container")
+
+    pair.fuse.action = action
+    assert pair.run().requeue == {"f"}
+    pair.fuse.action = None
+    pair.settle()
+    assert (inodes()[0], (pair.guest / "f").read_text()) == (before[0], "saved, but")
+    assert pair.saved() == {"in the container"}
+    # One that is executed may not be open for writing.
+    (pair.host / "f").chmod(0o755)
+    pair.settle()
+    (pair.host / "f").write_text("a program")
+    pair.settle()
+    assert inodes()[0] != before[0]
     # A program's work: the fast way.
     held = (pair.guest / "0").stat().st_ino
     for name in files:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from sync_trees import tree, write
 
 from wherry.sync.core.rules import parse
-from wherry_sync import hashing, records
+from wherry_sync import hashing, kernel, records
 from wherry_sync.entry import (
     EMPTY,
     IGNORED,
@@ -238,6 +238,8 @@ def test_30_a_file_that_grows_while_it_is_read_is_taken_as_it_was(
     found = place.scan()
     assert found.root == tree({"log": "a" * 100})
     assert found.requeue == {"log"}
+    monkeypatch.undo()
+    assert place.scan().written_over == {"log"}
 
 
 def test_31_a_file_that_is_rewritten_while_it_is_read_is_never_torn(
@@ -259,7 +261,38 @@ def test_31_a_file_that_is_rewritten_while_it_is_read_is_never_torn(
     assert (leaf.kind, leaf.reason) == (PROBLEM, "it is being written")
     assert found.requeue == {"f"}
     monkeypatch.undo()
-    assert place.scan().root == tree({"f": path.read_text()})
+    found = place.scan()
+    assert found.root == tree({"f": path.read_text()})
+    assert found.written_over == {"f"}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="leases are Linux's")
+def test_a_file_that_is_written_in_place_is_looked_at_again(place: Tree) -> None:
+    """By another endpoint of the same tree: see wherry_sync.inplace."""
+    path = place.path / "f"
+    path.write_text("1")
+    descriptor = os.open(path, os.O_RDWR)
+    try:
+        assert kernel.claim(descriptor)
+        found = place.scan()
+        leaf = lookup(found.root, "f")
+        assert isinstance(leaf, Leaf)
+        assert (leaf.kind, leaf.reason) == (PROBLEM, "it is being written")
+        assert found.requeue == {"f"}
+    finally:
+        os.close(descriptor)
+    assert place.scan().root == tree({"f": "1"})
+
+
+def test_what_was_written_over_is_known_from_what_was_replaced(place: Tree) -> None:
+    write(place.path, {"a": "1", "b": "1", "c": "1", "d": {"e": "1"}})
+    assert place.scan().written_over == set()
+    (place.path / "a").write_text("22")
+    (place.path / "d" / "e").write_text("22")
+    (place.path / "new").write_text("22")
+    (place.path / "new").rename(place.path / "b")
+    assert place.scan().written_over == {"a", "d/e"}
+    assert place.scan().written_over == set()
 
 
 def test_ignored_paths_are_there_but_not_looked_into(tmp_path: Path) -> None:

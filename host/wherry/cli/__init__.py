@@ -13,6 +13,7 @@ from collections.abc import Sequence
 
 import click
 
+from wherry.cli import interrupts
 from wherry.core.errors import WherryError
 
 _COMMANDS = {
@@ -71,6 +72,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line and exit with the documented status."""
     arguments, debug = _take_debug(list(sys.argv[1:] if argv is None else argv))
     try:
+        interrupts.catch()
         status = cli.main(arguments, prog_name="wherry", standalone_mode=False)
         sys.exit(status if isinstance(status, int) else 0)
     except WherryError as error:

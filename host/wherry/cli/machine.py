@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import os
-import signal
 import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import click
 
+from wherry.cli import interrupts
 from wherry.cli.common import layout, name_argument
 from wherry.config.layout import Layout, MachinePaths
 from wherry.core.errors import UsageError, WherryError
@@ -109,7 +109,7 @@ def start_machine(
             )
         # It runs. An interrupt from here to the end of the program would leave a context
         # without its machine, or be reported as one while the machine runs.
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        interrupts.ignore()
         docker_context.create(paths.docker_context, status["docker_host"], name)
         try:
             docker_proxies.update(paths, load(paths.config, where.platform), proxies.system())
@@ -136,7 +136,7 @@ def _undo(where: Layout, paths: MachinePaths, *, made: bool) -> None:
     from wherry.service import launch, machine
 
     # A second interrupt would leave half of it; every wait in here has a bound.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    interrupts.ignore()
     with machine.locked(where, paths.name):
         if machine.exists(paths):
             launch.end_by_force(where, paths)

@@ -49,7 +49,7 @@ from wherry_sync import blocks
 from wherry_sync.apply import no_fault
 from wherry_sync.build import needed
 from wherry_sync.diff import diff, shallow
-from wherry_sync.entry import FILE, Entry, Leaf, lookup, share, updated
+from wherry_sync.entry import FILE, Entry, Leaf, is_file, lookup, share, updated
 from wherry_sync.operation import DONE, FAILED, Arrival, Operation, Result
 from wherry_sync.scan import Snapshot
 from wherry_sync.stage import Gone
@@ -114,6 +114,8 @@ class Cycle:
         self._agreement = Agreement()
         self._ancestor = store.load()
         self._met = False
+        # On the host, and not yet in the guest.
+        self._saved_in_place: set[str] = set()
         self.one_way = False
         """Whether changes in the guest stay there."""
         self.transfer: Transfer | None = None
@@ -135,6 +137,7 @@ class Cycle:
         host, guest = (end.scan(part) for end, part in zip(self._ends, dirty, strict=True))
         self._collect_rescued()
         outcome.requeue = host.requeue | guest.requeue
+        self._saved_in_place |= host.written_over
         outcome.halt = self._meet(host, guest, marked)
         if outcome.halt is not None:
             return outcome
@@ -142,14 +145,17 @@ class Cycle:
         outcome.problems = found.problems
         if self.one_way:
             _stay(found, outcome)
+        self._saved_in_place.intersection_update(each.path for each in found.decisions)
         if not found.decisions and not found.ancestor:
             return outcome
-        _follow(found.decisions, host.written_over)
+        _follow(found.decisions, self._saved_in_place)
         outcome.changed = True
         self._begin(found.decisions, found.ancestor)
         decisions = [decision for decision in found.decisions if self._save(decision, outcome)]
         changes = dict(found.ancestor)
-        changes.update(self._carry_out(decisions, outcome))
+        done = self._carry_out(decisions, outcome)
+        self._saved_in_place.difference_update(done)
+        changes.update(done)
         new = updated(self._ancestor, changes)
         self._store.commit(diff(self._ancestor, new))
         self._ancestor = new
@@ -383,19 +389,33 @@ class Cycle:
         return undone
 
 
-def _follow(decisions: Iterable[Decision], written_over: Container[str]) -> None:
-    """Have files that were saved in place on the host be written in place in the guest."""
+def _follow(decisions: Iterable[Decision], saved_in_place: Container[str]) -> None:
+    """Have files that were saved in place on the host be written in place in the guest.
+
+    Who opens them waits for that, so only small ones; and no programs, as one that is executed at
+    that moment would fail with ETXTBSY.
+    """
     saved = [
-        decision.guest
+        operation
         for decision in decisions
-        if decision.guest is not None
-        and decision.path in written_over
-        and isinstance(decision.guest.after, Leaf)
-        and decision.guest.after.size <= ALONG_BYTES
+        if (operation := decision.guest) is not None
+        and decision.path in saved_in_place
+        and _is_text(operation.before)
+        and _is_text(operation.after)
     ]
     if len(saved) <= _SAVED_AT_ONCE:
         for operation in saved:
             operation.in_place = True
+
+
+def _is_text(entry: Entry | None) -> bool:
+    """Whether it may be something that is edited."""
+    return (
+        isinstance(entry, Leaf)
+        and is_file(entry)
+        and entry.size <= ALONG_BYTES
+        and not entry.executable
+    )
 
 
 def _stay(found: Reconciliation, outcome: Outcome) -> None:
