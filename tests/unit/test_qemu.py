@@ -238,10 +238,7 @@ class Trials:
 
 
 @pytest.fixture
-def trials(
-    tmp_path: Path, programs: Any, host: Any, make_image: Any, monkeypatch: pytest.MonkeyPatch
-) -> Trials:
-    monkeypatch.setattr(probe, "_BOUND_HARDWARE_S", 0.5)
+def trials(tmp_path: Path, programs: Any, host: Any, make_image: Any) -> Trials:
     return Trials(tmp_path, programs, host, image.read(make_image()))
 
 
@@ -260,7 +257,10 @@ def test_the_trial_boots_the_probe_and_no_disk(trials: Trials, programs: Any) ->
     assert "-netdev" not in call
 
 
-def test_an_accelerator_that_hangs_costs_its_bound_once(trials: Trials) -> None:
+def test_an_accelerator_that_hangs_costs_its_bound_once(
+    trials: Trials, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(probe, "_BOUND_HARDWARE_S", 0.5)
     for _ in range(2):
         verdict = trials.choose(kvm=HANGS, tcg=BOOTS)
         assert verdict.accelerator == "tcg"

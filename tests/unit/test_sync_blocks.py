@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 from collections.abc import Iterator
 from hashlib import blake2b
 from pathlib import Path
@@ -91,6 +92,7 @@ def test_what_is_put_together_is_the_new_version(
     finally:
         os.close(source)
         os.close(target)
+        shutil.rmtree(place)
 
 
 def _sums(data: bytes) -> bytes:

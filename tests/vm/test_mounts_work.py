@@ -169,10 +169,10 @@ def test_npm_installs_in_the_mount(box: Box, source: Path) -> None:
 
 def test_postgresql_keeps_its_data_in_the_mount(machine: Sandbox, work: str, source: Path) -> None:
     start = (
-        "mkdir -p /src/data; chown postgres /src/data /run/postgresql;"
+        "mkdir -p /src/data; chown postgres /src/data;"
         " cd /src; if [ ! -e data/PG_VERSION ]; then su postgres -c"
         " '/usr/lib/postgresql/17/bin/initdb -D /src/data --no-locale -E UTF8 -A trust'; fi;"
-        " exec su postgres -c 'exec /usr/lib/postgresql/17/bin/postgres -D /src/data'"
+        " exec su postgres -c 'exec /usr/lib/postgresql/17/bin/postgres -D /src/data -k /tmp'"
     )
 
     def begin() -> None:
@@ -187,10 +187,11 @@ def test_postgresql_keeps_its_data_in_the_mount(machine: Sandbox, work: str, sou
 
     def bench(*arguments: str) -> str:
         argv = ["exec", "base", "pgbench", "-U", "postgres", "-h", "localhost", *arguments]
+        argv.append("postgres")
         return machine.docker(*argv, timeout=SLOW_S).stdout.decode()
 
-    begin()
     try:
+        begin()
         bench("-i", "-q", "-s", "1")
         for number in range(2):
             assert "failed transactions: 0 " in bench("-c", "4", "-T", "10")
