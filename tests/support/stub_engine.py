@@ -383,9 +383,9 @@ class SocketStream(CopyingSender):
                 raise TunnelError("the stub engine takes no more") from error
             return
         poller = select.poll()
+        poller.register(self._sock.fileno(), select.POLLOUT)
         left = memoryview(data)
         try:
-            poller.register(self._sock.fileno(), select.POLLOUT)
             while left:
                 try:
                     left = left[self._sock.send(left, socket.MSG_DONTWAIT) :]
@@ -393,7 +393,7 @@ class SocketStream(CopyingSender):
                     if waiting is not None:
                         waiting()
                     poller.poll(50)
-        except (OSError, ValueError) as error:  # the latter if it was closed meanwhile
+        except OSError as error:
             raise TunnelError("the stub engine takes no more") from error
 
     def shutdown_write(self) -> None:
