@@ -157,6 +157,24 @@ def test_a_channel_closed_before_it_was_open_is_closed_once() -> None:
     assert transport.sent == [CLOSE]
 
 
+def test_a_stream_that_nobody_used_is_closed_once() -> None:
+    """Though the guest's answer is here before we have noted that it is closed."""
+    transport = Transport()
+    channel = opened(transport)
+    transport.hold = CLOSE
+    closes = threading.Thread(target=channel.close_now)
+    closes.start()
+    assert transport.held.wait(WAIT_S)
+    transport.hold = None
+    answer = threading.Thread(target=channel._handle_close, args=(Message(),))
+    answer.start()
+    answer.join(0.1)
+    transport.go.set()
+    answer.join(WAIT_S)
+    closes.join(WAIT_S)
+    assert transport.sent == [CLOSE]
+
+
 def test_garbage_sends_nothing() -> None:
     transport = Transport()
     channel: Any = opened(transport)

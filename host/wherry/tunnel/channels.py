@@ -242,10 +242,14 @@ class StreamChannel(Channel):  # type: ignore[misc]  # paramiko ships no types
 
     def close_now(self) -> bool:
         """Close a stream that nobody has used, unless that would wait; tell if it is closed."""
-        if self.active and not self.closed:
-            if not self.transport.send_now(_CLOSE.pack(MSG_CHANNEL_CLOSE, self.remote_chanid)):
-                return False
-            self._close_sent = True
+        with self.lock:
+            if self.active and not self.closed:
+                # Noted before: the guest's answer may be here at once, and a second close is one
+                # of a channel that sshd knows no more, which ends the connection.
+                self._close_sent = True
+                if not self.transport.send_now(_CLOSE.pack(MSG_CHANNEL_CLOSE, self.remote_chanid)):
+                    self._close_sent = False
+                    return False
         self.close()
         return True
 
