@@ -123,9 +123,9 @@ def storm(path: Path, cut: Callable[[random.Random], None], every_s: float) -> l
         rolled = random.Random(seed + number)
         kind = rolled.choice(["ping", "bytes", "chunked", "echo", "exec", "upload"])
         size = rolled.choice([10, 5000, 400_000, 3_000_000])
-        good = False
+        good, got = False, b""
         try:
-            with Client(path, timeout_s=30) as client:
+            with Client(path, timeout_s=15) as client:
                 if kind == "ping":
                     for _ in range(5):
                         client.request("GET", "/_ping")
@@ -153,7 +153,7 @@ def storm(path: Path, cut: Callable[[random.Random], None], every_s: float) -> l
                         if not good and b"hello<end>".startswith(got):
                             status = 503
                 if not good and status not in (502, 503):
-                    wrong.append(f"{seed} {number} {kind} {size}: {status}")
+                    wrong.append(f"{seed} {number} {kind} {size}: {status} {got[:200]!r}")
             outcomes.append("good" if good else "refused")
         except TimeoutError:
             wrong.append(f"{seed} {number} {kind} {size}: hangs")

@@ -19,6 +19,7 @@ from urllib.parse import parse_qs, urlsplit
 import h11
 
 from wherry.core.errors import TunnelError
+from wherry.core.sockets import SharedSocket
 from wherry.tunnel.inbox import Inbox
 from wherry.tunnel.stream import CopyingSender, DrainWrite, Sink
 
@@ -317,7 +318,7 @@ class SocketStream(CopyingSender):
     """A connected socket as a :class:`wherry.tunnel.stream.Stream`, with a channel's window."""
 
     def __init__(self, sock: socket.socket) -> None:
-        self._sock = sock
+        self._sock = SharedSocket(sock)
         self._inbox = Inbox()
         self._error: TunnelError | None = None
         self._gone = False
@@ -383,9 +384,9 @@ class SocketStream(CopyingSender):
                 raise TunnelError("the stub engine takes no more") from error
             return
         poller = select.poll()
-        poller.register(self._sock.fileno(), select.POLLOUT)
         left = memoryview(data)
         try:
+            poller.register(self._sock.fileno(), select.POLLOUT)
             while left:
                 try:
                     left = left[self._sock.send(left, socket.MSG_DONTWAIT) :]
@@ -393,7 +394,7 @@ class SocketStream(CopyingSender):
                     if waiting is not None:
                         waiting()
                     poller.poll(50)
-        except OSError as error:
+        except (OSError, ValueError) as error:  # the latter if it was closed meanwhile
             raise TunnelError("the stub engine takes no more") from error
 
     def shutdown_write(self) -> None:

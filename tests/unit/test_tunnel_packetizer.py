@@ -46,7 +46,9 @@ class Wire:
         buffer = bytearray(size)
         return bytes(buffer[: self.recv_into(memoryview(buffer))])
 
-    def shutdown(self, how: int) -> None: ...
+    sendmsg = None
+
+    def setsockopt(self, level: int, option: int, value: int) -> None: ...
 
     def close(self) -> None: ...
 

@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 from wherry.platform.base import AcceptedStream, LocalStream
 from wherry.platform.hangup import hangs_up
-from wherry.relay.pump import SEND_BUFFER_BYTES, LocalReader
+from wherry.relay.pump import SEND_BUFFER_BYTES, Ending, LocalReader
 from wherry.tunnel.inbox import rest_of
 
 _LOOK_AGAIN_S = 1.0
@@ -29,6 +29,7 @@ class LocalEnd:
     def __init__(self, stream: AcceptedStream) -> None:
         self._stream = stream
         self._hung_up = False
+        self._ending = Ending(stream)
         self.read = LocalReader(stream)
         """Waits for bytes of the client."""
         self.socket = self.read.socket
@@ -85,12 +86,12 @@ class LocalEnd:
 
     def end_writing(self) -> None:
         """Let the client read the end of the stream."""
-        self._shut(socket.SHUT_WR)
+        self._ending.shut(socket.SHUT_WR)
 
     def hang_up(self) -> None:
         """End both directions and wake whoever waits here; from any thread."""
         self._hung_up = True
-        self._shut(socket.SHUT_RDWR)
+        self._ending.shut(socket.SHUT_RDWR)
 
     def await_request(self) -> None:
         """Wait a moment for the client to ask for anything.
@@ -123,13 +124,7 @@ class LocalEnd:
 
     def close(self) -> None:
         """Release the stream."""
-        self._stream.close()
-
-    def _shut(self, how: int) -> None:
-        try:
-            self._stream.shutdown(how)
-        except OSError:
-            pass  # it has ended already
+        self._ending.close()
 
 
 def _poll(stream: LocalStream, events: int, timeout_ms: float | None) -> int:

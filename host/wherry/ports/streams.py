@@ -14,6 +14,7 @@ from collections.abc import Callable
 from functools import partial
 
 from wherry.core.errors import TunnelError
+from wherry.core.sockets import SharedSocket
 from wherry.ports.conflicts import open_socket
 from wherry.ports.desired import Forward
 from wherry.relay.relay import Relays
@@ -130,7 +131,8 @@ class StreamRelays:
         try:
             connection.setblocking(True)
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            local = connection if pushes else _Blocking(connection)
+            # What is no plain socket the relay reads and writes in two threads.
+            local = connection if pushes else SharedSocket(connection)
             self._workers.spawn(partial(self._relays.serve, local, open_stream))
         except (OSError, RuntimeError) as error:
             _logger.warning("a connection could not be relayed: %s", error)
@@ -142,30 +144,17 @@ def to_local(port: int) -> OpenStream:
     return lambda: _Connected(("127.0.0.1", port))
 
 
-class _Blocking:
-    """A socket that the relay reads and writes in two threads, being no plain one."""
-
-    def __init__(self, sock: socket.socket) -> None:
-        self._sock = sock
-        self.recv = sock.recv
-        self.recv_into = sock.recv_into
-        self.send = sock.send
-        self.sendall = sock.sendall
-        self.shutdown = sock.shutdown
-        self.fileno = sock.fileno
-        self.close = sock.close
-
-
 class _Connected(CopyingSender):
     """A connection on this computer, as far as a relay in two threads needs a ``Stream``."""
 
     def __init__(self, address: tuple[str, int]) -> None:
         try:
-            self._sock = socket.create_connection(address, timeout=_CONNECT_TIMEOUT_S)
+            sock = socket.create_connection(address, timeout=_CONNECT_TIMEOUT_S)
         except OSError as error:
             raise TunnelError(f"{address[0]}:{address[1]} does not answer: {error}") from error
-        self._sock.settimeout(None)
-        self._sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        sock.settimeout(None)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._sock = SharedSocket(sock)
 
     def recv(self, size: int) -> bytes:
         try:
@@ -186,17 +175,13 @@ class _Connected(CopyingSender):
             raise TunnelError(str(error)) from error
 
     def shutdown_write(self) -> None:
-        self._end(socket.SHUT_WR)
-
-    def close(self) -> None:
-        self._end(socket.SHUT_RDWR)
-        self._sock.close()
-
-    def _end(self, how: int) -> None:
         try:
-            self._sock.shutdown(how)
+            self._sock.shutdown(socket.SHUT_WR)
         except OSError:
             pass  # the other side was faster
+
+    def close(self) -> None:
+        self._sock.close()
 
     def deliver_to(self, sink: Sink) -> None:
         raise NotImplementedError("only streams of the tunnel push")

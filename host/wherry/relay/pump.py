@@ -17,6 +17,7 @@ import select
 import socket
 import threading
 from collections.abc import Callable
+from contextlib import nullcontext
 
 from wherry.core.errors import TunnelError
 from wherry.platform.base import LocalStream
@@ -66,6 +67,33 @@ class LocalReader:
         return self.socket.recvmsg_into(parts)[0]
 
 
+class Ending:
+    """Ends a local stream, which may happen in one thread while another one closes it."""
+
+    def __init__(self, local: LocalStream) -> None:
+        self._local = local
+        self._closed = False
+        # A socket's descriptor may be another connection's once it is closed. Others look after
+        # that themselves, and may wait in shutdown() until another thread's ends that.
+        self._lock = threading.Lock() if isinstance(local, socket.socket) else nullcontext()
+
+    def shut(self, how: int) -> None:
+        """Shut down one direction, or both; again and again, and after the end, to no effect."""
+        with self._lock:
+            if self._closed:
+                return
+            try:
+                self._local.shutdown(how)
+            except OSError:
+                pass  # the other side was faster
+
+    def close(self) -> None:
+        """Give the stream back."""
+        with self._lock:
+            self._closed = True
+            self._local.close()
+
+
 class Pump:
     """One relayed connection.
 
@@ -85,6 +113,7 @@ class Pump:
         self._down_done = threading.Event()
         self._aborted = False
         self._draining = threading.Lock()
+        self._ending = Ending(local)
         self._read = LocalReader(local)
         self._socket = self._read.socket
         self.bytes_up = 0
@@ -116,16 +145,13 @@ class Pump:
         finally:
             self.abort()
             with self._draining:
-                self._local.close()
+                self._ending.close()
 
     def abort(self) -> None:
         """End both directions at once; from any thread; :meth:`run` then returns soon."""
         self._aborted = True
         self._remote.close()
-        try:
-            self._local.shutdown(socket.SHUT_RDWR)
-        except OSError:
-            pass  # it has ended already
+        self._ending.shut(socket.SHUT_RDWR)
 
     # -- towards the guest ---------------------------------------------------------------
 
@@ -176,17 +202,11 @@ class Pump:
     def ended(self, error: TunnelError | None) -> None:
         """Pass the end on to the local side."""
         self._down_done.set()
-        try:
-            self._local.shutdown(socket.SHUT_WR if error is None else socket.SHUT_RDWR)
-        except OSError:
-            pass  # the local side was faster
+        self._ending.shut(socket.SHUT_WR if error is None else socket.SHUT_RDWR)
 
     def hung_up(self) -> None:
         """Wake the thread that reads the local side: nobody wants it any more."""
-        try:
-            self._local.shutdown(socket.SHUT_RDWR)
-        except OSError:
-            pass  # the local side was faster
+        self._ending.shut(socket.SHUT_RDWR)
 
     def _spawn_quietly(self, job: Callable[[], None]) -> None:
         try:

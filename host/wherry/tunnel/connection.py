@@ -15,6 +15,7 @@ from paramiko.ssh_exception import AuthenticationException, IncompatiblePeer, SS
 
 from wherry.core.clock import Deadline
 from wherry.core.errors import TunnelError
+from wherry.core.sockets import SharedSocket
 from wherry.tunnel.channels import LOST, StreamChannel
 from wherry.tunnel.command import CommandChannel
 from wherry.tunnel.keys import KeyPair
@@ -125,7 +126,7 @@ class Connection:
         try:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             transport = TunnelTransport(
-                sock, keepalive_s=keepalive_s, dead_after_s=dead_after_s, ended=on_end
+                SharedSocket(sock), keepalive_s=keepalive_s, dead_after_s=dead_after_s, ended=on_end
             )
         except BaseException:
             sock.close()

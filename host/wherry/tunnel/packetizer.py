@@ -31,6 +31,7 @@ from paramiko.message import Message
 from paramiko.packet import NeedRekeyException, Packetizer
 from paramiko.ssh_exception import SSHException
 
+from wherry.core.sockets import SharedSocket
 from wherry.tunnel.packets import (
     BLOCK_BYTES,
     CHANNEL_DATA,
@@ -85,7 +86,7 @@ class FastPacketizer(Packetizer):  # type: ignore[misc]  # paramiko ships no typ
     """Packets over a socket, at the speed of a relay.
 
     :param sock: without a timeout, which would cost a poll(2) for each call. Nobody
-        needs to look up from a read in between: :meth:`close` wakes it, and that we
+        needs to look up from a read in between: closing the socket wakes it, and that we
         want new keys is seen after the next packet, which a sender's window brings.
     """
 
@@ -97,7 +98,7 @@ class FastPacketizer(Packetizer):  # type: ignore[misc]  # paramiko ships no typ
     REKEY_BYTES_OVERFLOW_MAX = 1 << 32
     REKEY_PACKETS_OVERFLOW_MAX = 1 << 30
 
-    def __init__(self, sock: Any) -> None:
+    def __init__(self, sock: SharedSocket) -> None:
         super().__init__(sock)
         self._sock = sock
         self._buffer = bytearray(_BUFFER_BYTES)
@@ -105,13 +106,8 @@ class FastPacketizer(Packetizer):  # type: ignore[misc]  # paramiko ships no typ
         self._plain = memoryview(bytearray(_BUFFER_BYTES))
         self._start = 0
         self._end = 0
-        # Windows' sockets have no sendmsg.
-        self._sendmsg: Callable[[Sequence[bytes | memoryview]], int] | None = getattr(
-            sock, "sendmsg", None
-        )
-        self._quick_ack: int | None = None
-        if isinstance(sock, socket.socket):
-            self._quick_ack = getattr(socket, "TCP_QUICKACK", None)  # Linux has it
+        self._sendmsg = sock.sendmsg
+        self._quick_ack: int | None = getattr(socket, "TCP_QUICKACK", None)  # Linux has it
         self._write_lock = threading.Lock()
         self._scratch = DataPackets()
         self._out_sealed = memoryview(bytearray(SEALED_BYTES))
@@ -126,14 +122,6 @@ class FastPacketizer(Packetizer):  # type: ignore[misc]  # paramiko ships no typ
         self.on_window: Callable[[int, int], bool] = lambda channel, count: False
 
     # -- what paramiko's transport calls --------------------------------------------
-
-    def close(self) -> None:
-        """Close the socket; also wakes the threads that wait in it, unlike paramiko's."""
-        try:
-            self._sock.shutdown(2)
-        except OSError:
-            pass  # the other side was faster
-        super().close()
 
     def start_handshake(self, timeout: float) -> None:
         """Start no timer: the connection has one deadline for the whole handshake."""
@@ -426,7 +414,7 @@ class FastPacketizer(Packetizer):  # type: ignore[misc]  # paramiko ships no typ
             self._trigger_rekey()
 
 
-def has_room(sock: socket.socket) -> bool:
+def has_room(sock: SharedSocket) -> bool:
     """Whether a small write to the socket would not wait."""
     try:
         if hasattr(select, "poll"):
