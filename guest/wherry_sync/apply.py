@@ -194,18 +194,14 @@ class Applier:
         status: os.stat_result,
     ) -> None:
         if entry.tail:
-            if not inplace.begins(fd, name, before):
-                return
-        elif not self._stage.has(after):
+            if inplace.begins(fd, name, before):
+                self._rescue(fd, name, entry.path)
+                inplace.finish_append(fd, name, before, entry.tail)
+            return
+        if not self._stage.has(after):
             return
         for _ in range(_TRIES):
-            copy = self._stage.name("t")
-            inplace.copy(fd, name, self._stage.fd, copy)
-            self._stage.rescue(copy, entry.path)
-            self._checkpoint("torn")
-            if entry.tail:
-                inplace.finish_append(fd, name, before, entry.tail)
-                return
+            self._rescue(fd, name, entry.path)
             try:
                 inplace.rewrite(fd, name, self._stage, after, 0, self._checkpoint, status)
             except Stale:
@@ -214,6 +210,12 @@ class Applier:
             else:
                 return
         raise OSError(errno.EBUSY, "it is written all the time", entry.path)
+
+    def _rescue(self, fd: int, name: str, path: str) -> None:
+        copy = self._stage.name("t")
+        inplace.copy(fd, name, self._stage.fd, copy)
+        self._stage.rescue(copy, path)
+        self._checkpoint("torn")
 
     def _one(self, fd: int, operation: Operation, root_name: str, given: Arrival | None) -> None:
         path = operation.path
@@ -277,7 +279,7 @@ class Applier:
         if given is not None and isinstance(after, Leaf) and is_file(after):
             if isinstance(before, Leaf) and is_file(before):
                 assert status is not None
-                self._update(fd, name, operation, before, after, status, given, in_place=in_place)
+                self._update(_Change(fd, name, operation, before, after, status, in_place), given)
                 return
             self._stage.receive(after, given.mtime_ns, given.chunks)
         if isinstance(after, Directory):
@@ -297,7 +299,7 @@ class Applier:
             self._create(fd, name, operation.path, after)
         else:
             assert status is not None
-            self._replace(fd, name, operation, before, after, status, in_place=in_place)
+            self._replace(_Change(fd, name, operation, before, after, status, in_place))
 
     def _remove_directory(self, fd: int, name: str) -> bool:
         """Remove a directory; return False if it still holds something."""
@@ -336,81 +338,52 @@ class Applier:
         self._checkpoint("created")
         self._note(fd, name, path, after, ours.st_mtime_ns)
 
-    def _replace(
-        self,
-        fd: int,
-        name: str,
-        operation: Operation,
-        before: Leaf,
-        after: Leaf,
-        status: os.stat_result,
-        *,
-        in_place: bool,
-    ) -> None:
-        path = operation.path
+    def _replace(self, change: _Change) -> None:
+        before, after = change.before, change.after
         if is_file(before) and is_file(after):
             if before.digest == after.digest:
                 self._forget(after)
                 self._checkpoint("chmod")
-                self._set_executable(fd, name, status, after.executable)
+                self._set_executable(change.fd, change.name, change.status, after.executable)
                 return
             start = inplace.start(self._stage, before, after)
-            must = in_place or status.st_nlink > 1 or start > 0
-            if (must or operation.in_place) and self._rewrite(
-                fd, name, path, before, after, status, None if not must else start
-            ):
+            if change.in_place or start:
+                self._rewrite(change, start)
                 return
-        self._stage.begin(Journal(path, before, after))
-        made = self._make(after, status, os.fstat(fd))
+            if change.in_place_if_alone and self._rewrite(change, None):
+                return
+        self._stage.begin(Journal(change.path, before, after))
+        made = self._make(after, change.status, os.fstat(change.fd))
         ours = os.stat(made, dir_fd=self._stage.fd, follow_symlinks=False)
-        self._swap(fd, name, path, before, after, status, made, ours)
+        self._swap(change, made, ours)
 
-    def _rewrite(
-        self,
-        fd: int,
-        name: str,
-        path: str,
-        before: Leaf,
-        after: Leaf,
-        status: os.stat_result,
-        start: int | None,
-    ) -> bool:
+    def _rewrite(self, change: _Change, start: int | None) -> bool:
         """Write over a file from ``start`` on.
 
         :param start: None to write all of it, and only if it is for us alone.
         :returns: False if it is not.
         """
+        fd, name, before, after = change.fd, change.name, change.before, change.after
         stage, step = self._stage, self._checkpoint
-        stage.begin(Journal(path, before, after, in_place=True))
+        stage.begin(Journal(change.path, before, after, in_place=True))
         step("in place")
         try:
             if start is None:
                 mtime_ns = inplace.rewrite_alone(fd, name, stage, before, after, step)
             else:
-                mtime_ns = inplace.rewrite(fd, name, stage, after, start, step, status)
+                mtime_ns = inplace.rewrite(fd, name, stage, after, start, step, change.status)
         except inplace.InUse:
             return False
         except Stale:
-            self._stage.end()
+            stage.end()
             raise
-        self._end_in_place(fd, name, path, before, after, mtime_ns)
+        self._end_in_place(change, mtime_ns)
         self._forget(after)
         return True
 
-    def _update(
-        self,
-        fd: int,
-        name: str,
-        operation: Operation,
-        before: Leaf,
-        after: Leaf,
-        status: os.stat_result,
-        given: Arrival,
-        *,
-        in_place: bool,
-    ) -> None:
+    def _update(self, change: _Change, given: Arrival) -> None:
         """Give a file the contents that come now, with as few system calls as will do."""
-        path = operation.path
+        path, before, after, status = change.path, change.before, change.after, change.status
         if given.start:
             if given.start != before.size:
                 raise Stale("it is not as long as it should be")
@@ -420,54 +393,43 @@ class Applier:
             self._stage.begin(Journal(path, before, after, in_place=True, tail=tail))
             self._checkpoint("append")
             try:
-                inplace.append(fd, name, tail, given.mtime_ns, status)
+                inplace.append(change.fd, change.name, tail, given.mtime_ns, status)
                 self._checkpoint("appended")
             except (Stale, OSError):
                 self._stage.end()
                 raise
-            self._end_in_place(fd, name, path, before, after, given.mtime_ns)
+            self._end_in_place(change, given.mtime_ns)
             return
         may_append = given.start is None and before.size < after.size
-        if in_place or operation.in_place or status.st_nlink > 1 or may_append:
+        if change.in_place or change.in_place_if_alone or may_append:
             self._stage.receive(after, given.mtime_ns, given.chunks)
-            self._replace(fd, name, operation, before, after, status, in_place=in_place)
+            self._replace(change)
             return
         mode = with_executable(status.st_mode & 0o777, after.executable)
         owner = (status.st_uid, status.st_gid)
         adopted = owner if os.geteuid() == 0 and owner != (0, os.getegid()) else None
         made, ours = self._stage.write(after, given, mode, adopted, verify=self._verify)
         self._stage.begin(Journal(path, before, after, made=made))
-        self._swap(fd, name, path, before, after, status, made, ours)
+        self._swap(change, made, ours)
 
-    def _end_in_place(
-        self, fd: int, name: str, path: str, before: Leaf, after: Leaf, mtime_ns: int
-    ) -> None:
+    def _end_in_place(self, change: _Change, mtime_ns: int) -> None:
         """Have what was written in place be so: its journal ends, its mode follows."""
         self._stage.end()
-        if before.executable != after.executable:
-            self._set_executable(fd, name, None, after.executable)
-        self._note(fd, name, path, after, mtime_ns)
+        if change.before.executable != change.after.executable:
+            self._set_executable(change.fd, change.name, None, change.after.executable)
+        self._note(change.fd, change.name, change.path, change.after, mtime_ns)
 
-    def _swap(
-        self,
-        fd: int,
-        name: str,
-        path: str,
-        before: Leaf,
-        after: Leaf,
-        status: os.stat_result,
-        made: str,
-        ours: os.stat_result,
-    ) -> None:
+    def _swap(self, change: _Change, made: str, ours: os.stat_result) -> None:
         """Put a file or link of the stage in the place of another one.
 
-        :param status: of the one that is there, and ``ours`` of the other.
+        :param ours: the status of the one in the stage.
         """
-        self._moves.swap(fd, name, path, before, status, made, ours)
-        if self._policy.keep is not None and before.kind != after.kind:
+        fd, name, path, before = change.fd, change.name, change.path, change.before
+        self._moves.swap(fd, name, path, before, change.status, made, ours)
+        if self._policy.keep is not None and before.kind != change.after.kind:
             self._policy.keep(self._stage.fd, made, path, before)
         self._stage.discard(made)
-        self._note(fd, name, path, after, ours.st_mtime_ns)
+        self._note(fd, name, path, change.after, ours.st_mtime_ns)
 
     def _make(self, after: Leaf, replaced: os.stat_result | None, parent: os.stat_result) -> str:
         """Return the name of a new file or link in the stage that is ready to be placed."""
@@ -532,6 +494,46 @@ class Applier:
         if after is not None and is_file(after):
             digest = _digest(after)
             self._uses[digest] = self._uses.get(digest, 1) - 1
+
+
+class _Change:
+    """A file or link that shall become another one.
+
+    :ivar fd: of the directory that it is in, and ``name`` in there.
+    :ivar status: as it was when it was found to be ``before``.
+    :ivar in_place: whether the inode has to stay.
+    :ivar in_place_if_alone: whether it shall stay if nobody else has it open.
+    """
+
+    __slots__ = (
+        "after",
+        "before",
+        "fd",
+        "in_place",
+        "in_place_if_alone",
+        "name",
+        "path",
+        "status",
+    )
+
+    def __init__(
+        self,
+        fd: int,
+        name: str,
+        operation: Operation,
+        before: Leaf,
+        after: Leaf,
+        status: os.stat_result,
+        in_place: bool,
+    ) -> None:
+        self.fd = fd
+        self.name = name
+        self.path = operation.path
+        self.before = before
+        self.after = after
+        self.status = status
+        self.in_place = in_place or status.st_nlink > 1
+        self.in_place_if_alone = operation.in_place
 
 
 def with_executable(mode: int, executable: bool) -> int:

@@ -5,7 +5,7 @@ with several hard links, and a file that only grew, for ``tail -f`` reads on in 
 Wanted where a file was saved so: who watches that one file, as ``node --watch`` does, hears
 nothing of another one that takes its place.
 
-Not atomic, so the stage's journal has it on the disk before the first byte is written, and
+Not atomic, so the stage's journal has it before the first byte is written, and
 :meth:`~wherry_sync.apply.Applier.finish_in_place` finishes it after a crash. A torn file is
 therefore never taken for somebody's edit.
 """

@@ -131,6 +131,7 @@ def test_a_refused_first_request_keeps_no_dead_stream(proxy: Proxy) -> None:
         client.request("POST", "/echo", body=b"x")
         assert client.answer()[0] == 409
         proxy.engine.stop()
+        eventually(lambda: proxy.streams[0]._gone, "the stream's end is not seen")
         proxy.engine.start()
         client.request("GET", "/_ping")
         assert client.answer()[0] == 200

@@ -258,25 +258,27 @@ class Watcher:
         self.heard: list[tuple[float, str]] = []
         self._reader = threading.Thread(target=self._read)
         self._reader.start()
+        try:
+            self.wait("watching", timeout_s=60)
+        except BaseException:
+            self.close()
+            raise
 
     def _read(self) -> None:
         assert self._process.stdout is not None
         for line in self._process.stdout:
             self.heard.append((time.monotonic(), line.decode()))
 
-    def wait(self, text: str, times: int = 1) -> float:
+    def wait(self, text: str, times: int = 1, timeout_s: float = 10) -> float:
         """Return when it was heard so often."""
-        wait_until(lambda: len(self._matching(text)) >= times, 60, f"{text} is heard")
+        wait_until(lambda: len(self._matching(text)) >= times, timeout_s, f"{text} is heard")
         return self._matching(text)[times - 1]
 
     def _matching(self, text: str) -> list[float]:
         return [at for at, line in list(self.heard) if text in line]
 
-    def __enter__(self) -> Watcher:
-        self.wait("watching")
-        return self
-
-    def __exit__(self, *error: object) -> None:
+    def close(self) -> None:
+        """End it."""
         self._process.kill()
         self._process.wait()
         self._reader.join()
@@ -288,7 +290,7 @@ def test_a_watcher_in_the_container_hears_of_each_save(
     machine: Sandbox, source: Path, python: str
 ) -> None:
     (source / "f").write_text("0")
-    with Watcher(machine, python, "/src") as watcher:
+    with closing(Watcher(machine, python, "/src")) as watcher:
         delays = []
         for number in range(10):
             saved = time.monotonic()
@@ -299,13 +301,8 @@ def test_a_watcher_in_the_container_hears_of_each_save(
         (source / "f").unlink()
         # What we remove is moved away first, so it is MOVED_FROM (inotify(7)) that is heard.
         watcher.wait("0x40 f")
-    assert_soon(delays)
-
-
-def assert_soon(delays: list[float]) -> None:
-    """The way of the words out of the container is in these as well, so one may be late."""
-    assert sorted(delays)[-2] <= 1, delays
-    assert max(delays) <= 5, delays
+    # The way of the words out of the container is in these as well.
+    assert max(delays) <= 1, delays
 
 
 def test_a_watcher_of_one_file_hears_of_each_save_in_place(
@@ -313,7 +310,7 @@ def test_a_watcher_of_one_file_hears_of_each_save_in_place(
 ) -> None:
     """As `node --watch` watches: of another file in its place it would hear nothing."""
     (source / "f").write_text("0")
-    with Watcher(machine, python, "/src/f") as watcher:
+    with closing(Watcher(machine, python, "/src/f")) as watcher:
         delays = []
         for number in range(1, 6):
             saved = time.monotonic()
@@ -323,7 +320,7 @@ def test_a_watcher_of_one_file_hears_of_each_save_in_place(
         events = {line.split()[0] for _, line in watcher.heard[1:]}
     # Written, its times set, closed; not moved, replaced or removed.
     assert events <= {"0x2", "0x4", "0x8"}, events
-    assert_soon(delays)
+    assert max(delays) <= 1, delays
 
 
 DATABASE = r"""
