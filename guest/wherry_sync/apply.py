@@ -25,19 +25,19 @@ from __future__ import annotations
 
 import errno
 import os
-import stat
 
-from wherry_sync import handles, inplace
-from wherry_sync.entry import FILE, LINK, Directory, Leaf, is_file, name_problem, split
-from wherry_sync.moves import Moves
+from wherry_sync import handles
+from wherry_sync.entry import Directory, Leaf, is_file, name_problem, split
 from wherry_sync.operation import DONE, FAILED, STALE, Arrival, Operation, Result, Stale
-from wherry_sync.stage import Damaged, Journal, Stage, same_contents
+from wherry_sync.replace import Change, Replacer, adopt
+from wherry_sync.stage import Damaged, Journal, Stage
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from wherry_sync.entry import Entry
+    from wherry_sync.moves import Moves
     from wherry_sync.scan import Scanner
 
     Keep = Callable[[int, str, str, Leaf], None]
@@ -81,14 +81,16 @@ class Applier:
         stage: Stage,
         scanner: Scanner,
         policy: Policy,
+        moves: Moves,
+        replacer: Replacer,
         checkpoint: Callable[[str], None] = no_fault,
     ) -> None:
         self._stage = stage
         self._scanner = scanner
         self._policy = policy
+        self._moves = moves
+        self._replacer = replacer
         self._checkpoint = checkpoint
-        self._uses: dict[bytes, int] = {}
-        self._moves = Moves(stage, checkpoint)
         self._parent = ("", handles.Handle(-1))
         self._verify = True
         # What the contents failed with, as against the disk.
@@ -114,11 +116,7 @@ class Applier:
         """
         self._verify = verify
         self._cut = None
-        self._uses.clear()
-        for operation in operations:
-            if operation.after is not None and is_file(operation.after):
-                digest = _digest(operation.after)
-                self._uses[digest] = self._uses.get(digest, 0) + 1
+        self._replacer.expect(operations)
         stream = iter(contents)
         current = next(stream, None)
         try:
@@ -140,7 +138,7 @@ class Applier:
                         yield Result(operation, STALE, "the directory it is in has changed")
                         continue
                     # The next operation's journal must not hide a write that failed half-way.
-                    self.finish_in_place(fd, root_name)
+                    self._replacer.finish_in_place(fd, root_name)
                     yield Result(operation, FAILED, (error.strerror or str(error)).lower())
                 else:
                     yield Result(operation, DONE)
@@ -155,67 +153,6 @@ class Applier:
         except OSError as error:
             self._cut = error
             raise
-
-    def finish_in_place(self, fd: int, root_name: str = "") -> None:
-        """Finish a write in place that a crash interrupted, before anything else is done.
-
-        What is there now may also have been edited since, so it is rescued first.
-        """
-        entry = self._stage.journal()
-        if entry is None or not entry.in_place:
-            return
-        path, before, after = entry.path, entry.before, entry.after
-        parent, name = (path, "") if root_name else split(path)
-        try:
-            with handles.open_directory(fd, parent) as directory:
-                name = root_name or name
-                current, status = self._scanner.probe(directory, path, name)
-                if (
-                    isinstance(current, Leaf)
-                    and status is not None
-                    and before is not None
-                    and after is not None
-                    and current.kind == FILE
-                    and not same_contents(current, before)
-                    and not same_contents(current, after)
-                ):
-                    self._finish(directory, name, entry, before, after, status)
-        except FileNotFoundError:
-            pass
-        self._stage.end()
-
-    def _finish(
-        self,
-        fd: int,
-        name: str,
-        entry: Journal,
-        before: Leaf,
-        after: Leaf,
-        status: os.stat_result,
-    ) -> None:
-        if entry.tail:
-            if inplace.begins(fd, name, before):
-                self._rescue(fd, name, entry.path)
-                inplace.finish_append(fd, name, before, entry.tail)
-            return
-        if not self._stage.has(after):
-            return
-        for _ in range(_TRIES):
-            self._rescue(fd, name, entry.path)
-            try:
-                inplace.rewrite(fd, name, self._stage, after, 0, self._checkpoint, status)
-            except Stale:
-                # What was written since is rescued as well.
-                status = os.stat(name, dir_fd=fd, follow_symlinks=False)
-            else:
-                return
-        raise OSError(errno.EBUSY, "it is written all the time", entry.path)
-
-    def _rescue(self, fd: int, name: str, path: str) -> None:
-        copy = self._stage.name("t")
-        inplace.copy(fd, name, self._stage.fd, copy)
-        self._stage.rescue(copy, path)
-        self._checkpoint("torn")
 
     def _one(self, fd: int, operation: Operation, root_name: str, given: Arrival | None) -> None:
         path = operation.path
@@ -266,7 +203,7 @@ class Applier:
         before, after = operation.before, operation.after
         current, status = self._scanner.probe(fd, operation.path, name)
         if _shallow_equal(current, after):
-            self._forget(after)
+            self._replacer.forget(after)
             return
         if not _shallow_equal(current, before):
             raise Stale("it was changed meanwhile")
@@ -279,7 +216,11 @@ class Applier:
         if given is not None and isinstance(after, Leaf) and is_file(after):
             if isinstance(before, Leaf) and is_file(before):
                 assert status is not None
-                self._update(_Change(fd, name, operation, before, after, status, in_place), given)
+                self._replacer.update(
+                    Change(fd, name, operation, before, after, status, in_place),
+                    given,
+                    verify=self._verify,
+                )
                 return
             self._stage.receive(after, given.mtime_ns, given.chunks)
         if isinstance(after, Directory):
@@ -290,7 +231,7 @@ class Applier:
             os.mkdir(name, self._policy.directory_mode, dir_fd=fd)
             with handles.open_directory(fd, name) as made:
                 os.fchmod(made, self._policy.directory_mode)
-                self._adopt(made, os.fstat(fd))
+                adopt(made, os.fstat(fd))
         elif after is None:
             assert before is not None
             assert status is not None
@@ -299,7 +240,7 @@ class Applier:
             self._create(fd, name, operation.path, after)
         else:
             assert status is not None
-            self._replace(_Change(fd, name, operation, before, after, status, in_place))
+            self._replacer.replace(Change(fd, name, operation, before, after, status, in_place))
 
     def _remove_directory(self, fd: int, name: str) -> bool:
         """Remove a directory; return False if it still holds something."""
@@ -323,7 +264,7 @@ class Applier:
 
     def _create(self, fd: int, name: str, path: str, after: Leaf) -> None:
         self._stage.begin(Journal(path, None, after))
-        made = self._make(after, None, os.fstat(fd))
+        made = self._replacer.make(after, None, os.fstat(fd))
         ours = os.stat(made, dir_fd=self._stage.fd, follow_symlinks=False)
         self._checkpoint("create")
         try:
@@ -336,214 +277,7 @@ class Applier:
                 self._stage.discard(made)
             raise
         self._checkpoint("created")
-        self._note(fd, name, path, after, ours.st_mtime_ns)
-
-    def _replace(self, change: _Change) -> None:
-        before, after = change.before, change.after
-        if is_file(before) and is_file(after):
-            if before.digest == after.digest:
-                self._forget(after)
-                self._checkpoint("chmod")
-                self._set_executable(change.fd, change.name, change.status, after.executable)
-                return
-            start = inplace.start(self._stage, before, after)
-            if change.in_place or start:
-                self._rewrite(change, start)
-                return
-            if change.in_place_if_alone and self._rewrite(change, None):
-                return
-        self._stage.begin(Journal(change.path, before, after))
-        made = self._make(after, change.status, os.fstat(change.fd))
-        ours = os.stat(made, dir_fd=self._stage.fd, follow_symlinks=False)
-        self._swap(change, made, ours)
-
-    def _rewrite(self, change: _Change, start: int | None) -> bool:
-        """Write over a file from ``start`` on.
-
-        :param start: None to write all of it, and only if it is for us alone.
-        :returns: False if it is not.
-        """
-        fd, name, before, after = change.fd, change.name, change.before, change.after
-        stage, step = self._stage, self._checkpoint
-        stage.begin(Journal(change.path, before, after, in_place=True))
-        step("in place")
-        try:
-            if start is None:
-                mtime_ns = inplace.rewrite_alone(fd, name, stage, before, after, step)
-            else:
-                mtime_ns = inplace.rewrite(fd, name, stage, after, start, step, change.status)
-        except inplace.InUse:
-            return False
-        except Stale:
-            stage.end()
-            raise
-        self._end_in_place(change, mtime_ns)
-        self._forget(after)
-        return True
-
-    def _update(self, change: _Change, given: Arrival) -> None:
-        """Give a file the contents that come now, with as few system calls as will do."""
-        path, before, after, status = change.path, change.before, change.after, change.status
-        if given.start:
-            if given.start != before.size:
-                raise Stale("it is not as long as it should be")
-            tail = b"".join(given.chunks)
-            if given.start + len(tail) != after.size:
-                raise Damaged("the contents are not those announced")
-            self._stage.begin(Journal(path, before, after, in_place=True, tail=tail))
-            self._checkpoint("append")
-            try:
-                inplace.append(change.fd, change.name, tail, given.mtime_ns, status)
-                self._checkpoint("appended")
-            except (Stale, OSError):
-                self._stage.end()
-                raise
-            self._end_in_place(change, given.mtime_ns)
-            return
-        may_append = given.start is None and before.size < after.size
-        if change.in_place or change.in_place_if_alone or may_append:
-            self._stage.receive(after, given.mtime_ns, given.chunks)
-            self._replace(change)
-            return
-        mode = with_executable(status.st_mode & 0o777, after.executable)
-        owner = (status.st_uid, status.st_gid)
-        adopted = owner if os.geteuid() == 0 and owner != (0, os.getegid()) else None
-        made, ours = self._stage.write(after, given, mode, adopted, verify=self._verify)
-        self._stage.begin(Journal(path, before, after, made=made))
-        self._swap(change, made, ours)
-
-    def _end_in_place(self, change: _Change, mtime_ns: int) -> None:
-        """Have what was written in place be so: its journal ends, its mode follows."""
-        self._stage.end()
-        if change.before.executable != change.after.executable:
-            self._set_executable(change.fd, change.name, None, change.after.executable)
-        self._note(change.fd, change.name, change.path, change.after, mtime_ns)
-
-    def _swap(self, change: _Change, made: str, ours: os.stat_result) -> None:
-        """Put a file or link of the stage in the place of another one.
-
-        :param ours: the status of the one in the stage.
-        """
-        fd, name, path, before = change.fd, change.name, change.path, change.before
-        self._moves.swap(fd, name, path, before, change.status, made, ours)
-        if self._policy.keep is not None and before.kind != change.after.kind:
-            self._policy.keep(self._stage.fd, made, path, before)
-        self._stage.discard(made)
-        self._note(fd, name, path, change.after, ours.st_mtime_ns)
-
-    def _make(self, after: Leaf, replaced: os.stat_result | None, parent: os.stat_result) -> str:
-        """Return the name of a new file or link in the stage that is ready to be placed."""
-        if after.kind == LINK:
-            made = self._stage.name("t")
-            os.symlink(after.target, made.encode(), dir_fd=self._stage.fd)
-            return made
-        digest = _digest(after)
-        made = self._stage.take(after, self._uses.get(digest, 1) > 1)
-        self._forget(after)
-        descriptor = os.open(
-            made, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self._stage.fd
-        )
-        try:
-            # A replaced file's times are of use to nobody; its owner and mode are.
-            if replaced is not None and stat.S_ISREG(replaced.st_mode):
-                self._adopt(descriptor, replaced)
-                mode = replaced.st_mode & 0o777
-            else:
-                self._adopt(descriptor, parent)
-                mode = self._policy.file_mode
-            os.fchmod(descriptor, with_executable(mode, after.executable))
-        finally:
-            os.close(descriptor)
-        return made
-
-    def _adopt(self, descriptor: int, like: os.stat_result) -> None:
-        """Give a new file the owner of its predecessor or its directory, if we are root."""
-        if os.geteuid() == 0:
-            os.fchown(descriptor, like.st_uid, like.st_gid)
-
-    def _set_executable(
-        self, fd: int, name: str, expected: os.stat_result | None, executable: bool
-    ) -> None:
-        descriptor = handles.open_regular(fd, name)
-        try:
-            status = os.fstat(descriptor)
-            if expected is not None and status.st_ino != expected.st_ino:
-                raise Stale("it was replaced meanwhile")
-            os.fchmod(descriptor, with_executable(stat.S_IMODE(status.st_mode), executable))
-        finally:
-            os.close(descriptor)
-
-    def _note(self, fd: int, name: str, path: str, after: Leaf, mtime_ns: int) -> None:
-        """Tell the scanner what we put there, unless somebody has written to it already.
-
-        :param mtime_ns: that we gave the file; a write since would have changed it.
-        """
-        if after.kind != FILE:
-            return
-        status = handles.status(fd, name)
-        if (
-            status is not None
-            and stat.S_ISREG(status.st_mode)
-            and (status.st_size, status.st_mtime_ns) == (after.size, mtime_ns)
-            and bool(status.st_mode & 0o111) == after.executable
-        ):
-            self._scanner.note(path, after, status)
-
-    def _forget(self, after: Entry | None) -> None:
-        """Count one use of contents less."""
-        if after is not None and is_file(after):
-            digest = _digest(after)
-            self._uses[digest] = self._uses.get(digest, 1) - 1
-
-
-class _Change:
-    """A file or link that shall become another one.
-
-    :ivar fd: of the directory that it is in, and ``name`` in there.
-    :ivar status: as it was when it was found to be ``before``.
-    :ivar in_place: whether the inode has to stay.
-    :ivar in_place_if_alone: whether it shall stay if nobody else has it open.
-    """
-
-    __slots__ = (
-        "after",
-        "before",
-        "fd",
-        "in_place",
-        "in_place_if_alone",
-        "name",
-        "path",
-        "status",
-    )
-
-    def __init__(
-        self,
-        fd: int,
-        name: str,
-        operation: Operation,
-        before: Leaf,
-        after: Leaf,
-        status: os.stat_result,
-        in_place: bool,
-    ) -> None:
-        self.fd = fd
-        self.name = name
-        self.path = operation.path
-        self.before = before
-        self.after = after
-        self.status = status
-        self.in_place = in_place or status.st_nlink > 1
-        self.in_place_if_alone = operation.in_place
-
-
-def with_executable(mode: int, executable: bool) -> int:
-    """Return permission bits with those for executing where those for reading are, or none."""
-    return mode | (mode & 0o444) >> 2 if executable else mode & ~0o111
-
-
-def _digest(entry: Entry) -> bytes:
-    assert isinstance(entry, Leaf)
-    return entry.digest
+        self._replacer.note(fd, name, path, after, ours.st_mtime_ns)
 
 
 def _shallow_equal(one: Entry | None, other: Entry | None) -> bool:

@@ -29,9 +29,9 @@ import stat
 import time
 
 from wherry_sync import handles, hashing, kernel
-from wherry_sync.apply import with_executable
 from wherry_sync.entry import LINK, Directory, Leaf, is_file, name_problem, split
 from wherry_sync.operation import DONE, FAILED, STALE, Operation, Result, Stale
+from wherry_sync.replace import with_executable
 from wherry_sync.stage import Damaged, Stage
 
 TYPE_CHECKING = False

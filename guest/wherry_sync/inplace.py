@@ -6,7 +6,7 @@ Wanted where a file was saved so: who watches that one file, as ``node --watch``
 nothing of another one that takes its place.
 
 Not atomic, so the stage's journal has it before the first byte is written, and
-:meth:`~wherry_sync.apply.Applier.finish_in_place` finishes it after a crash. A torn file is
+:meth:`~wherry_sync.replace.Replacer.finish_in_place` finishes it after a crash. A torn file is
 therefore never taken for somebody's edit.
 """
 

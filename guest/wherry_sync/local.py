@@ -17,6 +17,8 @@ from wherry_sync.build import Builder
 from wherry_sync.cache import load, save
 from wherry_sync.entry import Leaf, is_file, split
 from wherry_sync.ignore import NOTHING, Ignore
+from wherry_sync.moves import Moves
+from wherry_sync.replace import Replacer
 from wherry_sync.scan import Scanner, Snapshot
 from wherry_sync.stage import Damaged, Gone, Stage, same_contents
 
@@ -79,12 +81,16 @@ class LocalEndpoint:
             if known is not None:
                 self._scanner.know(*known)
             self._policy = policy or Policy()
-            self._applier = Applier(self._stage, self._scanner, self._policy, checkpoint)
+            moves = Moves(self._stage, checkpoint)
+            self._replacer = Replacer(self._stage, self._scanner, self._policy, moves, checkpoint)
+            self._applier = Applier(
+                self._stage, self._scanner, self._policy, moves, self._replacer, checkpoint
+            )
             self._stage.recover(self._expected)
             with self._opened() as (fd, name):
                 if os.fstat(fd).st_dev != os.fstat(self._stage.fd).st_dev:
                     raise OSError("the stage is not on the filesystem of the tree")
-                self._applier.finish_in_place(fd, name)
+                self._replacer.finish_in_place(fd, name)
         except FileNotFoundError:
             # No root: the next scan says so.
             pass
@@ -119,7 +125,7 @@ class LocalEndpoint:
         try:
             with self._opened() as (fd, name):
                 # A write in place that failed half-way is nobody's edit.
-                self._applier.finish_in_place(fd, name)
+                self._replacer.finish_in_place(fd, name)
                 if name:
                     return self._scanner.scan_file(fd, name, rewritten=bool(rewritten))
                 if dirty is not None:
@@ -292,7 +298,7 @@ class LocalEndpoint:
         self._touched.update(split(operation.path)[0] for operation in operations)
         with self._opened() as (fd, name):
             yield from self._applier.apply(fd, operations, name, contents, verify=verify)
-            self._applier.finish_in_place(fd, name)
+            self._replacer.finish_in_place(fd, name)
         self._stage.discard_contents()
 
     def build(

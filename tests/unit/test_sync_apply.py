@@ -15,10 +15,11 @@ import pytest
 from sync_trees import FIFO, read, text, tree, write
 
 from wherry_sync import hashing, kernel
-from wherry_sync.apply import Policy, with_executable
+from wherry_sync.apply import Policy
 from wherry_sync.entry import EMPTY, Entry, Leaf, is_file, link, lookup
 from wherry_sync.local import LocalEndpoint
 from wherry_sync.operation import DONE, FAILED, STALE, Arrival, Operation, Result
+from wherry_sync.replace import with_executable
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="directory descriptors")
 

@@ -13,12 +13,13 @@ from __future__ import annotations
 
 import asyncio
 import json
-import tempfile
+import os
+import threading
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import IO, Any, TypeGuard
 
 from wherry.core.bridge import in_thread
 from wherry.core.clock import Deadline
@@ -35,6 +36,7 @@ INIT_LINE = b"wherry: init"
 
 _TRIAL_MEMORY = 256 << 20
 _POLL_S = 0.05
+_READ_BYTES = 65536
 _FAILURE_AGE_S = 24 * 3600.0
 _KILL_S = 5.0
 _BOUND_S = {"tcg": 60.0}
@@ -125,42 +127,43 @@ async def trial(
         ),
         *("-chardev", "stdio,id=console,signal=off", "-serial", "chardev:console"),
     ]
-    with tempfile.TemporaryDirectory(prefix="wherry-", ignore_cleanup_errors=True) as directory:
-        console = Path(directory) / "console"
-        # Opened to append, and read by a descriptor of its own: whoever moves the position of
-        # the one that QEMU has inherited makes it write over what it wrote before.
-        with console.open("ab") as output:
-            process = spawn(
-                platform.leash(argv),
-                stdin=PIPE,
-                stdout=output.fileno(),
-                stderr=STDOUT,
-                new_session=True,
-            )
-        try:
-            while True:
-                ended = process.poll() is not None
-                said = console.read_bytes()
-                if INIT_LINE in said:
-                    return None
-                if ended:
-                    lines = said.decode(errors="replace").strip().splitlines()
-                    return f"the trial boot failed: {lines[-1] if lines else 'QEMU said nothing'}"
-                if bound.passed:
-                    return f"the trial boot did not leave the kernel within {bound.seconds:g} s"
-                await asyncio.sleep(_POLL_S)
-        finally:
-            assert process.stdin is not None
-            process.stdin.close()  # kills QEMU, as our own end would
-            await asyncio.shield(in_thread(lambda: _reap(process), name="trial end"))
+    process = spawn(platform.leash(argv), stdin=PIPE, stdout=PIPE, stderr=STDOUT, new_session=True)
+    said = bytearray()
+    # By a pipe: a file's descriptor that QEMU inherits has one position for QEMU and for us.
+    reading = threading.Thread(
+        target=_collect, args=(process.stdout, said), name="trial console", daemon=True
+    )
+    reading.start()
+    try:
+        while True:
+            ended = not reading.is_alive()
+            if INIT_LINE in said:
+                return None
+            if ended:
+                lines = said.decode(errors="replace").strip().splitlines()
+                return f"the trial boot failed: {lines[-1] if lines else 'QEMU said nothing'}"
+            if bound.passed:
+                return f"the trial boot did not leave the kernel within {bound.seconds:g} s"
+            await asyncio.sleep(_POLL_S)
+    finally:
+        assert process.stdin is not None
+        process.stdin.close()  # kills QEMU, as our own end would
+        await asyncio.shield(in_thread(lambda: _reap(process, reading), name="trial end"))
 
 
-def _reap(process: Child) -> None:
+def _collect(console: IO[bytes], into: bytearray) -> None:
+    with console:
+        while data := os.read(console.fileno(), _READ_BYTES):
+            into += data
+
+
+def _reap(process: Child, reading: threading.Thread) -> None:
     try:
         process.wait(_KILL_S)
     except TimeoutExpired:
         process.kill()
         process.wait()
+    reading.join(_KILL_S)
 
 
 def _join(reasons: Mapping[str, str]) -> str:
