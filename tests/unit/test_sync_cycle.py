@@ -12,6 +12,7 @@ import pytest
 from sync_pair import Crash, Pair, scratch
 from sync_trees import read, write
 
+from wherry.sync.core.plan import ALONG_BYTES
 from wherry.sync.core.reconcile import GUEST, HOST
 from wherry.sync.core.rules import parse
 from wherry.sync.core.safety import Halt
@@ -86,6 +87,12 @@ def test_a_save_in_place_is_one_in_the_guest_too(pair: Pair) -> None:
     (pair.host / "f").write_text("a program")
     pair.settle()
     assert inodes()[0] != before[0]
+    # Nor is anybody kept waiting while much is read and written.
+    for size in (ALONG_BYTES + 1, 10):
+        held = (pair.guest / "g").stat().st_ino
+        (pair.host / "g").write_text("x" * size)
+        pair.settle()
+        assert (pair.guest / "g").stat().st_ino != held
     # A program's work: the fast way.
     held = (pair.guest / "0").stat().st_ino
     for name in files:

@@ -400,16 +400,15 @@ def _follow(decisions: Iterable[Decision], saved_in_place: Container[str]) -> No
         for decision in decisions
         if (operation := decision.guest) is not None
         and decision.path in saved_in_place
-        and _is_text(operation.before)
-        and _is_text(operation.after)
+        and _is_small_data(operation.before)
+        and _is_small_data(operation.after)
     ]
     if len(saved) <= _SAVED_AT_ONCE:
         for operation in saved:
             operation.in_place = True
 
 
-def _is_text(entry: Entry | None) -> bool:
-    """Whether it may be something that is edited."""
+def _is_small_data(entry: Entry | None) -> bool:
     return (
         isinstance(entry, Leaf)
         and is_file(entry)
