@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
+import psutil
 import pytest
 
 from wherry.core.errors import TunnelError
@@ -231,7 +232,10 @@ def test_a_holder_elsewhere_is_not_blamed() -> None:
         assert find_holder(Forward("tcp", "127.0.0.1", taken.getsockname()[1])) == ""
 
 
-def test_of_two_families_the_one_asked_for_is_blamed() -> None:
+@pytest.mark.parametrize("ipv6_first", [False, True])
+def test_of_two_families_the_one_asked_for_is_blamed(
+    ipv6_first: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A port that is published on all addresses is bound for IPv4 before IPv6 fails."""
     with socket.create_server(("::", 0), family=socket.AF_INET6) as taken:
         port = taken.getsockname()[1]
@@ -244,9 +248,14 @@ def test_of_two_families_the_one_asked_for_is_blamed() -> None:
             assert other.stdout is not None
             assert other.stdin is not None
             other.stdout.readline()
-            for _ in range(5):
-                assert find_holder(Forward("tcp", "::", port)).endswith(f"{os.getpid()})")
-                assert find_holder(Forward("tcp", "0.0.0.0", port)).endswith(f"{other.pid})")
+            listeners = sorted(
+                psutil.net_connections("tcp"),
+                key=lambda each: each.family == socket.AF_INET6,
+                reverse=ipv6_first,
+            )
+            monkeypatch.setattr(psutil, "net_connections", lambda kind: listeners)
+            assert find_holder(Forward("tcp", "::", port)).endswith(f"{os.getpid()})")
+            assert find_holder(Forward("tcp", "0.0.0.0", port)).endswith(f"{other.pid})")
             other.stdin.close()
 
 

@@ -28,11 +28,16 @@ def test_it_is_closed_when_the_last_has_left(ends: tuple[socket.socket, socket.s
     sock, other = ends
     number = sock.fileno()
     shared = SharedSocket(sock)
-    with shared._used():
+
+    def in_a_call() -> None:
         shared.close()
-        # It has ended, but its number is still its own.
+        # It has ended, but its number is still its own, and nobody else comes in.
         assert other.recv(1) == b""
         os.fstat(number)
+        with pytest.raises(OSError, match=os.strerror(errno.EBADF)):
+            shared.send(b"x")
+
+    shared._call(in_a_call)
     with pytest.raises(OSError, match=os.strerror(errno.EBADF)):
         os.fstat(number)
     assert shared.fileno() == -1

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import os
 import socket
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, ParamSpec, TypeVar
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 class SharedSocket:
@@ -29,14 +31,17 @@ class SharedSocket:
         self._users = 0
         self._closed = False  # a name that paramiko's transport looks at
 
-    @contextlib.contextmanager
-    def _used(self) -> Iterator[socket.socket]:
+    def _call(self, function: Callable[P, T], *arguments: P.args, **options: P.kwargs) -> T:
+        """Call a function that uses the descriptor.
+
+        :raises OSError: it is closed.
+        """
         with self._lock:
             if self._closed:
                 raise OSError(errno.EBADF, os.strerror(errno.EBADF))
             self._users += 1
         try:
-            yield self._sock
+            return function(*arguments, **options)
         finally:
             with self._lock:
                 self._users -= 1
@@ -58,23 +63,19 @@ class SharedSocket:
 
     def recv(self, size: int) -> bytes:
         """See :meth:`socket.socket.recv`, as for all that follow."""
-        with self._used() as sock:
-            return sock.recv(size)
+        return self._call(self._sock.recv, size)
 
     def recv_into(self, buffer: memoryview) -> int:
         """Read into a buffer."""
-        with self._used() as sock:
-            return sock.recv_into(buffer)
+        return self._call(self._sock.recv_into, buffer)
 
     def send(self, data: bytes | memoryview, flags: int = 0) -> int:
         """Send some of the data."""
-        with self._used() as sock:
-            return sock.send(data, flags)
+        return self._call(self._sock.send, data, flags)
 
     def sendall(self, data: bytes | memoryview) -> None:
         """Send all of it."""
-        with self._used() as sock:
-            sock.sendall(data)
+        self._call(self._sock.sendall, data)
 
     @property
     def sendmsg(self) -> Callable[[Sequence[bytes | memoryview]], int] | None:
@@ -82,28 +83,23 @@ class SharedSocket:
         return self._sendmsg if hasattr(self._sock, "sendmsg") else None
 
     def _sendmsg(self, buffers: Sequence[bytes | memoryview]) -> int:
-        with self._used() as sock:
-            return sock.sendmsg(buffers)
+        return self._call(self._sock.sendmsg, buffers)
 
     def shutdown(self, how: int) -> None:
         """End one direction, or both."""
-        with self._used() as sock:
-            sock.shutdown(how)
+        self._call(self._sock.shutdown, how)
 
     def setsockopt(self, level: int, option: int, value: int) -> None:
         """Set an option."""
-        with self._used() as sock:
-            sock.setsockopt(level, option, value)
+        self._call(self._sock.setsockopt, level, option, value)
 
     def settimeout(self, seconds: float | None) -> None:
         """Bound what waits."""
-        with self._used() as sock:
-            sock.settimeout(seconds)
+        self._call(self._sock.settimeout, seconds)
 
     def getpeername(self) -> Any:
         """Return the other side's address."""
-        with self._used() as sock:
-            return sock.getpeername()
+        return self._call(self._sock.getpeername)
 
     def fileno(self) -> int:
         """Return the descriptor; -1 when it is closed."""
