@@ -17,7 +17,7 @@ from typing import Any
 import psutil
 import pytest
 
-from wherry.core.errors import TunnelError
+from wherry.core.errors import TunnelError, WherryError
 from wherry.platform import current
 from wherry.ports.choices import Choices
 from wherry.ports.conflicts import explain, find_holder, in_use, try_bind
@@ -87,12 +87,16 @@ class Kept:
             raise TunnelError("there is no guest")
 
         self.keeper = PortKeeper(
-            QemuForwards(self.monitor.human, "net0"),
+            QemuForwards(lambda line: self.monitor.human(line), "net0"),
             current(),
             {},
             open_guest=open_guest,
             prepare=prepare,
         )
+
+    async def forwards(self) -> list[Forward]:
+        """Return what QEMU forwards."""
+        return self.monitor.forwards()
 
     async def __aenter__(self) -> Kept:
         return self
@@ -175,12 +179,69 @@ def test_a_forward_that_died_is_made_again() -> None:
         port = free_port()
         await kept.keeper.update(both(port))
         kept.monitor.sockets.pop(f"tcp:0.0.0.0:{port}").close()
-
-        async def forwards() -> list[Forward]:
-            return kept.monitor.forwards()
-
-        await kept.keeper.verify(forwards)
+        await kept.keeper.verify(kept.forwards)
         assert kept.monitor.forwards() == [Forward("tcp", "0.0.0.0", port)]
+
+    in_a_loop(body)
+
+
+def test_the_relay_leads_to_nothing_of_the_host_s_own() -> None:
+    """A port on IPv6 whose IPv4 somebody else has would be a way to that one."""
+
+    async def body(kept: Kept) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as taken:
+            port = taken.getsockname()[1]
+            await kept.keeper.update(both(port))
+            first, second = kept.keeper.published()
+            assert "address already in use" in first.problem
+            assert second.problem == first.problem
+            assert try_bind(Forward("tcp", "::", port)) is None
+        await kept.keeper.update(both(port))
+        assert [each.kind for each in kept.keeper.published()] == ["hostfwd", "relay"]
+        # Later QEMU loses its own, and somebody takes the port before we see it.
+        kept.monitor.sockets.pop(f"tcp:0.0.0.0:{port}").close()
+        with socket.create_server(("127.0.0.1", port)):
+            await kept.keeper.verify(kept.forwards)
+            assert [each.kind for each in kept.keeper.published()] == ["", ""]
+            assert try_bind(Forward("tcp", "::", port)) is None
+        await kept.keeper.verify(kept.forwards)
+        assert [each.kind for each in kept.keeper.published()] == ["hostfwd", "relay"]
+
+    in_a_loop(body)
+
+
+@pytest.mark.parametrize("cancelled", [False, True])
+def test_a_forward_of_which_qemu_s_answer_was_lost_is_removed(cancelled: bool) -> None:
+    async def body(kept: Kept) -> None:
+        port, human = free_port(), kept.monitor.human
+
+        async def lost(line: str) -> str:
+            await human(line)
+            if cancelled:
+                raise asyncio.CancelledError
+            raise WherryError("QEMU did not answer in time")
+
+        kept.monitor.human = lost  # type: ignore[method-assign]
+        with pytest.raises(asyncio.CancelledError if cancelled else PortTaken):
+            await kept.keeper.reserve("start", both(port))
+        kept.monitor.human = human  # type: ignore[method-assign]
+        await kept.keeper.release("start")
+        await kept.keeper.verify(kept.forwards)
+        assert kept.monitor.forwards() == []
+        await kept.keeper.reserve("start again", both(port))
+        assert [each.kind for each in kept.keeper.published()] == ["hostfwd", "relay"]
+
+    in_a_loop(body)
+
+
+def test_what_a_container_listens_on_in_the_host_s_network_is_no_fault_of_its_start() -> None:
+    async def body(kept: Kept) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as taken:
+            port = taken.getsockname()[1]
+            owner = Owner("abc", "web", port, host_network=True)
+            await kept.keeper.update_listening({Forward("tcp", "127.0.0.1", port): owner})
+            assert "address already in use" in kept.keeper.published()[0].problem
+            assert kept.keeper.problems_of("abc") == []
 
     in_a_loop(body)
 

@@ -63,6 +63,7 @@ def test_what_runs_tells_its_ports() -> None:
         ({"HostIp": "::", "HostPort": "8080"}, ["::"]),
         ({"HostIp": "::0001", "HostPort": "8080"}, ["::1"]),
         ({"HostIp": "192.168.1.7", "HostPort": "8080"}, ["192.168.1.7"]),
+        ({"HostIp": "localhost", "HostPort": "8080"}, []),
     ],
 )
 def test_what_will_be_published(binding: dict[str, str], addresses: list[str]) -> None:

@@ -336,6 +336,14 @@ def test_what_a_container_on_the_host_s_network_listens_on(machine: Sandbox) -> 
     assert answers("127.0.0.1", here)
     assert not answers("::1", here)
     assert {each["host_network"] for each in ports(machine)} == {True}
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        # One that this computer has cannot be reached there, and that is all.
+        port = taken.getsockname()[1]
+        machine.docker("exec", "host", "httpd", "-p", str(port))
+        wait_until(lambda: len(ports(machine)) == 5, 30, "it is seen")
+        assert {each["state"] for each in ports(machine) if each["port"] == port} == {"failed"}
+        machine.docker("start", "host")
+        assert state(machine, "host") == "running"
     machine.docker("rm", "-f", "host")
     assert not answers("127.0.0.1", here)
 
@@ -383,9 +391,9 @@ def test_a_thousand_connections_at_once(machine: Sandbox) -> None:
     run_inside(machine, "crowd", ECHO_TO_A_CROWD)
     assert current().raise_descriptor_limit(2 * CROWD) > CROWD + 100
 
-    async def one() -> bytes:
+    async def one(address: str) -> bytes:
         async with asyncio.timeout(60):
-            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            reader, writer = await asyncio.open_connection(address, port)
             try:
                 writer.write(b"x")
                 return await reader.read(1)
@@ -394,12 +402,13 @@ def test_a_thousand_connections_at_once(machine: Sandbox) -> None:
                 with contextlib.suppress(OSError):
                     await writer.wait_closed()
 
-    async def crowd(size: int) -> int:
-        answers = await asyncio.gather(*(one() for _ in range(size)), return_exceptions=True)
+    async def crowd(size: int, address: str) -> int:
+        answers = await asyncio.gather(*(one(address) for _ in range(size)), return_exceptions=True)
         return answers.count(b"x")
 
-    wait_until(lambda: asyncio.run(crowd(1)), 60, "the server answers")
-    assert asyncio.run(crowd(CROWD)) == CROWD
+    wait_until(lambda: asyncio.run(crowd(1, "127.0.0.1")), 60, "the server answers")
+    assert asyncio.run(crowd(CROWD, "127.0.0.1")) == CROWD
+    assert asyncio.run(crowd(CROWD, "::1")) == CROWD
 
 
 def test_a_cut_connection_changes_no_port(machine: Sandbox) -> None:

@@ -142,11 +142,20 @@ def planned(inspected: Mapping[str, Any]) -> Plan:
             if not asked.isdecimal() or not int(asked):
                 chosen.add(Choice(protocol or "tcp", *EPHEMERAL))
                 continue
-            address = str(binding.get("HostIp") or "")
-            for each in [str(ipaddress.ip_address(address))] if address else [ALL_IPV4, ALL_IPV6]:
-                forward = Forward(protocol or "tcp", each, int(asked))
+            for address in _addresses(str(binding.get("HostIp") or "")):
+                forward = Forward(protocol or "tcp", address, int(asked))
                 fixed[forward] = Owner(inspected["Id"], name, int(port))
     return Plan(fixed, frozenset(chosen))
+
+
+def _addresses(host_ip: str) -> list[str]:
+    """Return what a binding's ``HostIp`` means; nothing for what the engine has to judge."""
+    if not host_ip:
+        return [ALL_IPV4, ALL_IPV6]
+    try:
+        return [str(ipaddress.ip_address(host_ip))]
+    except ValueError:
+        return []
 
 
 def listening(listeners: Iterable[tuple[str, str, str, int]], names: Mapping[str, str]) -> Wanted:

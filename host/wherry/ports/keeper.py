@@ -18,7 +18,7 @@ from wherry.core.bridge import in_thread
 from wherry.platform.base import Platform
 from wherry.ports.conflicts import explain, try_bind
 from wherry.ports.datagrams import DatagramRelay
-from wherry.ports.desired import ALL_IPV6, Forward, Owner, Wanted
+from wherry.ports.desired import ALL_IPV6, Forward, Owner, Wanted, sibling
 from wherry.ports.qemu import QemuForwards
 from wherry.ports.reconcile import Route, reconcile
 from wherry.ports.streams import StreamRelays, to_local
@@ -103,8 +103,16 @@ class PortKeeper:
         ]
 
     def problems_of(self, container: str) -> list[str]:
-        """Return what is wrong with a container's forwards."""
-        return [why for each, why in self._problems.items() if self._owner(each) == container]
+        """Return what is wrong with the ports that a container publishes.
+
+        What it listens on in the host's network is no part of it: that may be refused later.
+        """
+        wanted = self._wanted()
+        return [
+            why
+            for each, why in list(self._problems.items())
+            if (owner := wanted.get(each)) and owner.id == container and not owner.host_network
+        ]
 
     async def update(self, wanted: Wanted) -> None:
         """Make the forwards of the running containers exist."""
@@ -154,35 +162,43 @@ class PortKeeper:
     async def verify(self, ask: Callable[[], Awaitable[Iterable[Forward]]]) -> None:
         """Make again what QEMU no longer has, and try again what could not be made.
 
+        What it has and should not, as after an answer of its that was lost, is removed.
+
         :param ask: tells what QEMU forwards now.
         """
         async with self._changing:
             has = set(await ask())
-            for forward, route in list(self._present.items()):
-                if route.kind == "hostfwd" and forward not in has:
-                    log.warning("port %s was no longer forwarded", forward)
-                    del self._present[forward]
+            ours = {each for each, route in self._present.items() if route.kind == "hostfwd"}
+            for forward in ours - has:
+                log.warning("port %s was no longer forwarded", forward)
+                del self._present[forward]
+            for forward in has - ours:
+                log.warning("port %s was forwarded for nobody", forward)
+                await self._qemu.remove(forward)
             await self._apply()
 
     def _wanted(self) -> Wanted:
         wanted = dict(self._listening)
-        for each in self._reserved.values():
+        for each in list(self._reserved.values()):  # other threads ask for it as well
             wanted.update(each)
         wanted.update(self._running)
         return wanted
 
-    def _owner(self, forward: Forward) -> str:
-        owner = self._wanted().get(forward)
-        return owner.id if owner is not None else ""
-
     async def _apply(self) -> None:
         wanted = self._wanted()
         self._problems = {each: why for each, why in self._problems.items() if each in wanted}
-        changes = reconcile(wanted, self._present)
-        for forward in changes.remove:
+        for forward in reconcile(wanted, self._present).remove:
             await self._remove(forward)
-        for forward, route in changes.add:
-            problem = await self._add(forward, route)
+        for forward, route in list(self._present.items()):
+            if route.kind == "relay" and sibling(forward, wanted) not in self._present:
+                await self._remove(forward)
+        for forward, route in reconcile(wanted, self._present).add:
+            leads_to = sibling(forward, wanted) if route.kind == "relay" else None
+            if leads_to is not None and leads_to not in self._present:
+                # What answers there is the host's own, and not for all who reach this port.
+                problem: str | None = self._problems[leads_to]
+            else:
+                problem = await self._add(forward, route)
             if problem is None:
                 continue
             if problem:

@@ -21,7 +21,7 @@ from wherry.relay.relay import Relays
 from wherry.relay.workers import Workers
 from wherry.tunnel.stream import CopyingSender, DrainWrite, Sink, Stream
 
-CONNECTION_LIMIT = 256
+CONNECTION_LIMIT = 1024
 """Connections at once, of all ports; more are closed. Each takes two threads."""
 
 _CONNECT_TIMEOUT_S = 10.0

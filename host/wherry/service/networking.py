@@ -21,7 +21,7 @@ import threading
 from collections.abc import Coroutine, Iterable
 from typing import Any, TypeVar
 
-from wherry.api.hooks import ClientGone, Hooks, Refusal, Request, Watch
+from wherry.api.hooks import Hooks, Refusal, Request, Watch
 from wherry.api.http import ResponseHead
 from wherry.core.bridge import in_thread, post
 from wherry.core.errors import WherryError
@@ -231,11 +231,11 @@ class Networking:
         assert self._keeper is not None
         try:
             await self._look_for_listeners()
-            if self._keeper.busy and self._loop is not None:
-                now = self._loop.time()
-                if now - self._verified >= _VERIFY_S:
-                    self._verified = now
-                    await self._keeper.verify(self._forwarded_now)
+            assert self._loop is not None
+            now = self._loop.time()
+            if now - self._verified >= _VERIFY_S:
+                self._verified = now
+                await self._keeper.verify(self._forwarded_now)
         except WherryError as error:
             log.info("ports: %s", error)
         except Exception:
@@ -303,7 +303,8 @@ class Networking:
             )
         except WherryError:
             found = None
-        if found is None:
+        running = found is not None and (found.get("State") or {}).get("Running")
+        if found is None or (running and request.path.endswith("/start")):
             return None  # the engine will tell the client itself
         plan = desired.planned(found)
         host = (found.get("HostConfig") or {}).get("NetworkMode") == "host"
@@ -325,8 +326,7 @@ class Networking:
                     asyncio.run_coroutine_threadsafe(each, self._loop)
 
         def head(answer: ResponseHead) -> None:
-            nonlocal settled
-            if answer.status not in (204, 304):
+            if answer.status != 204:
                 return  # it did not start; the end releases
             try:
                 self._wait(request, self._settled())
@@ -374,18 +374,16 @@ class Networking:
     def _wait(self, request: Request, coroutine: Coroutine[Any, Any, T]) -> T:
         """Have the loop run a coroutine, and wait as long as the client does.
 
-        :raises WherryError: it took too long; it is cancelled.
+        It goes on without a client: what QEMU was told half-way nobody would know of.
+
+        :raises WherryError: it took too long.
         """
         assert self._loop is not None
         future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
         done = threading.Event()
         future.add_done_callback(lambda _: done.set())
-        try:
-            if not request.wait(done, _HOLD_S):
-                raise WherryError(f"the ports were not settled within {_HOLD_S:g} s")
-        except (ClientGone, WherryError):
-            future.cancel()
-            raise
+        if not request.wait(done, _HOLD_S):
+            raise WherryError(f"the ports were not settled within {_HOLD_S:g} s")
         return future.result()
 
 
