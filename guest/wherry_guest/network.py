@@ -15,6 +15,11 @@ import os
 RESOLVER = "10.0.2.3"
 HOST = "10.0.2.2"
 HOST_6 = "fec0::2"
+ALL = "255.255.255.255"
+ALL_6 = "ff02::1"
+"""Everybody on the network, which is the host alone: libslirp has datagrams to these addresses
+lead to its loopback too."""
+
 _CHAIN = "WHERRY"
 
 
@@ -43,10 +48,10 @@ def allow_host(open: bool) -> None:
 
     :raises OSError: the rules could not be made.
     """
-    for program, address in (("iptables", HOST), ("ip6tables", HOST_6)):
+    for program, rules in (("iptables", _close(HOST, ALL)), ("ip6tables", _close(HOST_6, ALL_6))):
         if open and _run([program, "-w", "-S", _CHAIN]) != 0:
             continue  # it never was closed
-        _restore(program, "filter", [] if open else _close(address))
+        _restore(program, "filter", [] if open else rules)
         # The engine puts its rules before all others whenever it starts, but goes through
         # this chain of the user's first; it has none when it makes no rules.
         user_s = _run([program, "-w", "-S", "DOCKER-USER"]) == 0
@@ -61,10 +66,13 @@ def _lead(port: int) -> list[str]:
     ]
 
 
-def _close(address: str) -> list[str]:
+def _close(host: str, everybody: str) -> list[str]:
     # By the address that was asked for: a query of names has another one.
-    conntrack = f"-m conntrack --ctstate NEW --ctorigdst {address}"
-    return [f"-A {_CHAIN} -d {address} {conntrack} -j REJECT"]
+    conntrack = f"-m conntrack --ctstate NEW --ctorigdst {host}"
+    return [
+        f"-A {_CHAIN} -d {host} {conntrack} -j REJECT",
+        f"-A {_CHAIN} -d {everybody} -p udp -j DROP",
+    ]
 
 
 def _restore(program: str, table: str, rules: list[str]) -> None:

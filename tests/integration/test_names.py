@@ -15,7 +15,7 @@ import dns.rcode
 import dns.rrset
 import pytest
 
-from wherry.names.forwarder import NameServer
+from wherry.names.forwarder import QUERIES, NameServer
 from wherry.names.system import SystemNames
 from wherry.platform.posix import Posix
 from wherry.platform.resolvers import Resolvers, Servers
@@ -239,8 +239,48 @@ def test_while_one_query_waits_others_are_answered(
         start = time.monotonic()
         assert texts(ask(server, "host.docker.internal")) == {"10.0.2.2"}
         assert time.monotonic() - start < 1
-        slow.join(15)
-        assert not slow.is_alive()
+    # Now it refuses, so nobody waits for the end.
+    slow.join(15)
+    assert not slow.is_alive()
+
+
+def test_a_resolver_that_takes_long_or_loses_a_query_is_asked_again(
+    server: NameServer, upstreams: list[tuple[str, int]]
+) -> None:
+    """It is the only one, as systemd-resolved is."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as lossy:
+        lossy.bind(("127.0.0.1", 0))
+        lossy.settimeout(5)
+        upstreams[:] = [lossy.getsockname()]
+        replies: list[dns.message.Message] = []
+        client = threading.Thread(target=lambda: replies.append(ask(server, "x.example.")))
+        client.start()
+        lossy.recv(512)  # lost
+        wire, back = lossy.recvfrom(512)
+        reply = dns.message.make_response(dns.message.from_wire(wire))
+        reply.answer.append(dns.rrset.from_text("x.example.", 60, "IN", "A", "192.0.2.1"))
+        lossy.sendto(reply.to_wire(), back)
+        client.join(10)
+    assert texts(replies[0]) == {"192.0.2.1"}
+
+
+def test_queries_that_wait_are_not_in_the_way_of_what_we_know(
+    server: NameServer, upstreams: list[tuple[str, int]]
+) -> None:
+    with (
+        socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as silent,
+        socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as client,
+    ):
+        silent.bind(("127.0.0.1", 0))
+        silent.settimeout(5)
+        upstreams[:] = [silent.getsockname()]
+        for number in range(QUERIES + 20):
+            query = dns.message.make_query(f"{number}.example.", "A").to_wire()
+            client.sendto(query, ("127.0.0.1", server.port))
+        for _ in range(QUERIES):
+            silent.recv(512)
+        assert texts(ask(server, "host.docker.internal")) == {"10.0.2.2"}
+        upstreams.clear()
 
 
 def test_without_a_resolver_queries_fail_at_once(

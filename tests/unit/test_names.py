@@ -45,6 +45,13 @@ def said(name: str, kind: str = "A") -> list[str] | None:
         ("8.1.168.192.in-addr.arpa", "PTR", None),
         ("example.com", "A", None),
         ("docker.internal", "A", None),
+        (
+            "9.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.d.f.ip6.arpa",
+            "PTR",
+            ["nas.lan."],
+        ),
+        ("x.in-addr.arpa", "PTR", None),
+        ("nonsense", "PTR", None),
     ],
 )
 def test_the_names_we_know(name: str, kind: str, answers: list[str] | None) -> None:
@@ -55,6 +62,14 @@ def test_an_answer_is_the_query_s() -> None:
     asked = query("nas.lan")
     reply = dns.message.from_wire(answer(asked, HOSTS) or b"")
     assert dns.message.from_wire(asked).is_response(reply)
+
+
+def test_what_follows_a_query_is_no_part_of_it() -> None:
+    assert answer(query("nas.lan") + b"junk", HOSTS) is not None
+
+
+def test_an_address_that_is_none_is_left_to_others() -> None:
+    assert answer(query("nas.lan", "AAAA"), {"nas.lan": ["fe80::1%eth0"]}) is None
 
 
 @pytest.mark.parametrize("wire", [b"", b"\0" * 5, b"\xff" * 40, b"\0" * 12])
@@ -79,9 +94,12 @@ def test_a_failure_answers_the_query() -> None:
 
 
 def test_the_hosts_file() -> None:
-    text = "127.0.0.1 localhost me\n# 1.2.3.4 no\n192.168.1.9\tNAS.lan nas # yes\n::1 localhost\n"
+    text = (
+        "127.0.0.1 localhost me\n# 1.2.3.4 no\n192.168.1.9\tNAS.lan nas # yes\n::1 localhost me\n"
+    )
     text += "fd00::9 nas.lan.\nnonsense x\n\n0.0.0.0 blocked\n"
-    assert parse_hosts(text) == {
+    assert parse_hosts(text, "10.0.2.2") == {
+        "me": ["10.0.2.2"],
         "nas.lan": ["192.168.1.9", "fd00::9"],
         "nas": ["192.168.1.9"],
     }

@@ -14,7 +14,7 @@ from wherry.config.model import Config, ProxySettings, build
 from wherry.core.errors import WherryError
 from wherry.service import console, docker_proxies, proxies
 
-OURS = "host.docker.internal,gateway.docker.internal,10.0.2.2"
+OURS = "localhost,127.0.0.1,::1,host.docker.internal,gateway.docker.internal,10.0.2.2"
 
 
 @pytest.mark.parametrize(
@@ -94,7 +94,7 @@ def test_settings_go_before_the_system() -> None:
     settings = ProxySettings(http="http://mine:1", no_proxy="10.0.2.2,x")
     assert proxies.for_guest(settings, {"http": "http://p:1", "no": "a"}) == {
         "http": "http://mine:1",
-        "no_proxy": "10.0.2.2,x,host.docker.internal,gateway.docker.internal",
+        "no_proxy": f"10.0.2.2,x,{OURS.removesuffix(',10.0.2.2')}",
     }
 
 

@@ -18,6 +18,7 @@ _WORDS = {
     "tunnel": "Connecting over SSH",
     "engine": "Waiting for the engine",
     "settings": "Starting the engine with its new settings",
+    "names": "Telling the guest this computer's names",
     "files": "Looking after shared files",
     "ports": "Looking after published ports",
     "stop": "Stopping the engine and its containers",

@@ -24,6 +24,8 @@ from wherry.platform.resolvers import Address, Resolvers
 from wherry.relay.workers import Workers
 
 _TRY_S = 2.0
+"""How long a server may take as long as others, or a second try of the same, may be faster."""
+
 _TOTAL_S = 8.0
 """Clients ask again after five seconds, and twice, as a rule (resolv.conf(5))."""
 
@@ -40,7 +42,7 @@ this moment: those in a container are of when it started."""
 _CLIENT_S = 10.0
 _LARGEST = 65535
 """Bytes of a message (RFC 1035 §4.2.2)."""
-_QUERIES = 128
+QUERIES = 128
 """At once; more are dropped, and asked again by their clients."""
 
 _CLOSE_S = 12.0
@@ -97,7 +99,7 @@ class NameServer:
                 for key, _ in selector.select():
                     try:
                         if key.fileobj is self._udp:
-                            self._spawn(partial(self._datagram, *self._udp.recvfrom(_LARGEST)))
+                            self._receive(*self._udp.recvfrom(_LARGEST))
                         elif key.fileobj is self._tcp:
                             connection, _ = self._tcp.accept()
                             if not self._spawn(partial(self._stream, connection)):
@@ -105,9 +107,17 @@ class NameServer:
                     except OSError as error:
                         _logger.info("a query was lost: %s", error)
 
+    def _receive(self, query: bytes, client: Address) -> None:
+        """Answer what we know here: queries that wait for a resolver are not in its way."""
+        known = answer(query, self._hosts())
+        if known is not None:
+            self._udp.sendto(known, client)
+        else:
+            self._spawn(partial(self._datagram, query, client))
+
     def _spawn(self, job: Callable[[], None]) -> bool:
         with self._lock:
-            if self._active >= _QUERIES:
+            if self._active >= QUERIES:
                 return False
             self._active += 1
 
@@ -138,49 +148,60 @@ class NameServer:
         with connection:
             connection.settimeout(_CLIENT_S)
             while not self._closing and (query := _receive(connection)):
-                reply = self._resolve(query, _ask_tcp, stream=True)
+                known = answer(query, self._hosts())
+                reply = known or self._resolve(query, _ask_tcp, stream=True)
                 if reply is None:
                     return
                 connection.sendall(struct.pack("!H", len(reply)) + reply)
 
     def _resolve(self, query: bytes, ask: Ask, *, stream: bool) -> bytes | None:
-        known = answer(query, self._hosts())
-        if known is not None:
-            return known
+        """Have the host's resolvers answer a query."""
         if not is_query(query):
             return None
-        resolvers, end = self._resolvers(), time.monotonic() + _TOTAL_S
+        resolvers, left_s = self._resolvers(), _TOTAL_S
         name, kind = question(query) or ("", None)
         if kind in _COMPLETED and name != "localhost":
-            for whole in resolvers.completions(name):
-                longer = completed(query, whole)
-                if longer is None:
-                    continue
-                reply = self._ask(longer, resolvers.servers_for(whole), ask, end)
+            found = [(each, completed(query, each)) for each in resolvers.completions(name)]
+            longer = [(each, wire) for each, wire in found if wire is not None]
+            left_s /= len(longer) + 1
+            for whole, wire in longer:
+                reply = self._ask(wire, resolvers.servers_for(whole), ask, left_s)
                 if reply is not None and rcode(reply) == dns.rcode.NOERROR:
                     return alias(query, reply, stream=stream) or failure(query)
-        return self._ask(query, resolvers.servers_for(name), ask, end) or failure(query)
+        return self._ask(query, resolvers.servers_for(name), ask, left_s) or failure(query)
 
     def _ask(
-        self, query: bytes, addresses: Sequence[Address], ask: Ask, end: float
+        self, query: bytes, addresses: Sequence[Address], ask: Ask, timeout_s: float
     ) -> bytes | None:
-        """Ask one server after the other; those that were silent of late come last."""
+        """Ask one server after the other; those that were silent of late come last.
+
+        Who does not answer is asked once more: a datagram may be lost, and a name may take a
+        resolver longer the first time.
+        """
         refusal: bytes | None = None
         start = time.monotonic()
-        for address in sorted(addresses, key=lambda each: self._silent.get(each, 0.0) > start):
-            left = end - time.monotonic()
-            if left <= 0 or self._closing:
-                break
-            try:
-                reply = ask(query, address, min(_TRY_S, left))
-            except OSError as error:
-                _logger.info("the resolver %s does not answer: %s", address[0], error)
-                self._silent[address] = time.monotonic() + _SILENT_S
-                continue
-            self._silent.pop(address, None)
-            if rcode(reply) not in _REFUSALS:
-                return reply
-            refusal = refusal or reply
+        end = start + timeout_s
+        asked = sorted(addresses, key=lambda each: self._silent.get(each, 0.0) > start)
+        for patience_s in (_TRY_S, timeout_s):
+            silent = []
+            for number, address in enumerate(asked):
+                left_s = end - time.monotonic()
+                if left_s <= 0 or self._closing:
+                    return refusal
+                # The last round has what is left, for all of them alike.
+                share_s = left_s if patience_s == _TRY_S else left_s / (len(asked) - number)
+                try:
+                    reply = ask(query, address, min(patience_s, share_s))
+                except OSError as error:
+                    _logger.info("the resolver %s does not answer: %s", address[0], error)
+                    self._silent[address] = time.monotonic() + _SILENT_S
+                    silent.append(address)
+                    continue
+                self._silent.pop(address, None)
+                if rcode(reply) not in _REFUSALS:
+                    return reply
+                refusal = refusal or reply
+            asked = silent
         return refusal
 
 

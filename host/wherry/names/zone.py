@@ -12,10 +12,14 @@ import dns.name
 import dns.rcode
 import dns.rdataclass
 import dns.rdatatype
+import dns.reversename
 import dns.rrset
 
 HOST_NAMES = ("host.docker.internal", "gateway.docker.internal")
 """The names that Docker Desktop has for the computer it runs on."""
+
+_LOCAL_NAMES = ("localhost", "localhost.localdomain", "ip6-localhost", "ip6-loopback")
+"""In a container they are the container's own."""
 
 _TTL_S = 5
 """Short: the host may change at any time."""
@@ -66,12 +70,16 @@ def answer(query: bytes, hosts: Hosts) -> bytes | None:
         ]
     else:
         return None
-    message = dns.message.from_wire(query)
-    reply = dns.message.make_response(message, recursion_available=True)
-    if found:
-        owner = message.question[0].name
-        reply.answer.append(dns.rrset.from_text_list(owner, _TTL_S, dns.rdataclass.IN, kind, found))
-    return reply.to_wire()
+    try:
+        message = dns.message.from_wire(query, ignore_trailing=True)
+        reply = dns.message.make_response(message, recursion_available=True)
+        if found:
+            owner = message.question[0].name
+            records = dns.rrset.from_text_list(owner, _TTL_S, dns.rdataclass.IN, kind, found)
+            reply.answer.append(records)
+        return reply.to_wire()
+    except (dns.exception.DNSException, ValueError):
+        return None
 
 
 def failure(query: bytes) -> bytes | None:
@@ -122,10 +130,10 @@ def rcode(reply: bytes) -> int:
     return reply[3] & 0xF if len(reply) > 3 else int(dns.rcode.SERVFAIL)
 
 
-def parse_hosts(text: str) -> dict[str, list[str]]:
+def parse_hosts(text: str, here: str) -> dict[str, list[str]]:
     """Read hosts(5): addresses by name.
 
-    Loopback addresses are left out: in a container they are the container's own.
+    :param here: what stands for the loopback, which is another one in a container.
     """
     found: dict[str, list[str]] = {}
     for line in text.splitlines():
@@ -134,10 +142,13 @@ def parse_hosts(text: str) -> dict[str, list[str]]:
             parsed = ipaddress.ip_address(address)
         except ValueError:
             continue
-        if parsed.is_loopback or parsed.is_unspecified or parsed.is_multicast:
+        if parsed.is_unspecified or parsed.is_multicast:
             continue
-        for name in names:
-            found.setdefault(name.lower().rstrip("."), []).append(str(parsed))
+        for name in (each.lower().rstrip(".") for each in names):
+            known = found.setdefault(name, []) if name not in _LOCAL_NAMES else []
+            shown = here if parsed.is_loopback else str(parsed)
+            if shown not in known:
+                known.append(shown)
     return found
 
 
@@ -151,8 +162,9 @@ def _query(wire: bytes) -> dns.message.Message | None:
 
 
 def _names_of(reverse: str, hosts: Hosts) -> list[str]:
-    for name, addresses in hosts.items():
-        for address in addresses:
-            if ipaddress.ip_address(address).reverse_pointer == reverse:
-                return [name + "."]
-    return []
+    try:
+        address = dns.reversename.to_address(dns.name.from_text(reverse))
+    except (dns.exception.DNSException, ValueError):
+        return []
+    wanted = str(ipaddress.ip_address(address))
+    return next(([f"{name}."] for name, known in hosts.items() if wanted in known), [])

@@ -268,6 +268,13 @@ class Service:
         image = boot.image or {}
         await in_thread(lambda: self._trust.catch_up(tunnel, image), name="certificates")
         self._roots = self._make_roots(tunnel)
+        guest, config = self._guest, boot.config
+        assert guest is not None
+        assert config is not None
+        self._networking.answer_names(guest)
+        guest.host_open = config.host_access
+        # Its agent starts beside the engine.
+        guest.start()
         self._endpoint = Endpoint(
             self._layout.platform.listen_local(paths.docker_socket, paths.docker_context),
             lambda: self._open_engine(tunnel),
@@ -282,14 +289,13 @@ class Service:
             hint="see: wherry logs --source console",
         )
         self._engine_settings.warning = console.warnings(console.read(paths.console_log))
-        guest, config = self._guest, boot.config
-        assert guest is not None
-        assert config is not None
         self._claim_default_socket(config)
-        self._networking.answer_names(guest)
-        guest.host_open = config.host_access
-        guest.start()
         self._engine_settings.attach(guest)
+        await stages.run(
+            "names",
+            lambda: boot.unless_exit(driver, in_thread(guest.settle, name="names")),
+            timeout_s=bounds.names_s,
+        )
         await stages.run(
             "files",
             lambda: boot.unless_exit(driver, self._share_files(bounds.files_s)),

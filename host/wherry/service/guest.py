@@ -67,6 +67,19 @@ class Guest:
             self._thread = threading.Thread(target=self._keep, name="agent", daemon=True)
             self._thread.start()
 
+    def settle(self) -> None:
+        """Wait until names lead to the host, and the way to it is open or closed as set.
+
+        To be called when the engine has started. Without, the machine is of use all the same.
+        """
+        try:
+            agent = self._awaited()
+            if not self.host_open:
+                # The engine has put its own rules before ours, unless the agent came later.
+                agent.set_network(self.names_port, host_open=False)
+        except WherryError as error:
+            log.warning("containers do not know this computer's names yet: %s", error)
+
     def reconnected(self) -> None:
         """Learn that there is a new connection, over which another agent can come at once."""
         with self._lock:

@@ -16,6 +16,9 @@ Proxies = Mapping[str, str]
 """``http``, ``https`` and ``no_proxy``, without those that are not there; empty for none."""
 
 
+_LOCALHOST = ("localhost", "127.0.0.1", "::1")
+
+
 def system() -> dict[str, str]:
     """Return the proxies of the environment or, on macOS and Windows, of the system."""
     return urllib.request.getproxies()
@@ -25,7 +28,8 @@ def for_guest(settings: ProxySettings, present: Mapping[str, str]) -> Proxies:
     """Return the proxies as the guest and its containers have to use them.
 
     What is on this computer's loopback is at another address there. The names of this
-    computer itself need no proxy, as localhost needs none.
+    computer itself need no proxy, nor does localhost, which only some programs know by
+    themselves.
 
     :param present: what ``auto`` means, as :func:`system` has it.
     """
@@ -37,7 +41,7 @@ def for_guest(settings: ProxySettings, present: Mapping[str, str]) -> Proxies:
     if found:
         listed = present.get("no", "") if settings.no_proxy == AUTO else settings.no_proxy
         names = [name for name in map(str.strip, listed.split(",")) if name]
-        more = [name for name in (*HOST_NAMES, GATEWAY) if name not in names]
+        more = [name for name in (*_LOCALHOST, *HOST_NAMES, GATEWAY) if name not in names]
         found["no_proxy"] = ",".join(names + more)
     return found
 

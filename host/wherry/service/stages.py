@@ -29,6 +29,7 @@ class Bounds:
     engine_s: float = 45.0
     files_s: float = 30.0
     ports_s: float = 30.0
+    names_s: float = 60.0
     guest_stop_s: float = 90.0
     """The engine gives its containers 10 s by default, then the guest syncs its disk; the
     guest bounds each of its steps, to 40 s together."""
