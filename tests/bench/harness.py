@@ -219,6 +219,8 @@ def alternate(
             "samples": found,
             "processor_s": {side: statistics.median(used) for side, used in processor.items()},
         }
+        # Some take half an hour, and what is ended before the table has been of some use.
+        print(f"  {name}: {results[name]['ratio']:.2f}x", file=sys.stderr, flush=True)
     return results
 
 
