@@ -180,6 +180,30 @@ def test_what_no_container_mounts_ends_and_is_ready_again(machine: Machine, sour
     assert machine.copy(source) == read(source) == {"in": {"g": "g"}, "new": "n"}
 
 
+def test_a_root_s_own_rules_hold_until_it_is_removed(machine: Machine, source: Path) -> None:
+    path, here = str(source), source / "in"
+    machine.roots.require(path).allow_writes()
+    machine.barrier()
+    with pytest.raises(WherryError, match="is synchronised as a part of"):
+        machine.roots.ignore(str(here), ["*"])
+    with pytest.raises(WherryError, match="ignore setting, line 1"):
+        machine.roots.ignore(path, ["!"])
+    machine.roots.ignore(path, ["*.log", "!keep.log"])
+    for when in ("at once", "after a start"):
+        machine.roots.require(path)
+        (here / "a.log").write_text(when)
+        (here / "keep.log").write_text(when)
+        machine.barrier()
+        assert machine.copy(source) == {"f": "f", "in": {"g": "g", "keep.log": when}}
+        machine.roots.close()
+        machine.open()
+    machine.roots.require(path)
+    machine.roots.remove(path)
+    machine.roots.require(path)
+    machine.barrier()
+    assert machine.copy(source) == read(source)
+
+
 def test_what_conflicts_left_can_be_listed_though_no_container_mounts_it(
     machine: Machine, source: Path
 ) -> None:

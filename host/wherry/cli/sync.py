@@ -72,11 +72,21 @@ def status(name: str, as_json: bool) -> None:
 
 @sync.command()
 @click.argument("path", type=click.Path(path_type=Path))
+@click.option(
+    "--ignore",
+    metavar="PATTERN",
+    multiple=True,
+    help="What to leave out, as a line of .wherryignore does; may be given again.",
+)
 @click.pass_obj
-def add(name: str, path: Path) -> None:
-    """Synchronise PATH from now on, whether a container mounts it or not."""
+def add(name: str, path: Path, ignore: tuple[str, ...]) -> None:
+    """Synchronise PATH from now on, whether a container mounts it or not.
+
+    Its patterns, if any are given, are in the place of those given before, come after those of
+    .wherryignore, and hold until `wherry sync remove`.
+    """
     with sync_progress() as show:
-        _call(name, "sync_add", show, path=_absolute(path))
+        _call(name, "sync_add", show, path=_absolute(path), ignore=ignore)
 
 
 @sync.command()

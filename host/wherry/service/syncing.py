@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -98,9 +98,16 @@ def _hold(sessions: list[Session], emit: Callable[[dict[str, Any]], object]) -> 
     hold(sessions, fresh=True, wait=wait)
 
 
-def _add(roots: Roots, emit: Callable[[dict[str, Any]], object], path: str) -> dict[str, Any]:
+def _add(
+    roots: Roots,
+    emit: Callable[[dict[str, Any]], object],
+    path: str,
+    ignore: Sequence[str] = (),
+) -> dict[str, Any]:
     if not Path(path).exists():
         raise UsageError(f"{path} does not exist")
+    if ignore:
+        roots.ignore(path, ignore)
     session = roots.require(path)
     roots.keep(str(session.root.path))
     _hold([session], emit)

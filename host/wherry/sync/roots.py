@@ -10,7 +10,7 @@ import json
 import logging
 import posixpath
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing
 from pathlib import Path
 
@@ -24,13 +24,15 @@ from wherry.sync.model import Paths, Root
 from wherry.sync.remote import Place
 from wherry.sync.session import Connect, Session, has_conflicts
 from wherry_sync import handles
+from wherry_sync.ignore import NOTHING, Ignore
 
 log = logging.getLogger(__name__)
 
 _LAST_BARRIER_S = 20.0
 _UNUSED_S = 60.0
 _FILE = "roots.json"
-"""The number of each root there ever was, as the database knows it by that."""
+"""The number of each root there ever was, as the database knows it by that, and what the user
+said of some of them."""
 
 
 class Roots:
@@ -61,7 +63,7 @@ class Roots:
         self._closed = False
         self._sessions: dict[str, Session] = {}
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        self._numbers, self._kept = self._read()
+        self._numbers, self._kept, self._ignored = self._read()
 
     def require(self, path: str, *, read_only: bool = False) -> Session:
         """Return the session that keeps a path, which exists, equal; begin one if there is none.
@@ -91,6 +93,25 @@ class Roots:
             if not read_only:
                 session.allow_writes()
             return session
+
+    def ignore(self, path: str, lines: Sequence[str]) -> None:
+        """Have a root leave out what lines of gitignore's syntax say, from :meth:`require` on.
+
+        They come after those of its ``.wherryignore``, and are forgotten by :meth:`remove`.
+
+        :raises WherryError: a line is not of that syntax, or the path lies in another root,
+            whose rules hold for it.
+        """
+        rules.parse((), lines)
+        with self._lock:
+            session = self._holding(path)
+            if session is not None and session.root.place.path != path:
+                raise WherryError(
+                    f"{path} is synchronised as a part of {session.root.path}",
+                    hint=f"wherry sync add {session.root.path} --ignore …",
+                )
+            self._ignored[path] = list(lines)
+            self._write()
 
     def keep(self, path: str) -> None:
         """Go on with a root at every start, whether a container mounts it or not."""
@@ -160,6 +181,7 @@ class Roots:
             if path not in self._sessions:
                 raise WherryError(f"{path} is not synchronised", hint="see: wherry sync list")
             self._kept.discard(path)
+            self._ignored.pop(path, None)
             self._write()
             self._end(path)
 
@@ -199,14 +221,17 @@ class Roots:
         return session
 
     def _other_rules(self, root: Root) -> bool:
-        """Whether ``.wherryignore`` was changed since the root began.
+        """Whether what it leaves out was changed since the root began.
 
-        :raises WherryError: it cannot be read, or understood.
+        :raises WherryError: ``.wherryignore`` cannot be read, or understood.
         """
         if root.place.single or not root.path.is_dir():
             return False
-        now = rules.parse(_lines(root.path / rules.FILE_NAME))
-        return now.rules != root.place.ignore.rules
+        return self._rules(root.place.path).rules != root.place.ignore.rules
+
+    def _rules(self, path: str) -> Ignore:
+        file = _lines(self._host_path(path) / rules.FILE_NAME)
+        return rules.parse(file, self._ignored.get(path, ()))
 
     def _begin(self, path: str, single: bool) -> Session:
         number = self._numbers.get(path)
@@ -215,7 +240,7 @@ class Roots:
             self._numbers[path] = number
             self._write()
         here = self._host_path(path)
-        ignore = rules.parse(() if single else _lines(here / rules.FILE_NAME))
+        ignore = NOTHING if single else self._rules(path)
         root = Root(number, here, Place(f"r{number}", path, single, ignore))
         log.info("synchronising %s", path)
         session = Session(
@@ -238,19 +263,23 @@ class Roots:
         session.close()
         return session
 
-    def _read(self) -> tuple[dict[str, int], set[str]]:
+    def _read(self) -> tuple[dict[str, int], set[str], dict[str, list[str]]]:
         path = self._directory / _FILE
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
             numbers = {str(root): int(number) for root, number in found["numbers"].items()}
-            return numbers, {str(root) for root in found["kept"]}
+            ignored = {
+                str(root): [str(line) for line in lines]
+                for root, lines in found.get("ignored", {}).items()
+            }
+            return numbers, {str(root) for root in found["kept"]}, ignored
         except FileNotFoundError:
-            return {}, set()
+            return {}, set(), {}
         except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
             raise WherryError(f"{path} cannot be read: {error}") from error
 
     def _write(self) -> None:
-        found = {"numbers": self._numbers, "kept": sorted(self._kept)}
+        found = {"numbers": self._numbers, "kept": sorted(self._kept), "ignored": self._ignored}
         write_atomic(self._directory / _FILE, json.dumps(found).encode())
 
 
