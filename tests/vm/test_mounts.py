@@ -493,11 +493,13 @@ def test_the_command_line(machine: Sandbox, source: Path) -> None:
         return {each["path"]: each["state"] for each in found}
 
     (source / "f").write_text("f")
-    machine.wherry("sync", "add", str(source))
+    machine.wherry("sync", "add", str(source), "--ignore", "*.log", "--ignore", "/tmp")
     assert roots()[str(source)] == "watching"
     (source / "f").write_text("again")
+    (source / "a.log").write_text("here alone")
     machine.wherry("sync", "flush", str(source))
     assert said(machine.wherry("shell", "--", "cat", f"{source}/f")) == "again"
+    assert said(machine.wherry("shell", "--", "ls", str(source))) == "f\n"
     assert str(source) in said(machine.wherry("sync", "status"))
     machine.wherry("sync", "remove", str(source))
     assert str(source) not in roots()
