@@ -280,6 +280,7 @@ class _Root:
         snapshot = self._end.scan(
             None if full else changes.directories,
             changes.files | self._unsettled,
+            changes.arrived,
             lost=changes.lost,
         )
         self._scanned = True

@@ -69,9 +69,7 @@ class Watcher:
             if seen is None:
                 self._seen[tree] = changes
             else:
-                seen.directories |= changes.directories
-                seen.files |= changes.files
-                seen.lost = seen.lost or changes.lost
+                seen.add(changes)
             if (changes.foreign or changes.lost) and tree in self._ids and tree not in self._told:
                 self._told.add(tree)
                 news.append(self._ids[tree])

@@ -21,8 +21,14 @@ process did to a tree is in that drain's result or an earlier one's:
 * An event that equals one in the queue is merged with it and so comes earlier, at most; never
   one that was read already.
 * An event is placed by asking where the directory of that handle is *now*, after all events of
-  the drain were read. If it is renamed after that, the rename's event is in the next drain, and
-  a scan lists a directory that it has not known at that path before with all that is in it.
+  the drain were read. If it, or one above it, is renamed after that, the rename's event is in
+  this drain or a later one. The last such rename is placed where its directory stays until the
+  scan, in :attr:`Changes.arrived`: nothing that was known at that path holds, nor below it.
+  That the inode's number is another one would not do: a filesystem gives a number that has
+  become free to the next directory that is made (ext4, the very next), and a directory may be
+  renamed, changed, and named as it was.
+* A directory that is made where one was removed may have its number, too, so it is listed though
+  nothing happened in it yet. What is made in it is told in the same way.
 * What was found to lie in no tree is remembered, and forgotten as soon as a directory is moved
   anywhere. That needs the move's event, which is read in the same drain as any event that came
   after it, if the drain saw the queue empty; if not, nothing remembered is used.
@@ -51,7 +57,7 @@ from wherry_sync.entry import TEMPORARY_PREFIX, join
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator
 
 # include/uapi/linux/fanotify.h
 _CLOEXEC, _NONBLOCK, _UNLIMITED_QUEUE = 0x1, 0x2, 0x10
@@ -100,6 +106,8 @@ def _path_of(fd: int) -> str:
 class Changes:
     """What may have changed in one tree; all paths are from its root, whose own is empty.
 
+    :ivar arrived: directories that were renamed to this, from wherever. What is in them may
+        have been told of by their earlier paths alone.
     :ivar directories: their own entries may have changed.
     :ivar files: were written to by another process. Their contents are to be read again
         whatever their records say; they need not exist any more.
@@ -107,13 +115,22 @@ class Changes:
     :ivar foreign: another process than this one has changed something.
     """
 
-    __slots__ = ("directories", "files", "foreign", "lost")
+    __slots__ = ("arrived", "directories", "files", "foreign", "lost")
 
     def __init__(self) -> None:
+        self.arrived: set[str] = set()
         self.directories: set[str] = set()
         self.files: set[str] = set()
         self.lost = False
         self.foreign = False
+
+    def add(self, later: Changes) -> None:
+        """Take what a later drain tells of the same tree."""
+        self.arrived |= later.arrived
+        self.directories |= later.directories
+        self.files |= later.files
+        self.lost |= later.lost
+        self.foreign |= later.foreign
 
     def __repr__(self) -> str:
         said = ", ".join(f"{name}={getattr(self, name)!r}" for name in self.__slots__)
@@ -123,14 +140,18 @@ class Changes:
 class _Seen:
     """The events of one directory in a drain.
 
+    :ivar arrived: names that directories were renamed to.
+    :ivar made: names of directories that were made.
     :ivar written: names of files written to by other processes.
     :ivar names: all events by name, for a directory that a tree's root is in; else None.
     """
 
-    __slots__ = ("foreign", "names", "written")
+    __slots__ = ("arrived", "foreign", "made", "names", "written")
 
     def __init__(self, named: bool) -> None:
+        self.arrived: set[bytes] = set()
         self.foreign = False
+        self.made: set[bytes] = set()
         self.written: set[bytes] = set()
         self.names: dict[bytes, int] | None = {} if named else None
 
@@ -312,6 +333,11 @@ class Watch:
                 entry = get(handle)
                 if entry is None:
                     entry = seen[handle] = _Seen(handle in parents)
+                if mask & _ON_DIRECTORY:
+                    if mask & _MOVED_TO:
+                        entry.arrived.add(name)
+                    if mask & _CREATE:
+                        entry.made.add(name)
                 if pid != own:
                     entry.foreign = True
                     if mask & _WRITTEN:
@@ -373,12 +399,9 @@ class Watch:
                 told.foreign |= entry.foreign
                 told.lost |= not exact
                 told.directories.add(relative)
-                for name in entry.written:
-                    try:
-                        told.files.add(join(relative, name.decode()))
-                    except UnicodeDecodeError:
-                        # The scan has a problem there, and no record.
-                        pass
+                told.directories.update(_paths(relative, entry.made))
+                told.arrived.update(_paths(relative, entry.arrived))
+                told.files.update(_paths(relative, entry.written))
             if not found:
                 if len(self._elsewhere) >= _KEPT_HANDLES:
                     self._elsewhere.clear()
@@ -480,6 +503,15 @@ def _lose(changes: dict[str, Changes], paths: Iterable[str]) -> None:
     for path in paths:
         found = changes.setdefault(path, Changes())
         found.lost = found.foreign = True
+
+
+def _paths(directory: str, names: Iterable[bytes]) -> Iterator[str]:
+    for name in names:
+        try:
+            yield join(directory, name.decode())
+        except UnicodeDecodeError:
+            # The scan has a problem there, and knows nothing.
+            pass
 
 
 def _below(path: str | None, where: str) -> str | None:

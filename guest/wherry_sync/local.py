@@ -111,6 +111,7 @@ class LocalEndpoint:
         self,
         dirty: Collection[str] | None = None,
         rewritten: Collection[str] = (),
+        arrived: Collection[str] = (),
         *,
         lost: bool = False,
     ) -> Snapshot:
@@ -118,6 +119,7 @@ class LocalEndpoint:
 
         :param rewritten: files whose contents are to be read whatever their records say; the
             root's own path is empty.
+        :param arrived: see :meth:`~wherry_sync.scan.Scanner.scan`.
         :param lost: whether there may be files that others wrote to and that are not in it.
         """
         if lost:
@@ -130,7 +132,7 @@ class LocalEndpoint:
                     return self._scanner.scan_file(fd, name, rewritten=bool(rewritten))
                 if dirty is not None:
                     dirty = self._touched.union(dirty)
-                found = self._scanner.scan(fd, dirty, rewritten)
+                found = self._scanner.scan(fd, dirty, rewritten, arrived)
                 self._touched.clear()
                 return found
         except FileNotFoundError:

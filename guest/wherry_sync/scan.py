@@ -121,6 +121,7 @@ class Scanner:
         self._granularity_ns = granularity_ns
         self._now_ns = now_ns
         self._root = Node(EMPTY, {}, {})
+        self._identity = (0, 0)
         self._file: tuple[bytes, Leaf] = (_NEVER, problem(""))
         self._notes: dict[str, tuple[bytes, Leaf]] = {}
         self._trust_ignored = True
@@ -137,21 +138,32 @@ class Scanner:
         self._trust_ignored = False
 
     def scan(
-        self, fd: int, dirty: Collection[str] | None = None, rewritten: Collection[str] = ()
+        self,
+        fd: int,
+        dirty: Collection[str] | None = None,
+        rewritten: Collection[str] = (),
+        arrived: Collection[str] = (),
     ) -> Snapshot:
         """Return the tree below a directory.
 
         :param dirty: the directories whose own entries may have changed; None for all.
-            Directories that are new, or not the same inode as before, are always scanned.
+            Directories that are new, or not the same inode as before, are always scanned. That
+            one is the same inode says little: its number may have been free for a moment.
         :param rewritten: files that are to be read though their records may say that nothing
             has changed. The directories that they are in count as dirty.
+        :param arrived: directories of which nothing is to be known any more. Those that they are
+            in count as dirty.
         :raises OSError: the root itself cannot be read.
         """
         self._found = found = Snapshot()
-        found.device = os.fstat(fd).st_dev
+        status = os.fstat(fd)
+        found.device = status.st_dev
+        # What may have changed in one tree says nothing of another that is in its place.
+        before, self._identity = self._identity, (status.st_dev, status.st_ino)
         wanted: dict[str, bool] | None = None
-        parents = [self._distrust(path) for path in rewritten]
-        if dirty is not None and self._trust_ignored:
+        parents = [self._forget(path) for path in arrived]
+        parents += [self._distrust(path) for path in rewritten]
+        if dirty is not None and self._trust_ignored and self._identity == before:
             wanted = _wanted([*dirty, *parents])
         else:
             self.with_links.clear()
@@ -233,6 +245,14 @@ class Scanner:
         for name in path.split("/") if path else ():
             node = node.nodes.get(name) if node is not None else None
         return node
+
+    def _forget(self, path: str) -> str:
+        """Forget a directory with all that is in it; return the one that it is in."""
+        parent, name = split(path)
+        node = self._node(parent)
+        if node is not None and node.nodes.pop(name, None) is not None:
+            node.records.pop(name, None)
+        return parent
 
     def _distrust(self, path: str) -> str:
         """Forget a file's record; return the directory that it is in."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -180,6 +181,19 @@ def test_25_a_write_by_a_name_outside_of_the_root(pair: Pair) -> None:
     outside.write_text("four")
     pair.barrier(fresh=True)
     assert read(pair.there) == {"g": "four"}
+
+
+def test_a_directory_that_is_made_where_one_was_removed(pair: Pair) -> None:
+    """It may have that one's inode, and so look like the known one with all that was in it."""
+    for mine, other in ((pair.there, pair.host), (pair.host, pair.there)) * 2:
+        (mine / "d" / "e").mkdir(parents=True)
+        (mine / "d" / "e" / "f").write_text("1")
+        pair.barrier(fresh=True)
+        assert read(other) == {"d": {"e": {"f": "1"}}}
+        shutil.rmtree(mine / "d")
+        (mine / "d").mkdir()
+        pair.barrier(fresh=True)
+        assert read(other) == {"d": {}}
 
 
 @pytest.mark.parametrize("how", ["parent", "link"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
+import random
 import shutil
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from sync_trees import tree, write
+from sync_trees import change_at_random, tree, write
 
 from wherry_sync.entry import TEMPORARY_PREFIX
 from wherry_sync.fanotify import Changes, Watch
@@ -119,6 +120,8 @@ def test_each_change_names_its_directory(place: Place) -> None:
     assert (found.directories, found.files) == ({"d"}, {"d/f"})
     found = place.run("mv", "d/f", "g")
     assert (found.directories, found.files) == ({"", "d"}, set())
+    found = place.run("sh", "-c", "mkdir e; mv e d/m; rmdir d/m")
+    assert (found.directories, found.arrived) == ({"", "d", "e"}, {"d/m"})
     assert place.run("chmod", "+x", "g").directories == {""}
     assert place.run("ln", "-s", "nowhere", "d/l").directories == {"d"}
     assert place.run("ln", "g", "d/h").directories == {"d"}
@@ -160,12 +163,97 @@ def test_a_scan_of_what_is_told_finds_all(place: Place) -> None:
         ):
             found = place.run("sh", "-ec", command)
             assert not found.lost
-            scanned = scanner.scan(fd, found.directories, found.files)
+            scanned = scanner.scan(fd, found.directories, found.files, found.arrived)
             fresh = Scanner(granularity_ns=0).scan(fd).root
             assert scanned.root == fresh, command
             for name, value in wanted.items():
                 assert fresh.children[name] == tree(value)  # type: ignore[union-attr]
         assert fresh == tree({"a": {"y": {"f": "6\n"}}, "o": {"f": "7\n"}, "z": "0"})
+    finally:
+        os.close(fd)
+
+
+@pytest.mark.parametrize(
+    "commands",
+    [
+        # Which number a directory gets is up to the filesystem; ext4 gives the one that is free.
+        ["rm -r d; mkdir d"],
+        ["rm -r d", "mkdir d"],
+        ["rm -r d; mkdir d d/e"],
+        ["rm -r d; mkdir t; echo 2 > t/f", "mv t d"],
+        ["rm -r d; mkdir -p t/e; echo 2 > t/e/f", "mv t d"],
+        # Here it is the same one in any case.
+        ["mv d t; echo 2 > t/f; mkdir t/n", "mv t d"],
+        ["mv d t; echo 2 > t/e/f", "rm t/e/g", "mv t u; mv u d"],
+        ["mv d ../t; echo 2 > ../t/f; rm ../t/e/g", "mv ../t d"],
+        ["mv d/e t; echo 2 > t/f", "mv t d/e"],
+        ["mv d p/d; echo 2 > p/d/e/f", "mv p q; mv q/d d"],
+    ],
+)
+def test_a_directory_in_anothers_place_with_its_inode(place: Place, commands: list[str]) -> None:
+    """The watch is drained after each command, and there is no scan before the last one."""
+    scanner = Scanner(granularity_ns=0)
+    write(place.root, {"d": {"f": "1", "e": {"f": "1", "g": "1"}}, "p": {}})
+    fd = os.open(place.root, os.O_RDONLY)
+    try:
+        place.drain()
+        scanner.scan(fd)
+        found = Changes()
+        for command in commands:
+            found.add(place.run("sh", "-ec", command))
+        assert not found.lost
+        scanned = scanner.scan(fd, found.directories, found.files, found.arrived)
+        assert scanned.root == Scanner(granularity_ns=0).scan(fd).root
+    finally:
+        os.close(fd)
+
+
+def test_63_scans_of_what_is_told_find_all_that_is_done(place: Place) -> None:
+    """Random steps; the watch is drained more often than there are scans, as the agent does."""
+    seed = random.randrange(1 << 32)
+    draw = random.Random(seed)
+    scanner = Scanner(granularity_ns=0)
+    seen = Changes()
+    fd = os.open(place.root, os.O_RDONLY)
+    try:
+        scanner.scan(fd)
+        for _ in range(1500):
+            change_at_random(draw, place.root)
+            if draw.random() < 0.5:
+                seen.add(place.drain())
+            if draw.random() < 0.2:
+                seen.add(place.drain())
+                assert not seen.lost, seed
+                found = scanner.scan(fd, seen.directories, seen.files, seen.arrived).root
+                seen = Changes()
+                assert found == Scanner(granularity_ns=0).scan(fd).root, seed
+    finally:
+        os.close(fd)
+
+
+def test_a_file_written_through_a_mapping_in_a_directory_that_moved_there_and_back(
+    place: Place,
+) -> None:
+    """The page is dirty at the scan, and the file told of at a path that it has no more."""
+    write(place.root, {"d": {"f": "....rest"}})
+    scanner = Scanner(granularity_ns=0)
+    fd = os.open(place.root, os.O_RDONLY)
+    try:
+        with (
+            (place.root / "d" / "f").open("r+b") as file,
+            mmap.mmap(file.fileno(), 0) as mapped,
+        ):
+            mapped[:4] = b"old."
+            place.drain()
+            assert scanner.scan(fd).root == tree({"d": {"f": "old.rest"}})
+            (place.root / "d").rename(place.root / "t")
+            mapped[:4] = b"new."
+        found = place.drain()
+        assert found.directories == {"", "t"}
+        (place.root / "t").rename(place.root / "d")
+        found.add(place.drain())
+        scanned = scanner.scan(fd, found.directories, found.files, found.arrived)
+        assert scanned.root == tree({"d": {"f": "new.rest"}})
     finally:
         os.close(fd)
 

@@ -99,7 +99,9 @@ def scribble(choose: random.Random, root: Path, tag: str) -> None:
         files = [path for path in paths if path.is_file()]
         places = [root, *(path for path in paths if path.is_dir())]
         new = choose.choice(places) / f"{tag}{choose.randint(0, 30)}"
-        action = choose.choice(["new", "new", "rewrite", "remove", "move", "mkdir", "chmod"])
+        action = choose.choice(
+            ["new", "new", "rewrite", "remove", "move", "mkdir", "chmod", "replace"]
+        )
         try:
             if action == "mkdir":
                 new.mkdir()
@@ -112,6 +114,15 @@ def scribble(choose: random.Random, root: Path, tag: str) -> None:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
             elif action == "move":
                 choose.choice(paths).rename(new)
+            elif action == "replace":
+                # As a build does: the new directory may get the old one's inode.
+                path = choose.choice(places[1:] or [new])
+                new = path.with_name(f"{tag}new")
+                shutil.rmtree(path, ignore_errors=True)
+                new.mkdir(exist_ok=True)
+                if choose.random() < 0.5:
+                    (new / "built").write_text(f"{tag}{choose.random()}")
+                new.rename(path)
             else:
                 choose.choice(files).chmod(choose.choice([0o755, 0o644]))
         except OSError:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import random
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -48,6 +51,45 @@ def write(directory: Path, value: Mapping[str, object]) -> None:
             path.chmod(0o755 if child.endswith("*") else 0o644)
         elif child == FIFO:
             os.mkfifo(path)
+
+
+def exchange(one: Path, other: Path) -> None:
+    """Have two paths take each other's place at once (renameat2(2), ``RENAME_EXCHANGE``)."""
+    library = ctypes.CDLL(None, use_errno=True)
+    if library.renameat2(-100, os.fsencode(one), -100, os.fsencode(other), 2):
+        raise OSError(ctypes.get_errno(), "they cannot be exchanged", str(one))
+
+
+def change_at_random(draw: random.Random, root: Path) -> None:
+    """Do one thing to a tree of few names, so that they meet; it may come to nothing."""
+
+    def some(depth: int) -> Path:
+        return root.joinpath(*[draw.choice("abc") for _ in range(draw.randint(1, depth))])
+
+    path = some(4)
+    try:
+        match draw.randrange(7):
+            case 0:
+                path.mkdir(parents=True, exist_ok=True)
+            case 1:
+                path.write_text(str(draw.random()))
+            case 2:
+                path.rename(some(2))
+            case 3:
+                shutil.rmtree(path)
+            case 4:
+                path.unlink()
+            case 5:
+                exchange(path, some(4))
+            case 6:
+                # As a build does that puts its results in the place of the last ones.
+                shutil.rmtree(path)
+                new = some(2)
+                new.mkdir()
+                (new / draw.choice("abc")).write_text(str(draw.random()))
+                new.rename(path)
+    except OSError:
+        pass
 
 
 def read(directory: Path) -> dict[str, object]:

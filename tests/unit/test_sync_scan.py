@@ -51,10 +51,15 @@ class Tree:
         path.mkdir()
         self.scanner = Scanner(ignore or Ignore(), granularity_ns=0)
 
-    def scan(self, dirty: list[str] | None = None, rewritten: tuple[str, ...] = ()) -> Snapshot:
+    def scan(
+        self,
+        dirty: list[str] | None = None,
+        rewritten: tuple[str, ...] = (),
+        arrived: tuple[str, ...] = (),
+    ) -> Snapshot:
         fd = os.open(self.path, os.O_RDONLY)
         try:
-            return self.scanner.scan(fd, dirty, rewritten)
+            return self.scanner.scan(fd, dirty, rewritten, arrived)
         finally:
             os.close(fd)
 
@@ -79,6 +84,32 @@ def test_nothing_new_is_the_same_object_and_reads_nothing(place: Tree) -> None:
     second = place.scan()
     assert second.root is first.root
     assert second.files_read == 0
+
+
+def test_another_root_in_the_place_of_the_known_one_is_scanned_in_full(place: Tree) -> None:
+    """Also if it was there for one scan only, between two looks at which root it is."""
+    write(place.path, {"a": {}, "b": {"f": "1"}})
+    known = place.scan().root
+    aside, other = place.path.with_name("aside"), place.path.with_name("other")
+    write(other, {"a": {}, "b": {"f": "2"}})
+    place.path.rename(aside)
+    other.rename(place.path)
+    assert place.scan(["a"]).root == tree({"a": {}, "b": {"f": "2"}})
+    place.path.rename(other)
+    aside.rename(place.path)
+    assert place.scan(["a"]).root == known
+
+
+def test_of_a_directory_that_has_arrived_nothing_is_known(place: Tree) -> None:
+    write(place.path, {"d": {"e": {"f": "1"}, "g": "2"}, "h": {}})
+    first = place.scan().root
+    (place.path / "d" / "e" / "f").write_text("3")
+    assert place.scan(["h"]).root is first
+    found = place.scan(["h"], arrived=("d", "d/e", "h/gone", "gone/x"))
+    assert found.root == tree({"d": {"e": {"f": "3"}, "g": "2"}, "h": {}})
+    assert found.files_read == 2
+    assert lookup(found.root, "h") is lookup(first, "h")
+    assert place.scan([]).root is found.root
 
 
 def test_a_change_leaves_the_rest_the_same_objects(place: Tree) -> None:
