@@ -183,6 +183,25 @@ def test_25_a_write_by_a_name_outside_of_the_root(pair: Pair) -> None:
     assert read(pair.there) == {"g": "four"}
 
 
+def test_25_a_write_in_the_guest_by_a_name_outside_of_the_copy(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No watch of the copy hears of it, so the guest, too, looks at everything now and then."""
+    outside = pair.guest.directory / "store"
+    (pair.host / "d").mkdir()
+    pair.barrier(fresh=True)
+    outside.write_text("one")
+    os.link(outside, pair.there / "d" / "f")
+    pair.barrier(fresh=False)
+    monkeypatch.setattr(session, "_FLUSH_S", 0.1)
+    monkeypatch.setattr(session, "_CHECK_S", 0.1)
+    outside.write_text("two")
+    deadline = time.monotonic() + 15
+    while (pair.host / "d" / "f").read_text() != "two":
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
 def test_a_directory_that_is_made_where_one_was_removed(pair: Pair) -> None:
     """It may have that one's inode, and so look like the known one with all that was in it."""
     for mine, other in ((pair.there, pair.host), (pair.host, pair.there)) * 2:

@@ -115,7 +115,7 @@ class Session:
         self._unflushed_since = 0.0
         self._missed = False
         self._unsettled = False
-        self._full_at = 0.0
+        self._checked_at = 0.0
         self._failures = 0
         self._mounted = False
         self._writes = False
@@ -409,7 +409,7 @@ class Session:
             return _POLL_S
         if self._unsettled:
             return _UNSETTLED_S
-        return max(0.0, self._full_at + _CHECK_S - time.monotonic())
+        return max(0.0, self._checked_at + _CHECK_S - time.monotonic())
 
     def _work(self, cycle: Cycle, host: LocalEndpoint, conflicts: Keep) -> None:
         """Do what is due: rounds, or the flush after them."""
@@ -428,13 +428,17 @@ class Session:
         self._rewatch()
         exact = self._watch is not None and self._watch.exact
         fresh = any(ticket.fresh for ticket in tickets)
-        full = first or (fresh and not exact)
         # However much happens all the time.
-        full = full or time.monotonic() >= self._full_at + _CHECK_S
+        check = first or time.monotonic() >= self._checked_at + _CHECK_S
         begun = time.monotonic()
         try:
             try:
-                outcome = self._rounds(cycle, full, host.with_links if fresh else ())
+                outcome = self._rounds(
+                    cycle,
+                    full=check or (fresh and not exact),
+                    full_guest=check,
+                    also=host.with_links if fresh else (),
+                )
             finally:
                 if conflicts.last != self._conflict_count:
                     self._look_at(conflicts)
@@ -456,8 +460,8 @@ class Session:
         if not tickets and took_s > _SHORT_S:
             self._rested_at = time.monotonic() + min(took_s, _LONGEST_REST_S)
         self._unsettled = bool(outcome.failed or outcome.requeue)
-        if full:
-            self._full_at = time.monotonic()
+        if check:
+            self._checked_at = time.monotonic()
         self._report(outcome)
         for ticket in tickets:
             if outcome.halt is not None:
@@ -468,7 +472,9 @@ class Session:
             # It never becomes calm.
             self._flush(cycle, host)
 
-    def _rounds(self, cycle: Cycle, full: bool, also: Collection[str] = ()) -> Outcome:
+    def _rounds(
+        self, cycle: Cycle, *, full: bool, full_guest: bool = False, also: Collection[str] = ()
+    ) -> Outcome:
         assert self._remote is not None
         assert self._watch is not None
         first = self._status.rounds == 0
@@ -485,7 +491,7 @@ class Session:
             # What was taken from the watch is lost if the round fails before the scan.
             self._missed = True
             cycle.one_way = not self._writes
-            outcome = cycle.run(dirty=(dirty, None if first else ()))
+            outcome = cycle.run(dirty=(dirty, None if full_guest and not requeued else ()))
             self._missed = False
             self._status.rounds += 1
             if outcome.changed and not self._unflushed_since:
