@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 from sync_guest import Guest, Stream
-from sync_trees import read
+from sync_trees import read, write
 
 from wherry.core.errors import WherryError
 from wherry.platform import current
@@ -215,33 +215,33 @@ def test_a_directory_that_is_made_where_one_was_removed(pair: Pair) -> None:
         assert read(other) == {"d": {}}
 
 
-@pytest.mark.parametrize("how", ["parent", "link"])
+@pytest.mark.parametrize("how", ["parent", "link", "root"])
 def test_a_root_that_is_another_directory_now(tmp_path: Path, how: str) -> None:
     """A directory above it was renamed, or a link to it leads elsewhere: it has no event."""
     for name in ("one", "two"):
-        (tmp_path / name / "host").mkdir(parents=True)
-        (tmp_path / name / "host" / "f").write_text(name)
-        (tmp_path / name / "host" / f"only-{name}").write_text("")
-    if how == "link":
-        (tmp_path / "now").symlink_to("one")
+        write(tmp_path / name, {"host": {"d": {"f": name}, f"only-{name}": ""}})
+    now = tmp_path / "now"
+    end = "host" if how == "root" else ""
+    if how == "parent":
+        (tmp_path / "one").rename(now)
     else:
-        (tmp_path / "one").rename(tmp_path / "now")
-    pair = Pair(tmp_path, host=tmp_path / "now" / "host")
+        now.symlink_to(tmp_path / "one" / end)
+    pair = Pair(tmp_path, host=now if end else now / "host")
     try:
         pair.barrier(fresh=True)
-        assert read(pair.there) == {"f": "one", "only-one": ""}
-        if how == "link":
-            (tmp_path / "new").symlink_to("two")
-            (tmp_path / "new").rename(tmp_path / "now")
+        assert read(pair.there) == {"d": {"f": "one"}, "only-one": ""}
+        if how == "parent":
+            now.rename(tmp_path / "old")
+            (tmp_path / "two").rename(now)
         else:
-            (tmp_path / "now").rename(tmp_path / "old")
-            (tmp_path / "two").rename(tmp_path / "now")
+            (tmp_path / "new").symlink_to(tmp_path / "two" / end)
+            (tmp_path / "new").rename(now)
         pair.barrier(fresh=True)
-        assert read(pair.there) == {"f": "two", "only-two": ""}
+        assert read(pair.there) == {"d": {"f": "two"}, "only-two": ""}
         # And from here on it is this one that is watched.
-        (pair.host / "f").write_text("edited")
+        (pair.host / "d" / "f").write_text("edited")
         pair.barrier(fresh=True)
-        assert (pair.there / "f").read_text() == "edited"
+        assert (pair.there / "d" / "f").read_text() == "edited"
         (pair.there / "g").write_text("g")
         pair.barrier(fresh=False)
         assert (pair.host / "g").read_text() == "g"

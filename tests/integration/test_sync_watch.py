@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from sync_trees import write
+from sync_trees import change_at_random, exchange, write
 
 from wherry.sync.core.rules import parse
 from wherry.sync.watch import HostWatch
@@ -120,6 +120,20 @@ def test_directories_that_move_are_watched_where_they_are(place: Place, tmp_path
     assert place.take() == {"c/y/b"}
 
 
+def test_two_that_are_exchanged_are_watched_both(place: Place) -> None:
+    root = place.root
+    exchange(root / "a", root / "c")
+    assert place.take() >= {"", "a", "c", "c/b"}
+    for path in ("a/f", "c/f", "c/b/f"):
+        (root / path).write_text("2")
+        assert place.take() == {path.rpartition("/")[0]}
+    exchange(root / "a", root / "c" / "b")
+    place.take()
+    for path in ("a/f", "c/f", "c/b/f"):
+        (root / path).write_text("3")
+        assert place.take() == {path.rpartition("/")[0]}
+
+
 def test_63_scans_of_what_is_told_find_all_that_is_done(tmp_path: Path) -> None:
     """A thousand random steps, with another thread's at the same time."""
     root = tmp_path / "root"
@@ -130,28 +144,10 @@ def test_63_scans_of_what_is_told_find_all_that_is_done(tmp_path: Path) -> None:
     seed = random.randrange(1 << 32)
     stop = threading.Event()
 
-    def step(draw: random.Random) -> None:
-        names = [draw.choice("abc") for _ in range(draw.randint(1, 4))]
-        path = root.joinpath(*names)
-        try:
-            match draw.randrange(5):
-                case 0:
-                    path.mkdir(parents=True, exist_ok=True)
-                case 1:
-                    path.write_text(str(draw.random()))
-                case 2:
-                    path.rename(root.joinpath(*[draw.choice("abc") for _ in range(2)]))
-                case 3:
-                    shutil.rmtree(path)
-                case 4:
-                    path.unlink()
-        except OSError:
-            pass
-
     def others() -> None:
         draw = random.Random(seed + 1)
         while not stop.is_set():
-            step(draw)
+            change_at_random(draw, root)
             time.sleep(0.0005)
 
     try:
@@ -162,13 +158,13 @@ def test_63_scans_of_what_is_told_find_all_that_is_done(tmp_path: Path) -> None:
             thread.start()
             try:
                 for _ in range(200):
-                    step(draw)
+                    change_at_random(draw, root)
                     scanner.scan(fd, place.watch.take())
             finally:
                 stop.set()
                 thread.join(30)
             for _ in range(100):
-                step(draw)
+                change_at_random(draw, root)
                 found = scanner.scan(fd, place.watch.take()).root
                 assert found == Scanner(granularity_ns=0).scan(fd).root, seed
         assert place.watch.problem is None
@@ -301,6 +297,42 @@ def test_48_a_root_that_goes_ends_the_watch(tmp_path: Path) -> None:
     assert place.watch.take() is None
     assert place.watch.problem is not None
     place.watch.close()
+
+
+def test_a_root_that_appears_is_watched_with_all_that_is_in_it(tmp_path: Path) -> None:
+    root = tmp_path / "root"
+    place = Place(root)
+    try:
+        assert [place.watch.take(), place.watch.take()] == [None, set()]
+        write(root, {"a": {"f": "1"}})
+        assert place.called.wait(5)
+        assert [place.watch.take(), place.watch.take()] == [None, set()]
+        (root / "a" / "f").write_text("2")
+        assert place.take() == {"a"}
+    finally:
+        place.watch.close()
+
+
+@pytest.mark.parametrize("single", [False, True])
+def test_a_root_that_is_a_link_which_leads_elsewhere(tmp_path: Path, single: bool) -> None:
+    link, below = tmp_path / "now", "" if single else "a/b"
+    for name in ("one", "two"):
+        write(tmp_path / name, {"a": {"b": {"f": name}}})
+    end = "a/b/f" if single else ""
+    link.symlink_to(tmp_path / "one" / end)
+    place = Place(link)
+    try:
+        assert place.watch.take() is None
+        for name in ("two", "one"):
+            assert place.take() == set()
+            (tmp_path / "new").symlink_to(tmp_path / name / end)
+            (tmp_path / "new").rename(link)
+            assert place.watch.take() is None
+            (tmp_path / name / "a" / "b" / "f").write_text("edited")
+            assert place.take() == {below}
+        assert place.watch.problem is None
+    finally:
+        place.watch.close()
 
 
 def test_ignored_directories_have_no_watch_and_ignored_files_tell_nothing(tmp_path: Path) -> None:

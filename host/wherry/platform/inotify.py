@@ -78,6 +78,15 @@ def _identity(path: str) -> tuple[int, int] | None:
     return status.st_dev, status.st_ino
 
 
+def _place(root: Path) -> tuple[str, str]:
+    """Return the directory to watch, links followed, and the only name in it that counts.
+
+    That is a single file's; it is empty for a directory, where everything counts.
+    """
+    path = os.path.realpath(root)
+    return (path, "") if root.is_dir() else os.path.split(path)
+
+
 class _Node:
     """A directory with a watch."""
 
@@ -111,10 +120,8 @@ class InotifyWatcher:
     def __init__(self, root: Path, sink: ChangeSink, skipped: Callable[[str, bool], bool]) -> None:
         self._sink = sink
         self._skipped = skipped
-        real = root.resolve()
-        # Of a single file, the directory is watched for that name.
-        self._only = "" if real.is_dir() else real.name
-        self._path = os.fspath(real.parent if self._only else real)
+        self._given = root
+        self._path = self._only = ""
         self._lock = threading.Lock()
         self._nodes: dict[int, _Node] = {}
         self._root: _Node | None = None
@@ -201,7 +208,7 @@ class InotifyWatcher:
         """Make all watches anew."""
         fd = _library.inotify_init1(os.O_NONBLOCK | os.O_CLOEXEC)
         if fd < 0:
-            raise _error(self._path)
+            raise _error(os.fspath(self._given))
         if self._fd >= 0:
             # The thread polls this number, and goes on doing so.
             os.dup2(fd, self._fd, inheritable=False)
@@ -210,6 +217,7 @@ class InotifyWatcher:
             self._fd = fd
         self._nodes.clear()
         self._root = None
+        self._path, self._only = _place(self._given)
         self._inode = _identity(self._path)
         self._add(None, "")
         if self._root is None:
@@ -296,6 +304,11 @@ class InotifyWatcher:
             self._fail(f"{self._path}: {_GONE}")
             return
         try:
+            if _place(self._given) != (self._path, self._only):
+                # A link leads elsewhere, or a directory is there now: of that no event tells.
+                self._sink.lost()
+                self._rebuild()
+                return
             number = bytearray(4)
             fcntl.ioctl(self._fd, termios.FIONREAD, number)
             # What comes meanwhile is welcome, but an endless stream of it must not keep us.
@@ -355,6 +368,8 @@ class InotifyWatcher:
                     gone = node.children.pop(name, None)
                     if gone is not None:
                         self._forget(gone)
+                    # When two were exchanged, one arrived here before this one left.
+                    self._add_below(node, name, below)
                 elif mask & _APPEARED or name not in node.children:
                     # A directory is not among the children if it could not be read, as yet.
                     self._add_below(node, name, below)
