@@ -21,6 +21,8 @@ from hypothesis import strategies as st
 from sync_pair import scratch
 from sync_trees import text
 
+from wherry.core.errors import WherryError
+from wherry.service import syncing
 from wherry.sync import connection
 from wherry.sync.core.cycle import Cycle
 from wherry.sync.core.keep import Keep
@@ -28,7 +30,7 @@ from wherry.sync.core.store import Store
 from wherry.sync.remote import Place, RemoteEndpoint
 from wherry_sync import wire
 from wherry_sync.apply import Policy
-from wherry_sync.entry import file, link
+from wherry_sync.entry import Leaf, file, link
 from wherry_sync.local import LocalEndpoint
 from wherry_sync.operation import Operation
 from wherry_sync.stage import Damaged, Gone
@@ -351,3 +353,84 @@ def test_the_round_with_a_tree_comes_to_its_end() -> None:
         places.round(b"".join(answers))
         places.check()
         assert (places.root / "new").read_text() == (places.root / "d" / "x").read_text() == "new"
+
+
+@pytest.mark.parametrize("path", ["/etc/passwd", "../outside", "d/../../outside", "a\0b", ""])
+def test_what_is_rescued_has_a_path_in_the_root(path: str) -> None:
+    leaf = text("x")
+    scanned = pack(
+        SyncScanned(present=False, device=1, files_read=0, bytes_read=0, changes=0, rescued=True),
+        0,
+    )
+    rows = b"".join(wire.rows([(b"rescued-1", path.encode(), leaf)]))
+    end = endpoint(scanned + rows + pack(Done(), 0))
+    end.scan()
+    if path:
+        with pytest.raises(OSError, match="broke the protocol"):
+            end.rescued()
+    else:
+        (found,) = end.rescued()
+        assert found.path == ""
+    end.close()
+
+
+class Resolved:
+    """A root with one file that a conflict left, for what the user wants of it."""
+
+    def __init__(self, base: Path, path: str, leaf: Leaf | None = None) -> None:
+        self.number = 1
+        self.path = base / "root"
+        self.path.mkdir()
+        self.root = self
+        self.keep = Keep(base / "conflicts")
+        self.keep.save(path, text("theirs") if leaf is None else leaf, [b"theirs"])
+
+    def all(self) -> list[Resolved]:
+        return [self]
+
+    def do(self, function: Callable[[Keep], str]) -> str:
+        return function(self.keep)
+
+    def resolve(self, action: str, target: str = "") -> str:
+        return syncing._resolve(self, "1.1", action, target)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("path", ["{outside}/f", "../outside/f", "door/f", "door/new/f"])
+def test_a_conflict_is_restored_in_the_root_alone(tmp_path: Path, path: str) -> None:
+    """Neither by its name, nor by a link that a container made, does it lead anywhere else."""
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    root = Resolved(tmp_path, path.format(outside=outside))
+    (root.path / "door").symlink_to(outside)
+    with pytest.raises(WherryError, match=r"is no path|cannot be written"):
+        root.resolve("restore")
+    assert os.listdir(outside) == []  # noqa: PTH208
+    # It is still there, for the user to put where he likes.
+    target = outside / "new" / "g"
+    assert root.resolve("save", str(target)) == str(target)
+    assert target.read_text() == "theirs"
+    assert list(root.keep) == []
+    root.keep.close()
+
+
+@pytest.mark.parametrize("kind", ["new", "there", "link", "link there"])
+def test_a_conflict_is_restored_where_it_was(tmp_path: Path, kind: str) -> None:
+    root = Resolved(tmp_path, "d/e/f", link(b"nowhere") if kind == "link" else None)
+    path = root.path / "d" / "e" / "f"
+    if kind in ("there", "link there"):
+        path.parent.mkdir(parents=True)
+    if kind == "there":
+        path.write_text("mine")
+        path.chmod(0o600)
+    elif kind == "link there":
+        path.symlink_to(tmp_path / "elsewhere")
+    assert root.resolve("restore") == str(path)
+    assert path.is_symlink() == (kind == "link")
+    if kind == "link":
+        assert path.readlink() == Path("nowhere")
+    else:
+        assert path.read_text() == "theirs"
+        assert stat.S_IMODE(path.stat().st_mode) == (0o600 if kind == "there" else 0o644)
+    assert not (tmp_path / "elsewhere").exists()
+    assert os.listdir(path.parent) == ["f"]  # noqa: PTH208
+    root.keep.close()

@@ -365,7 +365,7 @@ class RemoteEndpoint(Connection):
         self._call(SyncRescued(), Done, self._collect(rows, 3))
         try:
             return [
-                Rescued(name.decode("ascii"), path.decode(errors="replace"), wire.parse_leaf(leaf))
+                Rescued(name.decode("ascii"), wire.parse_path(path), wire.parse_leaf(leaf))
                 for name, path, leaf in rows
             ]
         except (WireError, UnicodeDecodeError) as error:
