@@ -18,6 +18,10 @@ from hashlib import blake2b
 
 from wherry_sync.entry import DIGEST_BYTES
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
 CHUNK_BYTES = 256 * 1024
 """Bytes of a block, and of a read."""
 
@@ -95,8 +99,13 @@ def read_digest(descriptor: int, size: int) -> tuple[bytes, int]:
     return root(sums), done
 
 
-def read_sums(descriptor: int, size: int) -> tuple[bytes, int]:
-    """Likewise of its blocks."""
+def read_sums(
+    descriptor: int, size: int, progress: Callable[[], object] = lambda: None
+) -> tuple[bytes, int]:
+    """Likewise of its blocks.
+
+    :param progress: called with each of them.
+    """
     if size <= CHUNK_BYTES:
         data = os.pread(descriptor, size, 0)
         if len(data) == size or not data:
@@ -109,4 +118,5 @@ def read_sums(descriptor: int, size: int) -> tuple[bytes, int]:
             break
         state.update(data)
         done += len(data)
+        progress()
     return state.sums(), done

@@ -43,7 +43,7 @@ class LocalEndpoint:
     :param single: whether the root is a file; None for what is there.
     :param cache: file with what an earlier endpoint knew of the tree; see :meth:`save_cache`.
     :param trust: the token that it must have been saved with; see :mod:`wherry_sync.cache`.
-    :param told: see :class:`~wherry_sync.scan.Scanner`.
+    :param told: see :class:`~wherry_sync.scan.Scanner`, and so for ``progress``.
     :raises OSError: the stage cannot be made, or is on another filesystem.
     """
 
@@ -61,6 +61,7 @@ class LocalEndpoint:
         cache: str | None = None,
         trust: str = "",
         told: bool = False,
+        progress: Callable[[], object] = lambda: None,
     ) -> None:
         self.boot = boot
         self._cache = cache
@@ -71,12 +72,15 @@ class LocalEndpoint:
         # yet; a scan that did not look there would take our own work for somebody's undoing it.
         self._touched: set[str] = set()
         self._checkpoint = checkpoint
+        self._progress = progress
         self._stage = Stage(stage, durable)
         try:
             self._granularity_ns = granularity_ns = records.granularity_ns(
                 self._stage.fd, self._stage.name("part")
             )
-            self._scanner = Scanner(ignore, granularity_ns=granularity_ns, told=told)
+            self._scanner = Scanner(
+                ignore, granularity_ns=granularity_ns, told=told, progress=progress
+            )
             known = load(cache, trust) if cache is not None else None
             if known is not None:
                 self._scanner.know(*known)
@@ -174,7 +178,7 @@ class LocalEndpoint:
         except Gone:
             return b""
         try:
-            found, _ = hashing.read_sums(descriptor, leaf.size)
+            found, _ = hashing.read_sums(descriptor, leaf.size, self._progress)
         finally:
             os.close(descriptor)
         if hashing.root(found) != leaf.digest:

@@ -104,6 +104,7 @@ class Scanner:
     :param now_ns: the wall clock.
     :param told: whether who calls :meth:`scan` knows of every file that another process wrote
         to. Then what we wrote ourselves needs not be read, however short ago that was.
+    :param progress: called with each directory, and with each piece of a file that is read.
     """
 
     def __init__(
@@ -113,8 +114,10 @@ class Scanner:
         granularity_ns: int = records.COARSE_NS,
         now_ns: Callable[[], int] = time.time_ns,
         told: bool = False,
+        progress: Callable[[], object] = lambda: None,
     ) -> None:
         self._told = told
+        self._progress = progress
         self.sums = Sums()
         """Of files that were read."""
         self._ignore = ignore
@@ -301,6 +304,7 @@ class Scanner:
         """Return the node of an open directory; ``old`` itself if nothing changed."""
         if wanted is not None and not wanted.get(path, True):
             return self._descend(fd, path, old, depth, wanted)
+        self._progress()
         device = self._found.device
         known = old.records.get
         same: list[str] = []
@@ -514,12 +518,13 @@ class Scanner:
             earlier: tuple[int, bytes] | None = None
             for _ in range(_READS):
                 now_ns = self._now_ns()
+                self._progress()
                 before = os.fstat(descriptor)
                 size = before.st_size if earlier is None else earlier[0]
                 if size < LEAST_BYTES:
                     digest, length = hashing.read_digest(descriptor, size)
                 else:
-                    sums, length = hashing.read_sums(descriptor, size)
+                    sums, length = hashing.read_sums(descriptor, size, self._progress)
                     digest = hashing.root(sums)
                     self.sums.keep(digest, sums)
                 after = os.fstat(descriptor)

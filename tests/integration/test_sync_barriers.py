@@ -296,6 +296,29 @@ def test_57_a_conflict_is_named(pair: Pair) -> None:
         assert (pair.there / f"f{number}").read_text() == "host"
 
 
+def test_a_scan_of_this_computer_is_progress(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    points: list[str] = []
+    original = Session._progress
+
+    def progress(self: Session, point: str = "") -> None:
+        points.append(point)
+        original(self, point)
+
+    monkeypatch.setattr(Session, "_progress", progress)
+    (tmp_path / "host").mkdir()
+    with (tmp_path / "host" / "large").open("wb") as file:
+        file.truncate(6 << 20)
+    pair = Pair(tmp_path)
+    try:
+        pair.barrier(fresh=True)
+    finally:
+        pair.close()
+    assert points.index("bytes") < points.index("") < points.index("transfer")
+    assert points.count("") > 20
+
+
 @pytest.mark.parametrize("seed", range(2))
 def test_62_clocks_that_jump_by_an_hour(
     pair: Pair, monkeypatch: pytest.MonkeyPatch, seed: int

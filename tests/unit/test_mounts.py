@@ -15,7 +15,7 @@ from wherry.api.hooks import Hooks, Request, Watch
 from wherry.api.http import parse_answer, parse_request
 from wherry.core.errors import TunnelError, WherryError
 from wherry.service.mounts import Mounts
-from wherry.sync.barrier import Ticket
+from wherry.sync.barrier import Ticket, hold
 
 ID = "f" * 64
 DONE = parse_answer(b"HTTP/1.1 204 No Content\r\n\r\n")
@@ -333,12 +333,32 @@ class TestWhatWasNotBrought:
 
 
 def test_a_wait_without_progress_ends(api: Api, session: Session) -> None:
-    session.ask = lambda *, fresh: Ticket(0, fresh)  # type: ignore[method-assign]
+    ticket = Ticket(0, True)
+    ticket.asked_at -= 61
+    session.ask = lambda *, fresh: ticket  # type: ignore[method-assign]
     session.idle_s = 61
     session.where = " at a/b, after 2 of 3 files"
     session.root = type("Root", (), {"path": Path("/src")})()  # type: ignore[attr-defined]
     with pytest.raises(Refusal, match="makes no progress at a/b, after 2 of 3 files"):
         api.send("POST", "/containers/box/start")
+
+
+def test_a_wait_that_begins_after_a_rest_goes_on(session: Session) -> None:
+    """Nobody asked for an hour, and what is to be looked at now takes its time."""
+    session.idle_s = 3600
+    ticket = Ticket(0, True)
+    session.ask = lambda *, fresh: ticket  # type: ignore[method-assign]
+    waits = 0
+
+    def wait(event: threading.Event, timeout_s: float) -> bool:
+        nonlocal waits
+        waits += 1
+        if waits == 3:
+            ticket.finish(None)
+        return event.is_set()
+
+    hold([session], fresh=True, wait=wait)  # type: ignore[list-item]
+    assert waits == 3
 
 
 def test_what_no_container_mounts_is_released(tmp_path: Path) -> None:

@@ -273,6 +273,25 @@ def test_30_a_file_that_grows_while_it_is_read_is_taken_as_it_was(
     assert place.scan().written_over == {"log"}
 
 
+def test_a_scan_tells_that_it_goes_on(place: Tree) -> None:
+    """Whoever waits for one of a large file, or of many, sees that it is not stuck."""
+    write(place.path, {"d": {"e": {}}, "f": "1", "g": "2"})
+    with (place.path / "large").open("wb") as file:
+        file.truncate(20 * hashing.CHUNK_BYTES)
+    calls = 0
+
+    def progress() -> None:
+        nonlocal calls
+        calls += 1
+
+    place.scanner = Scanner(granularity_ns=0, progress=progress)
+    place.scan()
+    assert calls == 3 + 3 + 20
+    calls = 0
+    place.scan()
+    assert calls == 3
+
+
 def test_31_a_file_that_is_rewritten_while_it_is_read_is_never_torn(
     place: Tree, monkeypatch: pytest.MonkeyPatch
 ) -> None:

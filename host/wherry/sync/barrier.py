@@ -21,6 +21,7 @@ halted root, a lost connection and a path that could not be written fail the bar
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
@@ -41,6 +42,7 @@ class Ticket:
     def __init__(self, number: int, fresh: bool) -> None:
         self.number = number
         self.fresh = fresh
+        self.asked_at = time.monotonic()
         self.done = threading.Event()
         self.tried = False
         self._error: WherryError | None = None
@@ -89,7 +91,9 @@ def hold(
     asked = [(session, session.ask(fresh=fresh)) for session in dict.fromkeys(sessions)]
     for session, ticket in asked:
         while not wait(ticket.done, _SLICE_S):
-            if session.idle_s > STALL_S:
+            # While nobody asked it had no reason to make any. And others who ask meanwhile are
+            # no progress, or they would keep each other waiting for ever.
+            if min(session.idle_s, time.monotonic() - ticket.asked_at) > STALL_S:
                 raise WherryError(
                     f"the synchronisation of {session.root.path} makes no progress{session.where}",
                     hint="see: wherry sync status",

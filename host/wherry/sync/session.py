@@ -325,6 +325,7 @@ class Session:
             ignore=root.place.ignore,
             policy=Policy(keep=trash.take),
             checkpoint=self._progress,
+            progress=self._progress,
             single=root.place.single or None,
             cache=str(self._paths.state / "cache"),
             trust=_ORDERED if store.boot(HOST) == "" else self._boot,
@@ -591,7 +592,7 @@ class Session:
             self._status.reason = reason
         self._progress(state)
 
-    def _progress(self, point: str) -> None:
+    def _progress(self, point: str = "") -> None:
         self._moved_at = time.monotonic()
 
     def _on_bytes(self, size: int) -> None:
