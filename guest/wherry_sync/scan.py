@@ -449,11 +449,11 @@ class Scanner:
         reason = name_problem(name)
         if reason is not None:
             return problem(reason)
+        if self._ignore(path, True):
+            return IGNORED
         if status.st_dev != self._found.device:
             # Its contents are hidden by the mount, not deleted.
             return problem("another filesystem is mounted there")
-        if self._ignore(path, True):
-            return IGNORED
         if depth >= MAX_DEPTH:
             return problem("it is too deep in the tree")
         old = parent.nodes.get(name)
@@ -463,6 +463,7 @@ class Scanner:
         try:
             child = os.open(name, handles.DIRECTORY_FLAGS, dir_fd=fd)
         except FileNotFoundError:
+            self._found.requeue.add(path)
             return problem("it was moved while it was read")
         except OSError as error:
             return problem(_reason(error))

@@ -23,9 +23,12 @@ from wherry.core.errors import WherryError
 from wherry.platform import current
 from wherry.platform.base import ChangeSink, TreeWatcher
 from wherry.sync import session, watch
+from wherry.sync.core.reconcile import GUEST, HOST
 from wherry.sync.model import Paths, Root
 from wherry.sync.remote import Place, RemoteEndpoint
 from wherry.sync.session import Session
+from wherry_sync import handles, hashing
+from wherry_sync.local import LocalEndpoint
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -294,6 +297,133 @@ def test_57_a_conflict_is_named(pair: Pair) -> None:
         pair.barrier(fresh=False)
         assert pair.session.conflicts_since(count) == [str(pair.host / f"f{number}")]
         assert (pair.there / f"f{number}").read_text() == "host"
+
+
+def test_57_a_conflict_that_comes_again_is_named_again(pair: Pair) -> None:
+    """With the same bytes in the container, as of a program that runs once more."""
+    pair.barrier(fresh=True)
+    for number in range(2):
+        count = pair.session.conflict_count
+        pair.guest.process.send_signal(signal.SIGSTOP)
+        (pair.host / "f").write_text(f"host {number}")
+        (pair.there / "f").write_text("guest")
+        pair.guest.process.send_signal(signal.SIGCONT)
+        pair.barrier(fresh=False)
+        assert pair.session.conflicts_since(count) == [str(pair.host / "f")]
+        assert pair.session.status().conflicts == 1
+
+
+@contextlib.contextmanager
+def failing(pair: Pair, side: int, match: str) -> Iterator[None]:
+    """Each barrier fails for one side and not for the other, and holds afterwards."""
+    for fresh in (True, False):
+        ticket = pair.session.ask(fresh=fresh)
+        assert ticket.done.wait(WAIT_S)
+        ticket.check(1 - side)
+        with pytest.raises(WherryError, match=match):
+            ticket.check(side)
+    assert pair.session.is_troubled
+    yield
+    pair.barrier(fresh=True)
+    assert not pair.session.is_troubled
+    assert read(pair.there) == read(pair.host)
+
+
+def test_a_file_that_never_holds_still_is_named(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (pair.host / "f").write_text("a" * 100)
+    (pair.host / "g").write_text("g")
+    pair.barrier(fresh=True)
+    original = hashing.read_digest
+    numbers = iter(range(10_000))
+
+    def torn(descriptor: int, size: int) -> tuple[bytes, int]:
+        found = original(descriptor, size)
+        if size >= 200:
+            (pair.host / "f").write_text(f"{next(numbers):0200}")
+        return found
+
+    monkeypatch.setattr(hashing, "read_digest", torn)
+    (pair.host / "f").write_text("b" * 200)
+    with failing(pair, GUEST, r"f cannot be brought up to date in the guest: it is being written"):
+        monkeypatch.undo()
+
+
+def test_a_file_that_changes_whenever_it_is_sent_is_named(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pair.barrier(fresh=True)
+    original = LocalEndpoint.read
+    numbers = iter(range(10_000))
+
+    def reading(self: LocalEndpoint, path: str) -> tuple[int, Iterator[bytes]]:
+        (pair.host / path).write_text(f"{next(numbers):06}")
+        return original(self, path)
+
+    monkeypatch.setattr(LocalEndpoint, "read", reading)
+    (pair.host / "f").write_text("b")
+    with failing(pair, GUEST, r"f cannot be brought up to date in the guest: it changed meanwhile"):
+        monkeypatch.undo()
+
+
+def test_a_file_that_cannot_be_read_is_named(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    (pair.host / "g").write_text("g")
+    pair.barrier(fresh=True)
+    original = handles.open_regular
+
+    def refusing(fd: int, name: str) -> int:
+        if name == "f":
+            raise PermissionError(13, "Permission denied")
+        return original(fd, name)
+
+    monkeypatch.setattr(handles, "open_regular", refusing)
+    (pair.host / "f").write_text("f")
+    with failing(pair, GUEST, r"f cannot be brought up to date in the guest: permission denied"):
+        # Nothing tells of that.
+        monkeypatch.undo()
+
+
+def test_18_a_name_of_a_container_that_is_not_utf8_is_named(pair: Pair) -> None:
+    pair.barrier(fresh=True)
+    path = pair.there / os.fsdecode(b"r\xe9sultat")
+    path.write_text("r")
+    with failing(
+        pair, HOST, r"r.*sultat cannot be brought .* on this computer: .* not valid UTF-8"
+    ):
+        assert path.read_text() == "r"
+        assert r"r\udce9sultat" in pair.session.status().reason
+        path.unlink()
+
+
+LOG = """
+import sys, time
+end = time.monotonic() + 30
+with open(sys.argv[1], "a") as log:
+    while time.monotonic() < end:
+        log.write("a line of the log\\n")
+        log.flush()
+        time.sleep(0.0003)
+"""
+
+
+@pytest.mark.parametrize("side", [HOST, GUEST])
+def test_a_log_that_never_rests_holds_up_no_barrier(pair: Pair, side: int) -> None:
+    """What was in it when the barrier was asked for is on the other side."""
+    (pair.host / "log").write_text("." * 300_000)
+    pair.barrier(fresh=True)
+    one, other = (pair.host, pair.there) if side == HOST else (pair.there, pair.host)
+    writer = subprocess.Popen([sys.executable, "-c", LOG, one / "log"])
+    try:
+        while (one / "log").stat().st_size == 300_000:
+            time.sleep(0.01)
+        for _ in range(10):
+            size = (one / "log").stat().st_size
+            pair.barrier(fresh=True)
+            assert (other / "log").stat().st_size >= size
+    finally:
+        writer.kill()
+        writer.wait()
 
 
 def test_a_scan_of_this_computer_is_progress(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import shutil
 import sys
@@ -292,6 +293,39 @@ def test_one_path_that_fails_holds_up_no_other(pair: Pair, monkeypatch: pytest.M
     monkeypatch.undo()
     pair.settle()
     assert pair.trees()[1] == {"ok": "1", "bad": {}}
+
+
+def test_where_the_host_shall_have_nothing_it_lacks_nothing(pair: Pair) -> None:
+    synchronised(pair, {"f": "1", "g": "1"})
+    pair.cycle.one_way = True
+    save(pair.guest / "f", "2")
+    (pair.guest / os.fsdecode(b"r\xe9sultat")).write_text("r")
+    outcome = pair.run()
+    assert sorted(problem.path for problem in outcome.unequal) == ["f", "r\\udce9sultat"]
+    assert {problem.lacking for problem in outcome.unequal} == {()}
+
+
+def test_a_conflict_that_comes_to_nothing_at_first_is_kept_once(pair: Pair) -> None:
+    synchronised(pair, {"f": "1"})
+    save(pair.host / "f", "2")
+    save(pair.guest / "f", "3")
+
+    def action(point: str) -> None:
+        if point == "saved":
+            raise OSError("the connection was cut")
+
+    pair.fuse.action = action
+    for _ in range(2):
+        with pytest.raises(OSError, match="cut"):
+            pair.run()
+    pair.fuse.action = None
+    pair.settle()
+    assert [kept.number for kept in pair.conflicts] == [1]
+    # The same once more is another one, for whoever waits then.
+    save(pair.host / "f", "4")
+    save(pair.guest / "f", "3")
+    pair.settle()
+    assert [kept.number for kept in pair.conflicts] == [2]
 
 
 # 59: a crash at every point

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from sync_trees import FIFO, text, tree
 
 from wherry.sync.core.plan import plan
-from wherry.sync.core.reconcile import IN_THE_WAY, Agreement, Reconciliation, reconcile
+from wherry.sync.core.reconcile import GUEST, HOST, IN_THE_WAY, Agreement, Reconciliation, reconcile
 from wherry.sync.core.traits import Traits
 from wherry_sync.entry import (
     IGNORED,
@@ -235,6 +235,44 @@ def test_of_a_problem_nothing_is_concluded(other: object) -> None:
         assert not found.decisions
         assert not found.ancestor
         assert [p.path for p in found.problems] == ["f"]
+
+
+@pytest.mark.parametrize(
+    ("ancestor", "host", "guest", "lacking"),
+    [
+        ({}, {"f": UNREADABLE}, {}, (GUEST,)),
+        ({}, {}, {"f": UNREADABLE}, (HOST,)),
+        ({}, {"f": UNREADABLE}, {"f": IGNORED}, (GUEST,)),
+        ({"f": "1"}, {"f": UNREADABLE}, {"f": "1"}, (GUEST,)),
+        ({"f": "1"}, {"f": "1"}, {"f": UNREADABLE}, (HOST,)),
+        ({"f": "1"}, {"f": UNREADABLE}, {"f": "2"}, (HOST, GUEST)),
+        ({"f": "1"}, {"f": UNREADABLE}, {}, (HOST, GUEST)),
+        ({"f": {"g": "1"}}, {"f": UNREADABLE}, {"f": {"g": "1", "x": IGNORED}}, (GUEST,)),
+        ({"f": {"g": "1"}}, {"f": UNREADABLE}, {"f": {}}, (HOST, GUEST)),
+        ({"f": {"g": "1"}}, {"f": UNREADABLE}, {"f": {"g": UNREADABLE}}, (HOST, GUEST)),
+        ({}, {"f": {"g": UNREADABLE}}, {}, (GUEST,)),
+        ({"f": {}}, {}, {"f": {"g": UNREADABLE}}, (HOST,)),
+        ({"f": {"g": "1"}}, {}, {"f": {"g": UNREADABLE}}, (HOST, GUEST)),
+        ({}, {"f": FIFO}, {"f": "1"}, (HOST,)),
+        ({}, {"f": "1"}, {"f": FIFO}, (GUEST,)),
+        ({"f": {}}, {"f": "1"}, {"f": {"x": IGNORED}}, (GUEST,)),
+    ],
+)
+def test_a_problem_tells_which_side_lacks_something(
+    ancestor: object, host: object, guest: object, lacking: tuple[int, ...]
+) -> None:
+    found = reconcile(tree(ancestor), tree(host), tree(guest))
+    assert {p.lacking for p in found.problems} == {lacking}
+
+
+def test_what_the_host_cannot_hold_it_lacks() -> None:
+    for guest, traits in (
+        ({"Foo": "1", "foo": "2"}, MACOS),
+        ({"con": "1"}, Traits(windows_names=True)),
+        ({"l": "->f"}, Traits(links=False)),
+    ):
+        found = reconcile(tree({}), tree({}), tree(guest), traits)
+        assert [p.lacking for p in found.problems] == [(HOST,)]
 
 
 def test_a_problem_keeps_its_directory_and_the_rest_goes_on() -> None:

@@ -238,6 +238,25 @@ def test_another_filesystem_is_not_entered(place: Tree, monkeypatch: pytest.Monk
         assert leaf.reason == "another filesystem is mounted there"
 
 
+def test_another_filesystem_can_be_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = Tree(tmp_path / "root", parse("d\n"))
+    write(place.path, {"d": {"g": "1"}})
+    fd = os.open(place.path, os.O_RDONLY)
+    original = os.fstat
+
+    def elsewhere(descriptor: int) -> os.stat_result:
+        status = original(descriptor)
+        return os.stat_result((*status[:2], status.st_dev + 1, *status[3:]))
+
+    monkeypatch.setattr(os, "fstat", elsewhere)
+    try:
+        assert place.scanner.scan(fd).root == tree({"d": IGNORED})
+    finally:
+        os.close(fd)
+
+
 def test_the_depth_is_limited(place: Tree) -> None:
     fd = os.open(place.path, os.O_RDONLY)
     for _ in range(MAX_DEPTH + 5):

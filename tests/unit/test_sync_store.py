@@ -254,6 +254,19 @@ def test_the_same_is_kept_once_and_the_wrong_not_at_all(tmp_path: Path) -> None:
     keep.close()
 
 
+def test_what_is_kept_again_counts_as_new_unless_it_is_the_same_event(tmp_path: Path) -> None:
+    keep = Keep(tmp_path / "conflicts")
+    keep.save("f", text("1"), [b"1"])
+    keep.save("f", text("1"), [], again=True)
+    assert [kept.number for kept in keep] == [1]
+    keep.save("f", text("1"), [])
+    for opened in (keep, Keep(tmp_path / "conflicts")):
+        (kept,) = opened
+        assert (kept.number, opened.last) == (2, 2)
+        assert b"".join(opened.open(kept)) == b"1"
+        opened.close()
+
+
 def test_a_file_is_taken_whatever_it_is_called(tmp_path: Path) -> None:
     keep = Keep(tmp_path / "trash")
     (tmp_path / "t-1").write_text("1")

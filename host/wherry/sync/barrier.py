@@ -14,8 +14,10 @@ begin after the barrier was asked for, and
   scan begins; a queue that ran over makes it a full scan.
 
 Then the differences are applied, and the barrier's answer comes after the last operation's
-result. Where something moved away under a round, up to three more rounds follow. A
-halted root, a lost connection and a path that could not be written fail the barrier by name.
+result. Where something moved away under a round, up to three more rounds follow. A halted root
+and a lost connection fail the barrier, and so does a path that the round leaves unequal, by name:
+one that could not be written or read, that changed under all of these rounds, or whose name the
+host cannot have. What was appended to a file meanwhile is not missed: what it had before came.
 """
 
 from __future__ import annotations

@@ -427,7 +427,8 @@ class Session:
             self._flush(cycle, host)
             return
         self._rewatch()
-        exact = self._watch is not None and self._watch.exact
+        # No event tells that something is not mounted in a directory any more.
+        exact = self._watch is not None and self._watch.exact and not self._status.reason
         fresh = any(ticket.fresh for ticket in tickets)
         # However much happens all the time.
         check = first or time.monotonic() >= self._checked_at + _CHECK_S
@@ -540,15 +541,15 @@ class Session:
                 f"the synchronisation of {self.root.path} is halted: {where}: {halt.value}",
                 hint=f"bring it back, or: wherry sync remove {self.root.path}",
             )
-        for problem in outcome.failed:
-            side = outcome.failed_on[problem.path]
-            if wanted in (None, side):
-                where = "on this computer" if side == HOST else "in the guest"
-                return WherryError(
-                    f"{self.root.path / problem.path} cannot be brought up to date {where}:"
-                    f" {problem.reason}",
-                    hint="see: wherry sync status",
-                )
+        for problem in outcome.unequal:
+            for side in problem.lacking:
+                if wanted in (None, side):
+                    where = "on this computer" if side == HOST else "in the guest"
+                    return WherryError(
+                        f"{self.root.path / problem.path} cannot be brought up to date {where}:"
+                        f" {problem.reason}",
+                        hint="see: wherry sync status",
+                    )
         return None
 
     def _report(self, outcome: Outcome) -> None:
@@ -557,7 +558,7 @@ class Session:
             status = self._status
             status.state = "halted" if outcome.halt is not None else "watching"
             status.reason = failure.message if failure is not None else ""
-            status.problems = [*outcome.problems, *outcome.failed]
+            status.problems = outcome.unequal
             status.watch_problem = (self._watch.problem or "") if self._watch is not None else ""
         if failure is None:
             self._failures = 0

@@ -26,7 +26,7 @@ from collections.abc import (
     Mapping,
     Sequence,
 )
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from wherry.sync.core import safety
 from wherry.sync.core.keep import Keep
@@ -57,6 +57,8 @@ from wherry_sync.stage import Gone
 _WORTH = 0.75
 """Of the blocks of a file; if more of them have changed, all of it is sent."""
 
+_CHANGED = "it changed meanwhile"
+
 _SAVED_AT_ONCE = 32
 """Files that people and their editors save; more at once is a program's work, for which the way
 that is faster is right."""
@@ -70,8 +72,8 @@ class Outcome:
     :ivar conflicts: paths at which the guest's version was kept aside.
     :ivar problems: paths that are not equal on both sides now, and why.
     :ivar failed: paths at which a side refused what had to be done, and why.
-    :ivar failed_on: which side that was, by path.
     :ivar requeue: paths that changed under way: another round is due.
+    :ivar late: those of them at which nothing was done.
     :ivar halt: why nothing was done, and on which side.
     """
 
@@ -79,14 +81,24 @@ class Outcome:
     conflicts: list[str] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
     failed: list[Problem] = field(default_factory=list)
-    failed_on: dict[str, int] = field(default_factory=dict)
     requeue: set[str] = field(default_factory=set)
+    late: list[Problem] = field(default_factory=list)
     halt: tuple[int, safety.Halt] | None = None
 
     @property
     def quiescent(self) -> bool:
         """Whether both sides are equal, but for the problems."""
         return not self.changed and not self.requeue and self.halt is None
+
+    @property
+    def unequal(self) -> list[Problem]:
+        """All paths that are not equal on both sides now, those that were refused first."""
+        return [*self.failed, *self.late, *self.problems]
+
+    def put_off(self, path: str, *lacking: int) -> None:
+        """Take note that a path has changed under way."""
+        self.requeue.add(path)
+        self.late.append(Problem(path, _CHANGED, lacking))
 
 
 class Cycle:
@@ -116,6 +128,8 @@ class Cycle:
         self._met = False
         # On the host, and not yet in the guest.
         self._saved_in_place: set[str] = set()
+        # What was kept for conflicts that are not carried out yet.
+        self._saved: dict[str, Leaf] = {}
         self.one_way = False
         """Whether changes in the guest stay there."""
         self.transfer: Transfer | None = None
@@ -146,6 +160,11 @@ class Cycle:
         if self.one_way:
             _stay(found, outcome)
         self._saved_in_place.intersection_update(each.path for each in found.decisions)
+        if self._saved:
+            now = {each.path: each.saved for each in found.decisions}
+            self._saved = {
+                path: leaf for path, leaf in self._saved.items() if now.get(path) == leaf
+            }
         if not found.decisions and not found.ancestor:
             return outcome
         _follow(found.decisions, self._saved_in_place)
@@ -155,6 +174,8 @@ class Cycle:
         changes = dict(found.ancestor)
         done = self._carry_out(decisions, outcome)
         self._saved_in_place.difference_update(done)
+        for path in done.keys() & self._saved.keys():
+            del self._saved[path]
         changes.update(done)
         new = updated(self._ancestor, changes)
         self._store.commit(diff(self._ancestor, new))
@@ -242,14 +263,16 @@ class Cycle:
         try:
             if saved.kind == FILE:
                 chunks = self._ends[GUEST].read(decision.path)[1]
-            kept = self._conflicts.save(decision.path, saved, chunks)
+            again = self._saved.get(decision.path) == saved
+            kept = self._conflicts.save(decision.path, saved, chunks, again=again)
         except Gone:
             kept = False
         if kept:
+            self._saved[decision.path] = saved
             self._checkpoint("saved")
             outcome.conflicts.append(decision.path)
         else:
-            outcome.requeue.add(decision.path)
+            outcome.put_off(decision.path, HOST, GUEST)
         return kept
 
     def _carry_out(self, decisions: list[Decision], outcome: Outcome) -> dict[str, Entry | None]:
@@ -320,7 +343,8 @@ class Cycle:
         if not absent:
             return set()
         paths = {operation.path for operation in todo.operations if needs(operation) in absent}
-        outcome.requeue |= paths
+        for path in sorted(paths):
+            outcome.put_off(path, side)
         return paths
 
     def _transfer_blocks(self, side: int, want: Want) -> bool:
@@ -354,7 +378,7 @@ class Cycle:
         assert self.transfer is not None
         for leaf, mtime_ns, chunks in self.transfer.watch(wanted, end.read_all(wanted)):
             self._checkpoint("transfer")
-            yield leaf, mtime_ns, chunks
+            yield leaf, mtime_ns, _first(chunks, leaf.size)
 
     def _build(self, side: int, operations: Sequence[Operation]) -> Iterable[Result]:
         """Have one side make what is new, while the other one sends it."""
@@ -382,11 +406,19 @@ class Cycle:
             if result.status != DONE:
                 undone.add(path)
                 if result.status == FAILED:
-                    outcome.failed.append(Problem(path, result.reason))
-                    outcome.failed_on[path] = side
+                    outcome.failed.append(Problem(path, result.reason, (side,)))
                 else:
-                    outcome.requeue.add(path)
+                    outcome.put_off(path, side)
         return undone
+
+
+def _first(chunks: Iterable[bytes], size: int) -> Iterator[bytes]:
+    """Yield a file's first bytes: what is appended to a log meanwhile is the next round's."""
+    for chunk in chunks:
+        yield chunk[:size]
+        size -= len(chunk)
+        if size <= 0:
+            return
 
 
 def _follow(decisions: Iterable[Decision], saved_in_place: Container[str]) -> None:
@@ -418,8 +450,12 @@ def _is_small_data(entry: Entry | None) -> bool:
 
 
 def _stay(found: Reconciliation, outcome: Outcome) -> None:
-    """Drop what would change the host."""
+    """Drop what would change the host, and say that it stays as it is."""
     kept = []
+    outcome.problems = [
+        replace(problem, lacking=tuple(side for side in problem.lacking if side != HOST))
+        for problem in found.problems
+    ]
     for decision in found.decisions:
         if decision.host is None:
             kept.append(decision)

@@ -92,15 +92,21 @@ class Keep:
             while data := file.read(1 << 20):
                 yield data
 
-    def save(self, path: str, leaf: Leaf, chunks: Iterable[bytes]) -> bool:
+    def save(self, path: str, leaf: Leaf, chunks: Iterable[bytes], *, again: bool = False) -> bool:
         """Keep contents, on the disk when this returns; the same ones are not kept twice.
 
+        Those that were kept before get another number, so that they count as new.
+
+        :param again: it is the same event as the last time; then they stay as they are.
         :returns: False if they are not the leaf's contents, and nothing was kept.
         :raises OSError: the disk is full, or failed.
         """
         entry = leaf.hex()
-        if any(kept.path == path and kept.entry == entry for kept in self._kept.values()):
-            return True
+        for old in self:
+            if old.path == path and old.entry == entry:
+                if not again:
+                    self._renumber(old)
+                return True
         kept = self._announce(path, leaf)
         with self._part.open("wb") as file:
             state = new()
@@ -149,6 +155,13 @@ class Keep:
         if self._kept.pop(kept.number, None) is not None:
             self._bytes -= kept.leaf.size
             self._path(kept.number).unlink(missing_ok=True)
+
+    def _renumber(self, old: Kept) -> None:
+        kept = self._announce(old.path, old.leaf)
+        os.fsync(self._index.fileno())
+        self._path(old.number).rename(self._path(kept.number))
+        self._kept[kept.number] = kept
+        del self._kept[old.number]
 
     def _announce(self, path: str, leaf: Leaf) -> Kept:
         self._number += 1

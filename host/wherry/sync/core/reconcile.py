@@ -75,10 +75,14 @@ class Decision:
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """A path that is not synchronised now, and why."""
+    """A path that is not synchronised now, and why.
+
+    :ivar lacking: the sides that for this have not all that the other one has.
+    """
 
     path: str
     reason: str
+    lacking: tuple[int, ...] = ()
 
 
 @dataclass(slots=True)
@@ -149,18 +153,20 @@ class _Reconciler:
             self._directories(path, a, h, g)
             return
         if is_problem(h) or is_problem(g):
-            self._report(path, h)
-            self._report(path, g)
+            sides = ((HOST, g), (GUEST, h))
+            lacking = tuple(side for side, other in sides if not _is_unchanged(a, other))
+            self._report(path, h, lacking)
+            self._report(path, g, lacking)
             return
         # A husk is a directory only to somebody who knows of a directory there.
         husks = not isinstance(a, Directory)
         blocked = [False, False]
-        sides = [h, g]
-        for side, entry in enumerate(sides):
+        found = [h, g]
+        for side, entry in enumerate(found):
             if is_untracked(entry) and (husks or isinstance(entry, Leaf)):
                 blocked[side] = True
-                sides[side] = None
-        h, g = sides
+                found[side] = None
+        h, g = found
         if h is None and g is None:
             if a is not None:
                 self._out.ancestor[path] = None
@@ -169,7 +175,7 @@ class _Reconciler:
             present = g if h is None else h
             assert present is not None
             if blocked[missing] and not _only_less(a, present):
-                self._out.problems.append(Problem(path, IN_THE_WAY))
+                self._out.problems.append(Problem(path, IN_THE_WAY, (missing,)))
             else:
                 self._one_sided(path, a, present, missing)
         elif is_file(h) and is_file(g):
@@ -225,11 +231,12 @@ class _Reconciler:
     ) -> None:
         """Make on one side what the other one has."""
         if is_problem(y):
-            self._report(path, y)
+            self._report(path, y, (side,))
         elif is_untracked(y):
             return
         elif side == HOST and not self._traits.links and _is_link(y):
-            self._out.problems.append(Problem(path, "this host cannot make symbolic links"))
+            reason = "this host cannot make symbolic links"
+            self._out.problems.append(Problem(path, reason, (HOST,)))
         else:
             self._decide(path, y, side, replaced, saved)
             if isinstance(y, Directory):
@@ -250,7 +257,8 @@ class _Reconciler:
             known, found = a.children.get(name), y.children.get(name)
             if is_problem(found) or name in refused:
                 if name not in refused:
-                    self._report(below, found)
+                    # What was deleted as well is there still.
+                    self._report(below, found, (missing,) if known is None else (HOST, GUEST))
                 held = True
             elif isinstance(known, Directory) and isinstance(found, Directory):
                 stays |= self._prune(below, known, found, missing)
@@ -319,7 +327,7 @@ class _Reconciler:
         if not isinstance(old, Directory):
             self._create(path, new, side, old, old if conflict else None)
         elif _is_held(old):
-            self._out.problems.append(Problem(path, IN_THE_WAY))
+            self._out.problems.append(Problem(path, IN_THE_WAY, (side,)))
         else:
             self._remove_children(path, a, old, side, conflict=conflict)
             self._create(path, new, side, EMPTY)
@@ -364,13 +372,13 @@ class _Reconciler:
 
     # What cannot be synchronised
 
-    def _report(self, path: str, entry: Entry | None) -> None:
+    def _report(self, path: str, entry: Entry | None, lacking: tuple[int, ...]) -> None:
         """Report the problems in a tree that is not looked at otherwise."""
         if isinstance(entry, Directory):
             for name, child in entry.children.items():
-                self._report(join(path, name), child)
+                self._report(join(path, name), child, lacking)
         elif entry is not None and entry.kind == PROBLEM:
-            self._out.problems.append(Problem(path, entry.reason))
+            self._out.problems.append(Problem(path, entry.reason, lacking))
 
     def _refused(self, path: str, guest: Directory, preferred: Collection[str]) -> Collection[str]:
         """Report and return the guest's names in a directory that the host cannot have.
@@ -388,7 +396,9 @@ class _Reconciler:
             reason = traits.name_problem(name)
             if reason is not None:
                 reasons[name] = reason
-        self._out.problems += [Problem(join(path, name), why) for name, why in reasons.items()]
+        self._out.problems += [
+            Problem(join(path, name), why, (HOST,)) for name, why in reasons.items()
+        ]
         return reasons.keys()
 
 
@@ -404,6 +414,13 @@ def _only_less(a: Entry | None, x: Entry | None) -> bool:
             for name, child in x.children.items()
         )
     return x is None or x == a
+
+
+def _is_unchanged(a: Entry | None, x: Entry | None) -> bool:
+    """Whether a side has what the ancestor has, and there is nothing that cannot be told."""
+    if is_untracked(x) and not isinstance(a, Directory):
+        x = None
+    return _only_less(a, x) and _only_less(x, a)
 
 
 def _is_held(entry: Entry) -> bool:
