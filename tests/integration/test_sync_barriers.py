@@ -426,6 +426,41 @@ def test_a_log_that_never_rests_holds_up_no_barrier(pair: Pair, side: int) -> No
         writer.wait()
 
 
+OVER = """
+import sys
+with open(sys.argv[1], "r+b") as file:
+    count = 0
+    while True:
+        count += 1
+        file.seek(0)
+        file.write(b"%08d" % count * 500_000)
+"""
+
+
+@pytest.mark.parametrize("side", [HOST, GUEST])
+def test_a_file_that_is_written_over_without_end(pair: Pair, side: int) -> None:
+    """Whose own writes are in the container must not fail for those of another one there."""
+    (pair.host / "data").write_bytes(bytes(4_000_000))
+    pair.barrier(fresh=True)
+    one = pair.host if side == HOST else pair.there
+    writer = subprocess.Popen([sys.executable, "-c", OVER, one / "data"])
+    try:
+        while (one / "data").read_bytes()[:1] == b"\0":
+            time.sleep(0.01)
+        if side == HOST:
+            with pytest.raises(WherryError, match="/data cannot be brought up to date in the gu"):
+                for _ in range(20):
+                    pair.barrier(fresh=True)
+        else:
+            for _ in range(5):
+                pair.barrier(fresh=True)
+    finally:
+        writer.kill()
+        writer.wait()
+    pair.barrier(fresh=True)
+    assert (pair.there / "data").read_bytes() == (pair.host / "data").read_bytes()
+
+
 def test_a_scan_of_this_computer_is_progress(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -16,8 +16,10 @@ begin after the barrier was asked for, and
 Then the differences are applied, and the barrier's answer comes after the last operation's
 result. Where something moved away under a round, up to three more rounds follow. A halted root
 and a lost connection fail the barrier, and so does a path that the round leaves unequal, by name:
-one that could not be written or read, that changed under all of these rounds, or whose name the
-host cannot have. What was appended to a file meanwhile is not missed: what it had before came.
+one that could not be written or read, whose name the host cannot have, or that changed on the
+host under all of these rounds. A file that is written over in the guest under all of them is left
+to later ones: whoever goes on writing is not who waits. What was appended to a file meanwhile is
+not missed: what it had before came.
 """
 
 from __future__ import annotations
