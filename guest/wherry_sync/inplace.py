@@ -5,6 +5,9 @@ with several hard links, and a file that only grew, for ``tail -f`` reads on in 
 Wanted where a file was saved so: who watches that one file, as ``node --watch`` does, hears
 nothing of another one that takes its place.
 
+While that goes on, somebody may give the name to another file, or to none. What was written is not
+there then, so it does not count: see :class:`Moved`.
+
 Not atomic, so the stage's journal has it before the first byte is written, and
 :meth:`~wherry_sync.replace.Replacer.finish_in_place` finishes it after a crash. A torn file is
 therefore never taken for somebody's edit.
@@ -26,6 +29,10 @@ if TYPE_CHECKING:
     from wherry_sync.stage import Stage
 
 _STEP_BYTES = 1 << 20
+
+
+class Moved(Stale):
+    """What has the name is not what was written to; that was written as a whole."""
 
 
 def start(stage: Stage, before: Leaf, after: Leaf) -> int:
@@ -59,6 +66,7 @@ def rewrite(
 
     :param expected: what the file's status must be when it is open; it is the last check.
     :returns: the time of modification that it has then, in ns.
+    :raises Moved: the file was written and has that name no longer.
     :raises Stale: it is not; nothing was written.
     :raises OSError: it cannot be written.
     """
@@ -71,9 +79,11 @@ def rewrite(
         source = stage.open_contents(after)
         try:
             _reserve(target, status.st_size, after.size)
-            return _write(target, status.st_size, source, after, start, checkpoint)
+            mtime_ns = _write(target, status.st_size, source, after, start, checkpoint)
         finally:
             os.close(source)
+        _check_name(fd, name, status)
+        return mtime_ns
     finally:
         os.close(target)
 
@@ -90,6 +100,7 @@ def rewrite_alone(
     So no write of somebody else's is lost, and nobody reads half of it.
 
     :raises InUse: somebody has, or it cannot be done for any other reason.
+    :raises Moved: the file was written and has that name no longer.
     :raises Stale: it is not ``before`` any more; nothing was written.
     :raises OSError: it cannot be written, in the midst.
     """
@@ -103,7 +114,8 @@ def rewrite_alone(
         try:
             if not kernel.claim(target):
                 raise InUse
-            size = os.fstat(target).st_size
+            status = os.fstat(target)
+            size = status.st_size
             found = hashing.read_digest(target, before.size)
             if size != before.size or found != (before.digest, before.size):
                 raise Stale("it was written at the last moment")
@@ -118,9 +130,11 @@ def rewrite_alone(
                 _reserve(target, size, after.size)
             except OSError as error:
                 raise InUse from error
-            return _write(target, size, source, after, 0, checkpoint)
+            mtime_ns = _write(target, size, source, after, 0, checkpoint)
         finally:
             os.close(source)
+        _check_name(fd, name, status)
+        return mtime_ns
     finally:
         os.close(target)
 
@@ -147,6 +161,7 @@ def append(fd: int, name: str, tail: bytes, mtime_ns: int, expected: os.stat_res
     What somebody else appends at the same moment is not overwritten; both are in the file then.
 
     :param expected: what the file's status must be when it is open; it is the last check.
+    :raises Moved: the file was written and has that name no longer.
     :raises Stale: it is not, or the file is longer now than it should be.
     :raises OSError: it cannot be written.
     """
@@ -168,6 +183,7 @@ def append(fd: int, name: str, tail: bytes, mtime_ns: int, expected: os.stat_res
         if os.fstat(target).st_size != status.st_size + done:
             raise Stale("it was written at the last moment")
         os.utime(target, ns=(mtime_ns, mtime_ns))
+        _check_name(fd, name, status)
     finally:
         os.close(target)
 
@@ -201,6 +217,16 @@ def _changed(status: os.stat_result, expected: os.stat_result) -> bool:
         expected.st_mtime_ns,
         expected.st_ctime_ns,
     )
+
+
+def _check_name(fd: int, name: str, written: os.stat_result) -> None:
+    """Find out whether what was written to still has its name.
+
+    :raises Moved: it has not.
+    """
+    found = handles.status(fd, name)
+    if found is None or not os.path.samestat(found, written):
+        raise Moved("it was replaced or removed while it was written")
 
 
 def _reserve(target: int, size: int, wanted: int) -> None:

@@ -146,6 +146,9 @@ class Replacer:
             self._rescue(fd, name, entry.path)
             try:
                 inplace.rewrite(fd, name, self._stage, after, 0, self._checkpoint, status)
+            except inplace.Moved:
+                # What is there now is somebody's, and whole.
+                return
             except Stale:
                 # What was written since is rescued as well.
                 status = os.stat(name, dir_fd=fd, follow_symlinks=False)

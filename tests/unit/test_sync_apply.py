@@ -568,6 +568,88 @@ def test_a_program_that_runs_is_replaced(place: Place) -> None:
     assert read(place.root) == {"f": "2*"}
 
 
+def replaced(path: Path) -> None:
+    """Put another file in the place of one, as a container does by a rename."""
+    path.with_name("new").write_text("mine")
+    path.with_name("new").rename(path)
+
+
+NAME_GOES = pytest.mark.parametrize(
+    ("goes", "left"), [(replaced, {"f": "mine"}), (Path.unlink, {})], ids=["replaced", "removed"]
+)
+
+
+@NAME_GOES
+@pytest.mark.parametrize("point", ["written in place", "truncated"])
+@pytest.mark.parametrize("alone", [pytest.param(True, marks=linux_only), False])
+def test_what_was_written_in_place_counts_only_if_it_has_its_name_still(
+    place: Place,
+    goes: Callable[[Path], None],
+    left: dict[str, object],
+    point: str,
+    alone: bool,
+) -> None:
+    write(place.root, {"f": "3"})
+    place.end.pin("" if alone else "f")
+
+    def action(now: str) -> None:
+        if now == point:
+            goes(place.root / "f")
+
+    place.action = action
+    operation = saved("f", "3", "short") if alone else Operation("f", text("3"), text("short"))
+    assert place.do(operation)[0].status == STALE
+    assert read(place.root) == left
+    # Nor is it finished later.
+    place.restart()
+    assert read(place.root) == left
+    assert not place.rescued()
+
+
+@NAME_GOES
+def test_what_was_appended_counts_only_if_it_has_its_name_still(
+    place: Place,
+    monkeypatch: pytest.MonkeyPatch,
+    goes: Callable[[Path], None],
+    left: dict[str, object],
+) -> None:
+    write(place.root, {"f": "1"})
+
+    def late() -> None:
+        goes(place.root / "f")
+
+    if place.how == "known":
+        monkeypatch.setattr(os, "write", filling(late))
+    else:
+        place.action = lambda point: late() if point == "written in place" else None
+    assert place.one("f", "1", "1 and more").status == STALE
+    assert read(place.root) == left
+    place.restart()
+    assert read(place.root) == left
+    assert not place.rescued()
+
+
+@NAME_GOES
+def test_what_gets_the_name_while_a_torn_file_is_finished_is_left_alone(
+    place: Place, goes: Callable[[Path], None], left: dict[str, object]
+) -> None:
+    write(place.root, {"f": "1 and more"})
+    place.end.pin("f")
+
+    def crash(point: str) -> None:
+        if point == "written in place":
+            raise Crash
+
+    place.action = crash
+    with pytest.raises(Crash):
+        place.one("f", "1 and more", "short")
+    place.end.close()
+    place.action = lambda point: goes(place.root / "f") if point == "truncated" else None
+    place.open()
+    assert read(place.root) == left
+    assert place.rescued() == [("f", "short more")]
+
+
 @pytest.mark.parametrize("point", ["in place", "written in place", "truncated"])
 @pytest.mark.parametrize("edited", [False, True])
 def test_a_crash_in_place_is_never_an_edit(place: Place, point: str, edited: bool) -> None:

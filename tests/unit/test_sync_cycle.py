@@ -108,6 +108,32 @@ def test_a_save_in_place_is_one_in_the_guest_too(pair: Pair) -> None:
     assert pair.trees()[0] == pair.trees()[1]
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="leases are Linux's")
+@pytest.mark.parametrize("point", ["written in place", "truncated"])
+@pytest.mark.parametrize("kept", ["by the container", None])
+def test_a_host_save_survives_what_a_container_does_while_it_is_written_in_place(
+    pair: Pair, point: str, kept: str | None
+) -> None:
+    """The container cannot have seen it."""
+    synchronised(pair, {"f": "1", "g": "1"})
+    (pair.host / "f").write_text("saved in place")
+
+    def action(now: str) -> None:
+        if now == point:
+            pair.fuse.action = None
+            if kept is None:
+                (pair.guest / "f").unlink()
+            else:
+                save(pair.guest / "f", kept)
+
+    pair.fuse.action = action
+    assert pair.run().requeue == {"f"}
+    assert pair.fuse.action is None
+    pair.settle()
+    assert pair.trees() == ({"f": "saved in place", "g": "1"},) * 2
+    assert pair.saved() == ({kept} if kept else set())
+
+
 def test_both_sides_become_equal_and_idle_rounds_do_nothing(pair: Pair) -> None:
     write(pair.host, {"a": "1*", "d": {"l": "->../a", "empty": {}}})
     write(pair.guest, {"b": "2", "d": {"x": "3"}})

@@ -7,6 +7,7 @@ guest loses power before it is anywhere else.
 
 from __future__ import annotations
 
+import os
 import random
 import re
 import shutil
@@ -35,8 +36,10 @@ KINDS = (
     "directory",
     "delete",
 )
-# Points between the two halves of a write in place, where no write can be told from ours.
+# Points between the two halves of a write in place, where no write can be told from ours, but
+# names come and go.
 IN_PLACE = {"written in place", "truncated"}
+RENAMES = ("replace", "rename", "link", "directory", "delete")
 
 sides = st.sampled_from([HOST, GUEST])
 paths = st.sampled_from(PATHS)
@@ -118,7 +121,13 @@ class Model(RuleBasedStateMachine):
         if path.is_dir():
             self.precious -= set(values(path))
         elif path.is_file():
-            self.precious.discard(path.read_text())
+            try:
+                descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+            except BlockingIOError:
+                # It is being written in place; nobody has seen what is in it.
+                return
+            with os.fdopen(descriptor) as file:
+                self.precious.discard(file.read())
 
     def remove(self, path: Path) -> None:
         self.dismiss(path)
@@ -236,6 +245,35 @@ class Model(RuleBasedStateMachine):
             if due and now == point:
                 due = False
                 self.edit(1 - side, kinds[1], where, "b")
+
+        self.pair.fuse.action = checkpoint
+        try:
+            self.pair.run()
+        finally:
+            self.pair.fuse.action = None
+
+    @rule(
+        side=sides,
+        where=st.sampled_from(PATHS[:4]),
+        kinds=st.tuples(st.sampled_from(["write", "append"]), st.sampled_from(RENAMES)),
+        point=st.sampled_from(sorted(IN_PLACE)),
+    )
+    def the_name_goes_while_it_is_written_in_place(
+        self, side: int, where: str, kinds: tuple[str, str], point: str
+    ) -> None:
+        self.pair.settle()
+        self.edit(side, kinds[0], where, "b")
+        value = flat(self.pair.trees()[side]).get(where)
+        saved = self.precious & {value}
+        due = True
+
+        def checkpoint(now: str) -> None:
+            nonlocal due
+            if due and now == point:
+                due = False
+                self.edit(1 - side, kinds[1], where, "b")
+                # Whoever did that has seen the old contents at best.
+                self.precious |= saved
 
         self.pair.fuse.action = checkpoint
         try:
