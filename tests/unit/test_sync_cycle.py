@@ -542,3 +542,58 @@ def test_a_host_that_lost_power_gets_the_guests_bytes_back(pair: Pair) -> None:
     pair.restart()
     pair.settle()
     assert pair.trees() == ({"f": "2", "g": "edited since"},) * 2
+
+
+@pytest.mark.parametrize("origin", ["host", "guest"])
+@pytest.mark.parametrize("guest_too", [False, True])
+def test_what_a_host_has_half_of_after_it_lost_power_is_kept_whole(
+    pair: Pair, origin: str, guest_too: bool
+) -> None:
+    synchronised(pair, {"f": "1", "g": "1"})
+    ((pair.host if origin == "host" else pair.guest) / "f").write_text("the result")
+    pair.settle()
+    pair.boots[HOST] = "host-2"
+    if guest_too:
+        pair.boots[GUEST] = "guest-2"
+    (pair.host / "f").write_text("the")
+    pair.restart()
+    assert pair.settle().conflicts == ["f"]
+    assert pair.trees() == ({"f": "the", "g": "1"},) * 2
+    assert pair.saved() == {"the result"}
+
+
+@pytest.mark.parametrize("side", [HOST, GUEST])
+@pytest.mark.parametrize("before", [None, "1"])
+@pytest.mark.parametrize("written_down", [False, True])
+def test_a_crash_after_a_loss_of_power_does_not_make_an_edit_of_what_it_left(
+    pair: Pair, side: int, before: str | None, written_down: bool
+) -> None:
+    """That a side's change was once carried to the other one says nothing of what it has now."""
+    synchronised(pair, {"g": "1"} if before is None else {"g": "1", "f": before})
+    path = (pair.host, pair.guest)[side] / "f"
+    path.write_text("the result")
+
+    def crash(point: str) -> None:
+        if point == ("committed" if written_down else "commit"):
+            raise Crash
+
+    pair.fuse.action = crash
+    with pytest.raises(Crash):
+        pair.run()
+    pair.boots[side] += "+"
+    path.write_text("the")
+    pair.restart()
+
+    def crash_again(point: str) -> None:
+        if point == "met":
+            raise Crash
+
+    pair.fuse.action = crash_again
+    with pytest.raises(Crash):
+        pair.run()
+    pair.fuse.action = None
+    pair.restart()
+    pair.settle()
+    stays, saved = ("the", "the result") if side == HOST else ("the result", "the")
+    assert pair.trees() == ({"f": stays, "g": "1"},) * 2
+    assert pair.saved() == {saved}

@@ -221,9 +221,15 @@ def test_a_host_that_lost_power_gets_the_guests(host: str | None, wanted: str | 
     assert recover(*trees, host_lost={"f": BOTH}, guest_lost={"f": BOTH}) == changes
 
 
-def test_a_host_that_was_edited_after_it_lost_power_is_believed() -> None:
-    trees = tree({"f": "2"}), tree({"f": "3"}), tree({"f": "2"})
-    assert recover(*trees, host_lost={"f": BOTH}, guest_lost=None) == {}
+@pytest.mark.parametrize("ancestor", ["1", "2"])
+def test_what_a_host_has_that_lost_power_may_be_torn_and_the_guests_is_kept(ancestor: str) -> None:
+    # Whether the round was written down or not.
+    trees = tree({"f": ancestor}), tree({"f": "3"}), tree({"f": "2"})
+    changes = recover(*trees, host_lost={"f": BOTH}, guest_lost=None)
+    assert changes == {"f": None}
+    assert recover(*trees, host_lost={"f": BOTH}, guest_lost={"f": BOTH}) == changes
+    # What was on the host's disk is believed.
+    assert recover(*trees, host_lost={}, guest_lost=None) == {}
 
 
 # What is kept

@@ -14,7 +14,9 @@ Invariants:
 * After the guest lost power, no contents found there replace contents on the host, at any
   path, pending or not. What the guest has and the host has not is saved, unless it is empty or
   is what was there before.
-* After the host lost power, a pending path that lost its contents gets the guest's.
+* After the host lost power, a pending path that lost its contents gets the guest's. One with
+  others, which may be an edit or the beginning of what was written, keeps them, and the guest's
+  are saved: nobody else may have them. Whose the contents were makes no difference.
 * A side that has what was decided on has it: that is never undone.
 """
 
@@ -90,12 +92,13 @@ def recover(
         on_host = (host_lost or {}).get(path)
         on_guest = (guest_lost or {}).get(path)
         guest_suspect = on_guest is not None and _suspect(on_guest, a, g)
-        host_suspect = on_host is not None and _suspect(on_host, a, h) and _lost(on_host, h)
+        host_suspect = on_host is not None and _suspect(on_host, a, h)
         if guest_suspect:
             assert on_guest is not None
             changes[path] = shallow(g) if _lost(on_guest, g) else None
         elif host_suspect:
-            changes[path] = shallow(h)
+            assert on_host is not None
+            changes[path] = shallow(h) if _lost(on_host, h) else None
     if guest_lost is not None:
         _distrust("", ancestor, guest, guest_lost, changes)
     return changes

@@ -226,11 +226,13 @@ class Store:
     ) -> None:
         """Note in which boots both sides are, and how the ancestor was changed for that.
 
-        One transaction, so that a loss of power is answered exactly once.
+        One transaction, so that a loss of power is answered exactly once; and so is what was
+        carried over: later that would speak for what a loss of power has left.
         """
         self._checkpoint("meet")
         with _Transaction(self._database):
             self._change(changes)
+            self._execute("UPDATE pending SET origin = NULL WHERE root = ?", self._root)
             for side in (HOST, GUEST):
                 self._execute(
                     "INSERT OR REPLACE INTO side VALUES (?, ?, ?, ?)",
