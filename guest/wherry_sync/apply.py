@@ -95,6 +95,8 @@ class Applier:
         self._verify = True
         # What the contents failed with, as against the disk.
         self._cut: OSError | None = None
+        # Directories with something in them that was not done, and whether that failed.
+        self._undone: dict[str, bool] = {}
         self.pinned: set[str] = set()
         """Files whose inode stays, so they are rewritten in place."""
 
@@ -116,6 +118,7 @@ class Applier:
         """
         self._verify = verify
         self._cut = None
+        self._undone.clear()
         self._replacer.expect(operations)
         stream = iter(contents)
         current = next(stream, None)
@@ -130,11 +133,14 @@ class Applier:
                 try:
                     self._one(fd, operation, root_name, given)
                 except (Stale, Damaged) as error:
+                    self._note_undone(operation.path, failed=False)
                     yield Result(operation, STALE, str(error))
                 except OSError as error:
                     if self._cut is error:
                         raise
-                    if self._is_gone(error):
+                    gone = self._is_gone(error)
+                    self._note_undone(operation.path, failed=not gone)
+                    if gone:
                         yield Result(operation, STALE, "the directory it is in has changed")
                         continue
                     # The next operation's journal must not hide a write that failed half-way.
@@ -146,6 +152,11 @@ class Applier:
                 pass
         finally:
             self._leave()
+
+    def _note_undone(self, path: str, *, failed: bool) -> None:
+        while path:
+            path = split(path)[0]
+            self._undone[path] = failed or self._undone.get(path, False)
 
     def _arriving(self, chunks: Iterable[bytes]) -> Iterator[bytes]:
         try:
@@ -208,8 +219,10 @@ class Applier:
         if not _shallow_equal(current, before):
             raise Stale("it was changed meanwhile")
         if isinstance(before, Directory):
-            if not self._remove_directory(fd, name) and after is not None:
-                raise Stale("something that is not synchronised is in the way")
+            if not self._remove_directory(fd, name):
+                self._explain_rest(operation.path)
+                if after is not None:
+                    raise Stale("something that is not synchronised is in the way")
             before = status = None
             if after is None:
                 return
@@ -252,6 +265,21 @@ class Applier:
                 raise
             return False
         return True
+
+    def _explain_rest(self, path: str) -> None:
+        """Say what a directory still holds, if that was to be removed.
+
+        The directory must not count as done then: it would be forgotten with all that is in it,
+        which would look new at the other end.
+
+        :raises Stale: it has changed meanwhile.
+        :raises OSError: it could not be removed.
+        """
+        failed = self._undone.get(path)
+        if failed:
+            raise OSError(errno.ENOTEMPTY, "something in it could not be removed")
+        if failed is not None:
+            raise Stale("something in it was changed meanwhile")
 
     def _remove(self, fd: int, name: str, path: str, before: Leaf, status: os.stat_result) -> None:
         """Take a file or link out of the tree."""

@@ -26,7 +26,8 @@ class Operation:
     :param path: from the root.
     :param before: what must be at the path; None for nothing.
     :param after: what shall be there. A directory that shall vanish but still holds
-        something, untracked or new, is left as it is, and that counts as done.
+        something, untracked or new, is left as it is, and that counts as done; unless it is
+        what was to be removed before.
     :param in_place: whether a file shall rather be written over than replaced by another one,
         as programs that watch this one file want it.
     """

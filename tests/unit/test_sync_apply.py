@@ -760,6 +760,38 @@ def test_a_directory_that_goes_between_two_operations_is_no_failure(place: Place
     assert read(place.root) == {}
 
 
+@pytest.mark.parametrize("status", [FAILED, STALE])
+@pytest.mark.parametrize("after", [None, "2"])
+def test_a_directory_of_which_something_could_not_be_removed_is_not_done(
+    place: Place, monkeypatch: pytest.MonkeyPatch, status: str, after: object
+) -> None:
+    write(place.root, {"d": {"e": {"x": "1", "y": "1"}}, "other": {"new": "3"}})
+    original = os.rename
+
+    def rename(old: str, new: str, **where: int) -> None:
+        if old == "x":
+            raise OSError(errno.EACCES, "Permission denied")
+        original(old, new, **where)
+
+    if status == FAILED:
+        monkeypatch.setattr(os, "rename", rename)
+    else:
+        (place.root / "d" / "e" / "x").write_text("3")
+    operations = [Operation(f"d/e/{name}", text("1"), None) for name in "xy"]
+    operations += [
+        Operation("d/e", EMPTY, None),
+        # One that was not told of what it holds.
+        Operation("other", EMPTY, None),
+        Operation("d", EMPTY, tree(after)),
+    ]
+    results = place.do(*operations)
+    assert [result.status for result in results] == [status, DONE, status, DONE, status]
+    if status == FAILED:
+        assert results[-1].reason == "something in it could not be removed"
+    assert lookup(place.end.scan().root, "d/e/y") is None
+    assert (place.root / "d" / "e" / "x").exists()
+
+
 def filling(then: Callable[..., None], data: bytes = b" and more") -> Callable[..., int]:
     """Return a write that writes half of some data, and then does something else."""
     original = os.write

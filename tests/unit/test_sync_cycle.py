@@ -354,6 +354,35 @@ def test_a_conflict_that_comes_to_nothing_at_first_is_kept_once(pair: Pair) -> N
     assert [kept.number for kept in pair.conflicts] == [2]
 
 
+@pytest.mark.parametrize("side", [HOST, GUEST])
+def test_what_cannot_be_deleted_does_not_come_back(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch, side: int
+) -> None:
+    synchronised(pair, {"d": {"x": "1", "y": "1"}, "ok": "1"})
+    roots = (pair.host, pair.guest)
+    shutil.rmtree(roots[1 - side] / "d")
+    original = os.rename
+
+    def rename(old: str, new: str, **where: int) -> None:
+        if old == "x":
+            raise PermissionError(13, "Permission denied")
+        original(old, new, **where)
+
+    monkeypatch.setattr(os, "rename", rename)
+    for _ in range(3):
+        outcome = pair.run()
+        assert {problem.path: problem.reason for problem in outcome.failed} == {
+            "d/x": "permission denied",
+            "d": "something in it could not be removed",
+        }
+        assert outcome.requeue == set()
+        assert read(roots[1 - side]) == {"ok": "1"}
+        assert read(roots[side]) == {"d": {"x": "1"}, "ok": "1"}
+    monkeypatch.undo()
+    pair.settle()
+    assert pair.trees() == ({"ok": "1"}, {"ok": "1"})
+
+
 # 59: a crash at every point
 
 
