@@ -57,16 +57,25 @@ class Policy:
     :ivar directory_mode: permission bits of new directories.
     :ivar keep: called with a deleted file, before it is gone: a directory's descriptor, the
         name in it, the path in the tree, and what it is. It may move the file.
+    :ivar links_stay: whether a file with several hard links is written over, so that these stay
+        one file. Where some may be outside of the tree, what comes from the other end is not to
+        get there.
     """
 
-    __slots__ = ("directory_mode", "file_mode", "keep")
+    __slots__ = ("directory_mode", "file_mode", "keep", "links_stay")
 
     def __init__(
-        self, file_mode: int = 0o644, directory_mode: int = 0o755, keep: Keep | None = None
+        self,
+        file_mode: int = 0o644,
+        directory_mode: int = 0o755,
+        keep: Keep | None = None,
+        *,
+        links_stay: bool = True,
     ) -> None:
         self.file_mode = file_mode
         self.directory_mode = directory_mode
         self.keep = keep
+        self.links_stay = links_stay
 
 
 class Applier:
@@ -212,6 +221,7 @@ class Applier:
         self, fd: int, name: str, operation: Operation, given: Arrival | None, *, in_place: bool
     ) -> None:
         before, after = operation.before, operation.after
+        links_stay = self._policy.links_stay
         current, status = self._scanner.probe(fd, operation.path, name)
         if _shallow_equal(current, after):
             self._replacer.forget(after)
@@ -230,7 +240,7 @@ class Applier:
             if isinstance(before, Leaf) and is_file(before):
                 assert status is not None
                 self._replacer.update(
-                    Change(fd, name, operation, before, after, status, in_place),
+                    Change(fd, name, operation, before, after, status, in_place, links_stay),
                     given,
                     verify=self._verify,
                 )
@@ -253,7 +263,9 @@ class Applier:
             self._create(fd, name, operation.path, after)
         else:
             assert status is not None
-            self._replacer.replace(Change(fd, name, operation, before, after, status, in_place))
+            self._replacer.replace(
+                Change(fd, name, operation, before, after, status, in_place, links_stay)
+            )
 
     def _remove_directory(self, fd: int, name: str) -> bool:
         """Remove a directory; return False if it still holds something."""

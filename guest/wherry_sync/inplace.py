@@ -1,9 +1,9 @@
 """Changing a file's contents without replacing the file.
 
 Needed where the inode is what somebody holds: a single file that is itself mounted, a file
-with several hard links, and a file that only grew, for ``tail -f`` reads on in what it opened.
-Wanted where a file was saved so: who watches that one file, as ``node --watch`` does, hears
-nothing of another one that takes its place.
+with several hard links where all of these may be ours, and a file that only grew, for ``tail -f``
+reads on in what it opened. Wanted where a file was saved so: who watches that one file, as
+``node --watch`` does, hears nothing of another one that takes its place.
 
 While that goes on, somebody may give the name to another file, or to none. What was written is not
 there then, so it does not count: see :class:`Moved`.

@@ -35,6 +35,7 @@ class Change:
     :ivar status: as it was when it was found to be ``before``.
     :ivar in_place: whether the inode has to stay.
     :ivar in_place_if_alone: whether it shall stay if nobody else has it open.
+    :ivar replaced: whether it may not stay, because its other names are not ours to change.
     """
 
     __slots__ = (
@@ -45,6 +46,7 @@ class Change:
         "in_place_if_alone",
         "name",
         "path",
+        "replaced",
         "status",
     )
 
@@ -57,6 +59,7 @@ class Change:
         after: Leaf,
         status: os.stat_result,
         in_place: bool,
+        links_stay: bool,
     ) -> None:
         self.fd = fd
         self.name = name
@@ -64,7 +67,9 @@ class Change:
         self.before = before
         self.after = after
         self.status = status
-        self.in_place = in_place or status.st_nlink > 1
+        linked = status.st_nlink > 1
+        self.in_place = in_place or (linked and links_stay)
+        self.replaced = linked and not self.in_place
         self.in_place_if_alone = operation.in_place
 
 
@@ -174,11 +179,11 @@ class Replacer:
                 self._checkpoint("chmod")
                 self._set_executable(change.fd, change.name, change.status, after.executable)
                 return
-            start = inplace.start(self._stage, before, after)
+            start = 0 if change.replaced else inplace.start(self._stage, before, after)
             if change.in_place or start:
                 self._rewrite(change, start)
                 return
-            if change.in_place_if_alone and self._rewrite(change, None):
+            if change.in_place_if_alone and not change.replaced and self._rewrite(change, None):
                 return
         self._stage.begin(Journal(change.path, before, after))
         made = self.make(after, change.status, os.fstat(change.fd))

@@ -90,7 +90,7 @@ class Pair:
                 os.fspath(self.directory / f"{root.name}-stage"),
                 boot,
                 ignore=self.ignore,
-                policy=Policy(keep=self.trash.take) if side == HOST else None,
+                policy=Policy(keep=self.trash.take, links_stay=False) if side == HOST else None,
                 checkpoint=self.fuse,
             )
             for side, (root, boot) in enumerate(

@@ -413,6 +413,32 @@ def test_25_hard_links_stay_one_file(place: Place) -> None:
     assert (place.root / "a").samefile(place.root / "b")
 
 
+@pytest.mark.parametrize("after", ["short", "1 and more"])
+@pytest.mark.parametrize("in_place", [False, True])
+def test_where_a_hard_link_may_be_outside_of_the_tree_it_is_not_written_to(
+    tmp_path: Path, after: str, in_place: bool
+) -> None:
+    """Whether the contents were staged or come along."""
+    place = Place(tmp_path, "along" if in_place else "staged")
+    place.end.close()
+    place.policy.links_stay = False
+    place.open()
+    write(place.root, {"f": "1", "p": "1"})
+    outside, pinned = place.directory / "backup", place.directory / "pinned"
+    outside.hardlink_to(place.root / "f")
+    pinned.hardlink_to(place.root / "p")
+    place.end.pin("p")
+    operations = [
+        Operation(name, text("1"), text(after), in_place=in_place and name == "f") for name in "fp"
+    ]
+    assert [result.status for result in place.do(*operations)] == [DONE, DONE]
+    assert read(place.root) == {"f": after, "p": after}
+    assert outside.read_text() == "1"
+    # A mount refers to that one, and who writes to it there writes to all its names.
+    assert pinned.read_text() == after
+    place.end.close()
+
+
 def test_34_a_single_file_is_rewritten_in_place(tmp_path: Path) -> None:
     (tmp_path / "f").write_text("1 and more")
     inode = (tmp_path / "f").stat().st_ino

@@ -178,6 +178,26 @@ def test_6_in_a_conflict_the_hosts_stays_and_the_guests_is_kept(pair: Pair) -> N
     ]
 
 
+def test_25_what_a_container_writes_does_not_leave_the_hosts_directory(pair: Pair) -> None:
+    """By a hard link out of it: a package manager's store, or a snapshot."""
+    synchronised(pair, {"f": "1", "log": "1"})
+    for name in ("f", "log"):
+        (pair.directory / name).hardlink_to(pair.host / name)
+    save(pair.guest / "f", "by the container")
+    with (pair.guest / "log").open("a") as log:
+        log.write(" and more")
+    pair.settle()
+    assert pair.trees() == ({"f": "by the container", "log": "1 and more"},) * 2
+    assert [(pair.directory / name).read_text() for name in ("f", "log")] == ["1", "1"]
+    # In the guest they stay one file.
+    (pair.guest / "b").hardlink_to(pair.guest / "f")
+    pair.settle()
+    save(pair.host / "f", "by the host")
+    pair.settle()
+    assert pair.trees()[0] == pair.trees()[1]
+    assert (pair.guest / "b").read_text() == "by the host"
+
+
 def test_14_a_husk_stays_and_does_not_come_back(place: Path) -> None:
     pair = Pair(place / "pair", ignore=parse(["node_modules"]))
     synchronised(pair, {"app": {"index.js": "1"}})

@@ -189,7 +189,7 @@ class Places:
             os.fspath(self.root),
             os.fspath(self.base / "stage"),
             "b",
-            policy=Policy(keep=trash.take),
+            policy=Policy(keep=trash.take, links_stay=False),
         )
         end = endpoint(answers)
         try:

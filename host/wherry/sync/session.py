@@ -323,7 +323,7 @@ class Session:
             str(stage),
             self._boot,
             ignore=root.place.ignore,
-            policy=Policy(keep=trash.take),
+            policy=Policy(keep=trash.take, links_stay=False),
             checkpoint=self._progress,
             progress=self._progress,
             single=root.place.single or None,
