@@ -16,6 +16,7 @@ from wherry.sync.core.reconcile import GUEST, HOST
 from wherry.sync.core.store import Store
 from wherry.sync.remote import Place, RemoteEndpoint
 from wherry.sync.roots import Roots
+from wherry.sync.session import Session
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -227,6 +228,43 @@ def test_what_conflicts_left_can_be_listed_though_no_container_mounts_it(
     session = machine.roots.require(str(source))
     session.do(lambda conflicts: [conflicts.forget(kept) for kept in conflicts])
     assert machine.roots.with_conflicts == []
+
+
+@pytest.mark.parametrize("writes", [False, True])
+def test_files_that_roots_had_one_after_the_other_are_not_changed_back(
+    writes: bool, machine: Machine, source: Path
+) -> None:
+    def mount(path: Path) -> Session:
+        """Have one root alone, as if the containers before had been removed long ago."""
+        machine.roots.release([], idle_s=-1)
+        session = machine.roots.require(str(path), read_only=not writes)
+        machine.barrier()
+        return session
+
+    inner = source / "in"
+    mount(source)
+    mount(inner)
+    # Another branch, which the inner root alone has seen, and back again while none is mounted.
+    (inner / "g").write_text("feature")
+    (inner / "new").write_text("only on feature")
+    machine.barrier()
+    machine.roots.release([], idle_s=-1)
+    (inner / "g").write_text("g")
+    (inner / "new").unlink()
+    mount(source)
+    assert machine.copy(source) == read(source) == {"f": "f", "in": {"g": "g"}}
+    # And the other way round.
+    (inner / "g").write_text("feature")
+    (source / "f").write_text("feature")
+    machine.barrier()
+    machine.roots.release([], idle_s=-1)
+    (inner / "g").write_text("g")
+    assert mount(inner).status().conflicts == 0
+    assert machine.copy(inner) == read(inner) == {"g": "g"}
+    (source / "f").unlink()
+    session = mount(source)
+    assert machine.copy(source) == read(source) == {"in": {"g": "g"}}
+    assert session.status().conflicts == 0
 
 
 @pytest.mark.parametrize("late", [False, True])

@@ -98,6 +98,61 @@ def test_what_was_begun_is_on_the_disk(tmp_path: Path, store: Store) -> None:
     after.close()
 
 
+@pytest.fixture
+def other(tmp_path: Path, store: Store) -> Iterator[Store]:
+    found = Store(tmp_path / "sync.db", 2)
+    yield found
+    found.close()
+
+
+def test_what_is_remembered_goes_with_the_files(store: Store, other: Store) -> None:
+    store.commit(diff(None, tree({"a": {"in": {"f": "1"}, "in0": "2"}, "in": "3"})))
+    store.begin({"a/in/f": (text("0"), text("1")), "in": (None, text("3"))}, {"a/in/f": GUEST})
+    store.meet(("h1", "g1"), (7, 8), {})
+    other.take(1, "a/in", "")
+    assert other.load() == tree({"f": "1"})
+    assert store.load() == tree({"a": {"in0": "2"}, "in": "3"})
+    assert other.pending(HOST) == other.pending(GUEST) == {"f": Pending(text("0"), text("1"))}
+    assert other.carried() == [("f", GUEST, text("1"))]
+    assert set(store.pending(HOST)) == {"in"}
+    assert (other.boot(GUEST), other.device(GUEST)) == ("g1", 8)
+    other.meet(("h1", "g2"), (7, 8), {"f": text("4")})
+    other.take(1, "a/in", "")
+    store.take(2, "", "a/in")
+    assert other.load() is None
+    assert other.pending(HOST) == {}
+    assert store.load() == tree({"a": {"in": {"f": "4"}, "in0": "2"}, "in": "3"})
+    assert set(store.pending(GUEST)) == {"a/in/f", "in"}
+    # Either has lost power, and it is not known which.
+    assert (store.boot(HOST), store.boot(GUEST) in ("", "g1", "g2")) == ("h1", False)
+
+
+def test_what_a_root_in_another_one_knows_is_all_that_is_known(store: Store, other: Store) -> None:
+    other.commit(diff(None, tree({"f": "1"})))
+    store.take(2, "", "a/in")
+    assert store.load() == tree({"a": {"in": {"f": "1"}}})
+
+
+@pytest.mark.parametrize("inward", [False, True])
+def test_what_two_roots_remember_is_forgotten(store: Store, other: Store, inward: bool) -> None:
+    """Which of them had it last cannot be told."""
+    store.commit(diff(None, tree({"in": {"f": "1"}, "g": "1"})))
+    other.commit(diff(None, tree({"f": "2", "h": "2"})))
+    if inward:
+        other.take(1, "in", "")
+    else:
+        store.take(2, "", "in")
+    assert (store.load(), other.load()) == (tree({"g": "1"}), None)
+
+
+def test_a_root_that_is_forgotten_has_lost_power_all_the_same(store: Store) -> None:
+    store.meet(("h1", "g1"), (7, 8), diff(None, tree({"f": "1"})))
+    store.begin({"f": (None, text("2"))})
+    store.forget()
+    assert (store.load(), store.pending(HOST), store.device(HOST)) == (None, {}, None)
+    assert store.boot(GUEST) == "g1"
+
+
 @pytest.mark.parametrize("number", range(10))
 def test_several_roots_may_begin_at_once(tmp_path: Path, number: int) -> None:
     """As those of a new machine's first container do."""

@@ -1,7 +1,9 @@
 """The roots of one machine: which there are, and which of them holds a path.
 
 Roots never lie in each other. A path in a root belongs to that root; a new root that contains
-others takes their place, which costs nothing in the guest, where all copies are one tree.
+others takes their place, which costs nothing in the guest, where all copies are one tree. What is
+remembered of the files goes along, there and back: see :meth:`Store.take
+<wherry.sync.core.store.Store.take>`.
 """
 
 from __future__ import annotations
@@ -9,9 +11,10 @@ from __future__ import annotations
 import json
 import logging
 import posixpath
+import sqlite3
 import threading
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import closing
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 from wherry.core.errors import WherryError
@@ -239,6 +242,7 @@ class Roots:
             number = max(self._numbers.values(), default=0) + 1
             self._numbers[path] = number
             self._write()
+        self._collect(path, number)
         here = self._host_path(path)
         ignore = NOTHING if single else self._rules(path)
         root = Root(number, here, Place(f"r{number}", path, single, ignore))
@@ -252,6 +256,32 @@ class Roots:
         )
         self._sessions[path] = session
         return session
+
+    def _collect(self, path: str, number: int) -> None:
+        """Have a root that begins know what those know that had its files before.
+
+        :raises WherryError: the database cannot be read or written.
+        """
+        # Those around others come first: parents are remembered before what is in them.
+        related = [
+            each for each in sorted(self._numbers) if _contains(each, path) or _contains(path, each)
+        ]
+        if not related:
+            return
+        with self._store(number) as store:
+            for other in related:
+                if _contains(other, path):
+                    store.take(self._numbers[other], posixpath.relpath(path, other), "")
+                else:
+                    store.take(self._numbers[other], "", posixpath.relpath(other, path))
+
+    @contextmanager
+    def _store(self, number: int) -> Iterator[Store]:
+        try:
+            with closing(Store(self._database, number)) as store:
+                yield store
+        except sqlite3.Error as error:
+            raise WherryError(f"{self._database} cannot be written: {error}") from error
 
     def _state(self, number: int) -> Path:
         return self._directory / str(number)

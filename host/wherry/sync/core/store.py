@@ -11,6 +11,10 @@ So whatever stops when, either the ancestor is what both sides had, or the path 
 a side that lost power has at a pending path is judged by :mod:`wherry.sync.core.recover`.
 
 Also paths at which both sides changed alike are pending: a side can lose its own change, too.
+
+Roots that lie in each other have the same files, one after the other. What is remembered of a
+file goes with it: :meth:`Store.take` moves it to the root that begins, so no two roots ever
+remember the same path, and what the other one knew cannot be used when it is out of date.
 """
 
 from __future__ import annotations
@@ -47,6 +51,8 @@ _PATIENCE_S = 60.0
 """For another root's transaction, which may be a large one on a slow disk."""
 
 _DIRECTORY = b"D"
+_UNCERTAIN = "uncertain"
+"""Stands for two boots of a side, of which at least one is over."""
 
 _OPENING = threading.Lock()
 """SQLite does not wait for another connection that makes or removes the write-ahead log."""
@@ -249,10 +255,72 @@ class Store:
         self._execute("UPDATE side SET boot = '' WHERE root = ? AND side = ?", self._root, side)
 
     def forget(self) -> None:
-        """Forget the root: neither side has been seen with the other one."""
+        """Forget what both sides had; of the boots is known what was known.
+
+        For what an end remembers of the contents of files it has to tell a loss of power.
+        """
         with _Transaction(self._database):
-            for table in ("ancestor", "pending", "side"):
+            for table in ("ancestor", "pending"):
                 self._execute(f"DELETE FROM {table} WHERE root = ?", self._root)
+            self._execute("UPDATE side SET device = NULL WHERE root = ?", self._root)
+
+    def take(self, other: int, theirs: str, ours: str) -> None:
+        """Take over what is remembered of the files that this root has now, and another one had.
+
+        What both remember is forgotten, as it cannot be told which of them had it last.
+
+        :param theirs: the path in the other root of what is ``ours`` here; one is empty.
+        """
+        part, own = _part(other, theirs), _part(self._root, ours)
+        ancestor = self._execute(f"SELECT path, entry FROM ancestor WHERE {_PART}", *part)
+        pending = self._execute(
+            f"SELECT side, path, before, after, number, origin FROM pending WHERE {_PART}", *part
+        )
+        if not ancestor and not pending:
+            return
+        cut, at = len(_bytes(theirs)) + 1 if theirs else 0, _bytes(ours)
+
+        def moved(path: bytes) -> bytes:
+            return b"/".join(filter(None, (at, path[cut:])))
+
+        known = self._execute(f"SELECT 1 FROM ancestor WHERE {_PART} LIMIT 1", *own)
+        with _Transaction(self._database):
+            for table in ("ancestor", "pending"):
+                for which in (part, own):
+                    self._execute(f"DELETE FROM {table} WHERE {_PART}", *which)
+            if known:
+                return
+            self._take_boots(other, with_devices=not ours)
+            if ancestor:
+                names = at.split(b"/") if at else []
+                above = [b"/".join(names[:depth]) for depth in range(len(names))]
+                self._database.executemany(
+                    "INSERT OR REPLACE INTO ancestor VALUES (?, ?, ?)",
+                    [
+                        *((self._root, path, _DIRECTORY) for path in above),
+                        *((self._root, moved(path), entry) for path, entry in ancestor),
+                    ],
+                )
+            self._database.executemany(
+                "INSERT INTO pending VALUES (?, ?, ?, ?, ?, ?, ?)",
+                ((self._root, side, moved(path), *values) for side, path, *values in pending),
+            )
+
+    def _take_boots(self, other: int, *, with_devices: bool) -> None:
+        """Note that either root's loss of power is one of this root's."""
+        for side, boot, device in self._execute(
+            "SELECT side, boot, device FROM side WHERE root = ?", other
+        ):
+            own, own_device = self._side(side)
+            if own and boot and own != boot:
+                boot = _UNCERTAIN
+            self._execute(
+                "INSERT OR REPLACE INTO side VALUES (?, ?, ?, ?)",
+                self._root,
+                side,
+                boot or own,
+                device if with_devices else own_device,
+            )
 
     def _side(self, side: int) -> tuple[str, int | None]:
         for boot, device in self._execute(
@@ -310,3 +378,17 @@ def _entry(data: bytes | None) -> Entry | None:
     if data is None:
         return None
     return EMPTY if data == _DIRECTORY else Leaf(data)
+
+
+_PART = "root = ? AND (path = ? OR path >= ? AND path < ?)"
+
+
+def _part(root: int, path: str) -> tuple[int, bytes, bytes, bytes]:
+    """Return the values of :data:`_PART` for a path of a root, and all that is below it."""
+    raw = _bytes(path)
+    # "0" is what comes after "/", and 255 is in no path, as they are UTF-8.
+    return (root, raw, raw + b"/", raw + b"0") if raw else (root, raw, b"", b"\xff")
+
+
+def _bytes(path: str) -> bytes:
+    return path.encode(errors="backslashreplace")
