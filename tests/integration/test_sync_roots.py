@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from sync_guest import Guest, Stream
-from sync_trees import read
+from sync_trees import read, write
 
 from wherry.core.errors import WherryError
 from wherry.sync.barrier import hold
@@ -37,6 +37,7 @@ class Machine:
                 Stream(self.guest.connect()), place, ordered=ordered, progress=progress
             ),
             boot="host-1",
+            private=self.directory / "user" / ".local" / "w",
         )
 
     def barrier(self) -> None:
@@ -318,6 +319,21 @@ def test_rules_that_cannot_be_read_are_named(machine: Machine, source: Path) -> 
     (source / ".wherryignore").write_bytes(b"\xff\xfe")
     with pytest.raises(WherryError, match=r"\.wherryignore cannot be read"):
         machine.roots.require(str(source))
+
+
+def test_what_wherry_keeps_is_never_sent(machine: Machine, tmp_path: Path) -> None:
+    user, link = tmp_path / "user", tmp_path / "link"
+    rules = "!/.local/\n!w/\n!key\n"
+    write(user, {".local": {"w": {"key": "private"}, "w2": "2"}, ".wherryignore": rules})
+    link.symlink_to(user)
+    for path in (user, link):
+        session = machine.roots.require(str(path))
+        machine.barrier()
+        assert machine.copy(path) == {".local": {"w2": "2"}, ".wherryignore": rules}
+        assert machine.roots.require(str(path)) is session
+    for path in (user / ".local" / "w", user / ".local" / "w" / "key", link / ".local" / "w"):
+        with pytest.raises(WherryError, match=r"w.* cannot be mounted: in .*w is what wherry"):
+            machine.roots.require(str(path))
 
 
 def test_a_list_of_roots_that_is_damaged_is_named(tmp_path: Path) -> None:

@@ -348,6 +348,7 @@ class Service:
             ),
             boot=self._layout.platform.boot_id(),
             host_path=host_path(self._layout.platform.drives),
+            private=self._layout.home,
         )
         assert self._boot.config is not None
         shared, drives = self._boot.config.shared, self._layout.platform.drives

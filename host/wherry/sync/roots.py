@@ -19,10 +19,10 @@ from pathlib import Path
 
 from wherry.core.errors import WherryError
 from wherry.core.files import write_atomic
-from wherry.sync.core import rules
 from wherry.sync.core.reconcile import GUEST
 from wherry.sync.core.store import Store
 from wherry.sync.core.traits import Traits
+from wherry.sync.extent import check_private, ignore_of
 from wherry.sync.model import Paths, Root
 from wherry.sync.remote import Place
 from wherry.sync.session import Connect, Session, has_conflicts
@@ -46,6 +46,7 @@ class Roots:
     :param boot: id of this boot of the host.
     :param host_path: returns where a path of the guest is on the host. All paths here are the
         guest's, which are the host's own where those have no drives.
+    :param private: a directory that is never sent, resolved.
     """
 
     def __init__(
@@ -56,12 +57,14 @@ class Roots:
         *,
         boot: str,
         host_path: Callable[[str], Path] = Path,
+        private: Path | None = None,
     ) -> None:
         self._directory = directory
         self._database = database
         self._connect = connect
         self._boot = boot
         self._host_path = host_path
+        self._private = private
         self._lock = threading.Lock()
         self._closed = False
         self._sessions: dict[str, Session] = {}
@@ -77,6 +80,7 @@ class Roots:
         """
         if not handles.POSSIBLE:
             raise WherryError("directories of this computer cannot be mounted on its system yet")
+        check_private(self._host_path(path), self._private)
         single = not self._host_path(path).is_dir()
         with self._lock:
             if self._closed:
@@ -233,8 +237,7 @@ class Roots:
         return self._rules(root.place.path).rules != root.place.ignore.rules
 
     def _rules(self, path: str) -> Ignore:
-        file = _lines(self._host_path(path) / rules.FILE_NAME)
-        return rules.parse(file, self._ignored.get(path, ()))
+        return ignore_of(self._host_path(path), self._private, self._ignored.get(path, ()))
 
     def _begin(self, path: str, single: bool) -> Session:
         number = self._numbers.get(path)
@@ -327,12 +330,3 @@ def traits_of(path: Path) -> Traits:
 
 def _contains(outer: str, inner: str) -> bool:
     return inner.startswith("/" if outer == "/" else outer + "/")
-
-
-def _lines(path: Path) -> list[str]:
-    try:
-        return path.read_text(encoding="utf-8").splitlines()
-    except FileNotFoundError:
-        return []
-    except (OSError, UnicodeDecodeError) as error:
-        raise WherryError(f"{path} cannot be read: {error}") from error

@@ -1,0 +1,65 @@
+"""What a root's directory has that is not synchronised, whatever the user says of it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from wherry.core.errors import WherryError
+from wherry.sync.core import rules
+from wherry_sync.ignore import Ignore
+
+
+def ignore_of(root: Path, private: Path | None, settings: Sequence[str] = ()) -> Ignore:
+    """Return the rules for a directory.
+
+    :param settings: lines that come after those of ``.wherryignore``.
+    :param private: a directory whose contents are never sent. Sending what keeps track of
+        sending makes more to send; and the keys to the guest are in it.
+    :raises WherryError: ``.wherryignore`` cannot be read, or understood.
+    """
+    found = rules.parse(_lines(root / rules.FILE_NAME), settings).rules
+    outside = _lead(private, root) if private is not None else None
+    if outside is not None:
+        # The last one that matches decides.
+        found = (*found, (f"{re.escape(outside)}/", True))
+    return Ignore(found)
+
+
+def check_private(path: Path, private: Path | None) -> None:
+    """Refuse what is private, and what is in it.
+
+    :raises WherryError: it is.
+    """
+    if private is not None and _lead(path.resolve(), private) is not None:
+        raise WherryError(
+            f"{path} cannot be mounted: in {private} is what wherry itself keeps of its machines"
+        )
+
+
+def _lead(path: Path, above: Path) -> str | None:
+    """Return the way from a directory to a resolved path; None if that is not below it.
+
+    A directory is known by its inode, as it may have names that differ in case.
+    """
+    for each in (path, *path.parents):
+        if _same(each, above):
+            return path.relative_to(each).as_posix()
+    return None
+
+
+def _same(one: Path, other: Path) -> bool:
+    try:
+        return one.samefile(other)
+    except OSError:
+        return False
+
+
+def _lines(path: Path) -> Iterable[str]:
+    try:
+        return path.read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        return []
+    except (OSError, UnicodeDecodeError) as error:
+        raise WherryError(f"{path} cannot be read: {error}") from error
