@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -154,6 +155,28 @@ def test_a_root_that_is_kept_is_known_the_next_time(machine: Machine, source: Pa
     with pytest.raises(WherryError, match="is not synchronised; see: wherry sync list"):
         machine.roots.remove(str(source))
     assert machine.copy(source) == read(source)
+
+
+@pytest.mark.parametrize("released", [False, True])
+def test_a_root_that_is_halted_can_be_begun_anew(
+    released: bool, machine: Machine, source: Path
+) -> None:
+    machine.roots.require(str(source)).allow_writes()
+    machine.barrier()
+    shutil.rmtree(source)
+    source.mkdir()
+    for _ in range(2):
+        with pytest.raises(WherryError, match=f"halted.*wherry sync remove {source}"):
+            machine.barrier()
+        machine.roots.release([], idle_s=-1)
+        machine.roots.require(str(source)).allow_writes()
+    if released:
+        machine.roots.release([], idle_s=-1)
+    machine.roots.remove(str(source))
+    (source / "mine").write_text("mine")
+    machine.roots.require(str(source)).allow_writes()
+    machine.barrier()
+    assert machine.copy(source) == read(source) == {"f": "f", "in": {"g": "g"}, "mine": "mine"}
 
 
 def test_what_no_container_mounts_ends_and_is_ready_again(machine: Machine, source: Path) -> None:

@@ -276,6 +276,16 @@ def test_another_device_halts(pair: Pair) -> None:
     assert pair.run().halt == (HOST, Halt.DEVICE)
 
 
+def test_a_device_may_have_another_number_in_another_boot(pair: Pair) -> None:
+    synchronised(pair, {"a": "1", "b": "2"})
+    pair.store.meet(("host-1", "guest-1"), (1, 1), {})
+    pair.boots = ["host-2", "guest-2"]
+    pair.restart()
+    (pair.host / "b").unlink()
+    pair.settle()
+    assert read(pair.guest) == {"a": "1"}
+
+
 def test_a_single_file_is_a_root_too(place: Path) -> None:
     (place / "pair").mkdir()
     pair = Pair(place / "pair", file=True)

@@ -8,6 +8,7 @@ import shutil
 import sqlite3
 import threading
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import IO
 
@@ -80,10 +81,10 @@ def test_pending_keeps_the_first_before_and_the_last_after(store: Store) -> None
 
 def test_a_side_that_ended_in_order_has_lost_nothing(store: Store) -> None:
     store.meet(("h1", "g1"), (7, 8), {})
-    assert (store.boot(GUEST), store.device(GUEST)) == ("g1", 8)
+    assert (store.boot(GUEST), store.device(GUEST)) == ("g1", (8, "g1"))
     store.begin({"f": (None, text("2"))})
     store.part(GUEST, store.ticket())
-    assert (store.boot(GUEST), store.device(GUEST)) == ("", 8)
+    assert (store.boot(GUEST), store.device(GUEST)) == ("", (8, "g1"))
     assert store.pending(GUEST) == {}
     assert store.boot(HOST) == "h1"
 
@@ -115,7 +116,7 @@ def test_what_is_remembered_goes_with_the_files(store: Store, other: Store) -> N
     assert other.pending(HOST) == other.pending(GUEST) == {"f": Pending(text("0"), text("1"))}
     assert other.carried() == [("f", GUEST, text("1"))]
     assert set(store.pending(HOST)) == {"in"}
-    assert (other.boot(GUEST), other.device(GUEST)) == ("g1", 8)
+    assert (other.boot(GUEST), other.device(GUEST)) == ("g1", (8, "g1"))
     other.meet(("h1", "g2"), (7, 8), {"f": text("4")})
     other.take(1, "a/in", "")
     store.take(2, "", "a/in")
@@ -149,7 +150,7 @@ def test_a_root_that_is_forgotten_has_lost_power_all_the_same(store: Store) -> N
     store.meet(("h1", "g1"), (7, 8), diff(None, tree({"f": "1"})))
     store.begin({"f": (None, text("2"))})
     store.forget()
-    assert (store.load(), store.pending(HOST), store.device(HOST)) == (None, {}, None)
+    assert (store.load(), store.pending(HOST), store.device(HOST)[0]) == (None, {}, None)
     assert store.boot(GUEST) == "g1"
 
 
@@ -172,6 +173,24 @@ def test_several_roots_may_begin_at_once(tmp_path: Path, number: int) -> None:
     for thread in threads:
         thread.join()
     assert failures == []
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_a_file_of_an_earlier_release_is_read(tmp_path: Path, version: int) -> None:
+    path = tmp_path / "sync.db"
+    with closing(Store(path, 1)) as store:
+        store.meet(("h1", "g1"), (7, 8), diff(None, tree({"f": "1"})))
+    with closing(sqlite3.connect(path)) as database:
+        database.execute("ALTER TABLE side DROP COLUMN device_boot")
+        if version == 1:
+            database.execute("ALTER TABLE pending DROP COLUMN origin")
+        database.execute(f"PRAGMA user_version = {version}")
+    with closing(Store(path, 1)) as store:
+        assert store.load() == tree({"f": "1"})
+        assert (store.boot(HOST), store.device(HOST)) == ("h1", (7, ""))
+        store.begin({"f": (None, text("2"))}, {"f": HOST})
+        store.meet(("h2", "g2"), (9, 8), {})
+        assert store.device(HOST) == (9, "h2")
 
 
 def test_a_file_of_another_release_or_kind_is_refused(tmp_path: Path) -> None:
@@ -210,13 +229,29 @@ TWO = tree({"a": "1", "b": "1"})
         (TWO, TWO, {"device": 2}, Halt.DEVICE),
         (TWO, tree({}), {"device": 2}, Halt.DEVICE),
         (TWO, TWO, {"known_device": None}, None),
+        # The system has given it another number.
+        (TWO, tree({"a": "2", "c": "3"}), {"device": 2, "rebooted": True}, None),
+        (text("1"), text("2"), {"device": 2, "rebooted": True}, None),
+        (tree({}), TWO, {"device": 2, "rebooted": True}, None),
+        # Not all that was below it when the disk was mounted there is the disk.
+        (TWO, tree({"c": "1"}), {"device": 2, "rebooted": True}, Halt.DEVICE),
+        (tree({"a": "1"}), tree({}), {"device": 2, "rebooted": True}, Halt.DEVICE),
+        (tree({"a": "1"}), tree({"a": FIFO}), {"device": 2, "rebooted": True}, Halt.DEVICE),
+        (TWO, tree({}), {"device": 2, "rebooted": True, "may_empty": True}, Halt.DEVICE),
         (TWO, TWO, {"marked": False}, Halt.MARKER),
     ],
 )
 def test_what_must_not_be_believed(
     ancestor: Entry | None, found: Entry | None, changed: dict[str, object], halt: Halt | None
 ) -> None:
-    facts = {"device": 1, "known_device": 1, "marked": True, "may_empty": False} | changed
+    facts: dict[str, object] = {
+        "device": 1,
+        "known_device": 1,
+        "rebooted": False,
+        "marked": True,
+        "may_empty": False,
+    }
+    facts |= changed
     assert check(ancestor, found, **facts) is halt  # type: ignore[arg-type]
 
 

@@ -95,7 +95,8 @@ def add(name: str, path: Path, ignore: tuple[str, ...]) -> None:
 def remove(name: str, path: Path) -> None:
     """Synchronise PATH no longer; both sides keep what they have.
 
-    A container that mounts it and is started again begins the synchronisation anew.
+    What was known of it is forgotten, so it is halted no longer. A container that mounts it and
+    is started again begins anew: what one side alone has comes to the other one.
     """
     _call(name, "sync_remove", path=_absolute(path))
 

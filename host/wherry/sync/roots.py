@@ -180,17 +180,29 @@ class Roots:
             session.disconnect()
 
     def remove(self, path: str) -> None:
-        """End a root; both sides keep what they have.
+        """End a root and forget it; both sides keep what they have.
+
+        If it is needed again, what one side alone has comes to the other one: nothing is known
+        to have been deleted. So it is a way out for one that is halted.
 
         :raises WherryError: it is none.
         """
         with self._lock:
-            if path not in self._sessions:
+            if path not in self._sessions and not self._is_remembered(path):
                 raise WherryError(f"{path} is not synchronised", hint="see: wherry sync list")
             self._kept.discard(path)
             self._ignored.pop(path, None)
             self._write()
-            self._end(path)
+            if path in self._sessions:
+                self._end(path)
+            with self._store(self._numbers[path]) as store:
+                store.forget()
+
+    def _is_remembered(self, path: str) -> bool:
+        if path not in self._numbers:
+            return False
+        with self._store(self._numbers[path]) as store:
+            return store.load() is not None
 
     def close(self) -> None:
         """End all of them; safe to call twice."""

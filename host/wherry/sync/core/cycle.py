@@ -219,11 +219,13 @@ class Cycle:
             changes = resume(self._ancestor, host.root, guest.root, store.carried())
         ancestor = updated(self._ancestor, changes) if changes else self._ancestor
         for side, snapshot in enumerate((host, guest)):
+            known_device, device_boot = store.device(side)
             halt = safety.check(
                 ancestor,
                 snapshot.root,
                 device=snapshot.device,
-                known_device=store.device(side),
+                known_device=known_device,
+                rebooted=device_boot != boots[side],
                 marked=marked[side],
                 may_empty=side == GUEST,
             )

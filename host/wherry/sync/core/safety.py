@@ -28,6 +28,7 @@ def check(
     *,
     device: int,
     known_device: int | None,
+    rebooted: bool,
     marked: bool,
     may_empty: bool,
 ) -> Halt | None:
@@ -36,6 +37,9 @@ def check(
     :param ancestor: what both sides had last.
     :param found: what the scan of this side gave.
     :param device: that it is on, and ``known_device`` that it was on before.
+    :param rebooted: whether that was in another boot. The numbers of btrfs, NFS, NVMe and device
+        mapper are given anew in each, so another one halts only a tree that has nothing in
+        common with the one before, as what is below a disk that was not mounted.
     :param marked: whether what identifies the tree, and lies outside of it, is there.
     :param may_empty: whether this side may lose all of several children at once. A container
         may do that, for the files go to the host's trash; that a person on the host meant it
@@ -47,7 +51,7 @@ def check(
         return Halt.VANISHED
     if not marked:
         return Halt.MARKER
-    if known_device is not None and device != known_device:
+    if known_device not in (None, device) and not (rebooted and _is_like(ancestor, found)):
         return Halt.DEVICE
     if isinstance(ancestor, Directory) != isinstance(found, Directory):
         return Halt.KIND
@@ -56,3 +60,13 @@ def check(
         if len(ancestor.children) >= 2 and not left and not may_empty:
             return Halt.EMPTIED
     return None
+
+
+def _is_like(ancestor: Entry, found: Entry) -> bool:
+    """Whether one tree may be the other one after some changes."""
+    if not isinstance(ancestor, Directory) or not isinstance(found, Directory):
+        return True
+    there = (found.children.get(name) for name in ancestor.children)
+    return not ancestor.children or any(
+        child is not None and not is_untracked(child) for child in there
+    )

@@ -42,11 +42,12 @@ CREATE TABLE pending (
 ) WITHOUT ROWID;
 CREATE TABLE side (
     root INTEGER NOT NULL, side INTEGER NOT NULL, boot TEXT NOT NULL, device INTEGER,
-    PRIMARY KEY (root, side)
+    device_boot TEXT, PRIMARY KEY (root, side)
 ) WITHOUT ROWID;
 """
 _FROM_1 = "ALTER TABLE pending ADD COLUMN origin INTEGER;"
-_VERSION = 2
+_FROM_2 = "ALTER TABLE side ADD COLUMN device_boot TEXT;"
+_VERSION = 3
 _PATIENCE_S = 60.0
 """For another root's transaction, which may be a large one on a slow disk."""
 
@@ -99,13 +100,10 @@ class Store:
         # Not only consistent after a loss of power but complete: "begin" is relied on.
         self._execute("PRAGMA synchronous = FULL")
         ((version,),) = self._execute("PRAGMA user_version")
-        if version == 0:
+        changes = {0: _SCHEMA, 1: _FROM_1 + _FROM_2, 2: _FROM_2}.get(version)
+        if changes is not None:
             self._database.executescript(
-                f"BEGIN IMMEDIATE;{_SCHEMA}PRAGMA user_version = {_VERSION};COMMIT;"
-            )
-        elif version == 1:
-            self._database.executescript(
-                f"BEGIN IMMEDIATE;{_FROM_1}PRAGMA user_version = {_VERSION};COMMIT;"
+                f"BEGIN IMMEDIATE;{changes}PRAGMA user_version = {_VERSION};COMMIT;"
             )
         elif version != _VERSION:
             raise WherryError(
@@ -220,9 +218,12 @@ class Store:
         """Return the boot in which a side was seen last; empty if it then ended in order."""
         return self._side(side)[0]
 
-    def device(self, side: int) -> int | None:
-        """Return the device that a side's tree is on; None if it is not known."""
-        return self._side(side)[1]
+    def device(self, side: int) -> tuple[int | None, str]:
+        """Return the device that a side's tree is on, and in which boot it had that number.
+
+        None if it is not known; no boot if that is not.
+        """
+        return self._side(side)[1:]
 
     def meet(
         self,
@@ -241,11 +242,12 @@ class Store:
             self._execute("UPDATE pending SET origin = NULL WHERE root = ?", self._root)
             for side in (HOST, GUEST):
                 self._execute(
-                    "INSERT OR REPLACE INTO side VALUES (?, ?, ?, ?)",
+                    "INSERT OR REPLACE INTO side VALUES (?, ?, ?, ?, ?)",
                     self._root,
                     side,
                     boots[side],
                     devices[side],
+                    boots[side],
                 )
         self._checkpoint("met")
 
@@ -308,26 +310,28 @@ class Store:
 
     def _take_boots(self, other: int, *, with_devices: bool) -> None:
         """Note that either root's loss of power is one of this root's."""
-        for side, boot, device in self._execute(
-            "SELECT side, boot, device FROM side WHERE root = ?", other
+        for side, boot, *device in self._execute(
+            "SELECT side, boot, device, device_boot FROM side WHERE root = ?", other
         ):
-            own, own_device = self._side(side)
+            own, *own_device = self._side(side)
             if own and boot and own != boot:
                 boot = _UNCERTAIN
             self._execute(
-                "INSERT OR REPLACE INTO side VALUES (?, ?, ?, ?)",
+                "INSERT OR REPLACE INTO side VALUES (?, ?, ?, ?, ?)",
                 self._root,
                 side,
                 boot or own,
-                device if with_devices else own_device,
+                *(device if with_devices else own_device),
             )
 
-    def _side(self, side: int) -> tuple[str, int | None]:
-        for boot, device in self._execute(
-            "SELECT boot, device FROM side WHERE root = ? AND side = ?", self._root, side
+    def _side(self, side: int) -> tuple[str, int | None, str]:
+        for boot, device, device_boot in self._execute(
+            "SELECT boot, device, device_boot FROM side WHERE root = ? AND side = ?",
+            self._root,
+            side,
         ):
-            return boot, device
-        return "", None
+            return boot, device, device_boot or ""
+        return "", None, ""
 
     def _change(self, changes: Mapping[str, Entry | None]) -> None:
         self._database.executemany(
