@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import threading
@@ -72,6 +73,7 @@ class Engine:
 
     def __init__(self) -> None:
         self.mounts: list[list[dict[str, str]]] = []
+        self.inspected: dict[str, list[dict[str, str]]] = {}
 
     def open_unix(self, path: str) -> Engine:
         return self
@@ -83,6 +85,10 @@ class Engine:
                 {"Id": str(number), "State": "exited", "Mounts": mounts}
                 for number, mounts in enumerate(self.mounts)
             ],
+        }
+        answers |= {
+            f"/containers/{name}/json": {"Id": ID, "Mounts": mounts}
+            for name, mounts in self.inspected.items()
         }
         body = json.dumps(answers[data.decode().split()[1]]).encode()
         self.answer = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body)
@@ -330,6 +336,60 @@ class TestWhatWasNotBrought:
             if watch.end:
                 watch.end(True)
         assert session.asked == [False] * 3
+
+
+@pytest.mark.parametrize("stale", [False, True])
+def test_a_source_that_is_gone_is_named(
+    stale: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The service was restarted, and the drive is not there: no session can tell."""
+    engine = Engine()
+    source = tmp_path / "drive" / "data"
+    engine.inspected["box"] = [{"Type": "bind", "Source": str(source)}]
+    if stale:
+        source = source.parent
+
+        def cut(path: Path) -> bool:
+            raise OSError(errno.ENOTCONN, os.strerror(errno.ENOTCONN))
+
+        monkeypatch.setattr(Path, "exists", cut)
+    api = Api(tmp_path, engine)
+    for target in ("start", "exec", "restart"):
+        with pytest.raises(Refusal, match=f"{source}.* is not"):
+            api.send("POST", f"/containers/box/{target}")
+    watch = api.send("POST", "/containers/box/wait")
+    assert watch.line is not None
+    told = watch.line(b'{"StatusCode":0}')
+    assert told is not None
+    assert str(source) in json.loads(told)["Error"]["Message"]
+    assert api.roots.sessions == {}
+
+
+@pytest.mark.parametrize("key", ["VolumesFrom", "volumesfrom"])
+def test_what_a_container_mounts_as_another_one_does_waits_too(tmp_path: Path, key: str) -> None:
+    engine = Engine()
+    api = Api(tmp_path, engine)
+    # An earlier container had the name, and mounted nothing.
+    api.create("", "user")
+    engine.inspected["user"] = [{"Type": "bind", "Source": str(tmp_path)}]
+    watch = api.send("POST", "/containers/create?name=user", {"HostConfig": {key: ["data:ro"]}})
+    assert watch.line is not None
+    watch.line(json.dumps({"Id": "e" * 64}).encode())
+    api.send("POST", "/containers/user/start")
+    session = api.roots.sessions[str(tmp_path)]
+    assert session.asked == [True]
+    watch = api.send("POST", "/containers/user/wait")
+    assert watch.line is not None
+    watch.line(b"{}")
+    assert session.asked == [True, False]
+
+
+def test_one_that_is_around_others_is_begun_before_them(api: Api, tmp_path: Path) -> None:
+    """It would take the place of theirs, for whose barriers the request waits."""
+    (tmp_path / "a").mkdir()
+    binds = [f"{tmp_path / 'a'}:/a", f"{tmp_path}:/b"]
+    api.send("POST", "/containers/create", {"HostConfig": {"Binds": binds}})
+    assert list(api.roots.sessions) == [str(tmp_path), str(tmp_path / "a")]
 
 
 def test_a_wait_without_progress_ends(api: Api, session: Session) -> None:

@@ -142,9 +142,11 @@ class Mounts:
         self._roots.release(used | before)
 
     def _resume(self, source: Source) -> None:
-        if not self._is_shared(source.path) or not self._host_path(source.path).exists():
+        if not self._is_shared(source.path):
             return
         try:
+            if not self._host_path(source.path).exists():
+                return
             self._roots.require(source.path, read_only=source.read_only)
         except (OSError, WherryError) as error:
             log.warning("%s is not synchronised: %s", source.path, error)
@@ -154,12 +156,16 @@ class Mounts:
     def _create(self, request: Request) -> Watch | None:
         body = self._rewritten(request, of_container)
         found = [*sources.of_container(body), *self._known.of_volumes(sources.volumes_of(body))]
-        self._bring(request, [self._share(request, source) for source in found])
+        self._bring(request, [self._share(request, source) for source in _outer_first(found)])
         name = (request.query.get("name") or [""])[0]
+        inherits = sources.inherits(body)
 
         def created(line: bytes) -> None:
             id = _json(line).get("Id")
-            if isinstance(id, str) and id:
+            if inherits:
+                # What the others mount the engine will tell when it is asked about this one.
+                self._known.forget_name(name)
+            elif isinstance(id, str) and id:
                 self._known.learn(id, found, name)
 
         return Watch(line=created)
@@ -366,11 +372,17 @@ class Mounts:
     def _sessions(self, mounted: Iterable[Source]) -> Iterator[Session]:
         """Yield the sessions of what a container mounts, begun again if need be.
 
-        :raises WherryError: in the iterator: one cannot be begun.
+        :raises WherryError: in the iterator: one is not there, or cannot be begun.
         """
-        for source in mounted:
-            if self._host_path(source.path).exists() or self._roots.holding(source.path):
-                yield self._roots.require(source.path, read_only=source.read_only)
+        for source in _outer_first(mounted):
+            path = self._host_path(source.path)
+            try:
+                if not path.exists() and not self._roots.holding(source.path):
+                    raise WherryError(f"{path} is not there, so it is not synchronised")
+                session = self._roots.require(source.path, read_only=source.read_only)
+            except OSError as error:
+                raise WherryError(f"{path} is not synchronised: {error.strerror}") from error
+            yield session
 
     def _bring(self, request: Request, sessions: Iterable[Session | None]) -> None:
         """Have what is on the host now in the guest.
@@ -410,6 +422,11 @@ class Mounts:
     def _marks(self, mounted: Iterable[Source]) -> list[tuple[Session, int]]:
         found = {self._roots.holding(source.path) for source in mounted}
         return [(session, session.conflict_count) for session in found if session is not None]
+
+
+def _outer_first(mounted: Iterable[Source]) -> list[Source]:
+    """Return sources in an order in which no root takes the place of one before it."""
+    return sorted(mounted, key=lambda source: source.path)
 
 
 def _then(function: Callable[[], object]) -> Watch:

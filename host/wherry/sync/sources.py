@@ -3,7 +3,8 @@
 The Engine API names sources of bind mounts in four places: ``HostConfig.Binds`` and
 ``HostConfig.Mounts`` of ``/containers/create``, the driver's options of a volume that such a
 mount makes, and those of ``/volumes/create``, where ``type=none,o=bind,device=PATH`` is how
-Compose binds a directory as a named volume (mount(8)).
+Compose binds a directory as a named volume (mount(8)). What ``HostConfig.VolumesFrom`` adds is known
+to the engine alone, which tells it when it is asked about the container.
 """
 
 from __future__ import annotations
@@ -42,6 +43,11 @@ def volumes_of(body: Mapping[str, Any]) -> list[str]:
         if mount.get("Type") == "volume" and mount.get("Source"):
             names.append(str(mount["Source"]))
     return names
+
+
+def inherits(body: Mapping[str, Any]) -> bool:
+    """Whether a container mounts what others do, by the body of ``POST /containers/create``."""
+    return bool(_mapping(_as_go_reads(body).get("HostConfig")).get("VolumesFrom"))
 
 
 def of_volume(body: Mapping[str, Any]) -> list[Source]:
@@ -116,7 +122,16 @@ def _clean(path: str) -> str:
 _FIELDS = {
     name.lower(): name
     for name in (
-        *("HostConfig", "Binds", "Mounts", "Type", "Source", "ReadOnly", "BindOptions"),
+        *(
+            "HostConfig",
+            "Binds",
+            "Mounts",
+            "VolumesFrom",
+            "Type",
+            "Source",
+            "ReadOnly",
+            "BindOptions",
+        ),
         *("CreateMountpoint", "VolumeOptions", "DriverConfig", "Name", "Options"),
         *("Driver", "DriverOpts"),
     )
