@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import closing
@@ -342,6 +343,44 @@ def test_rules_that_cannot_be_read_are_named(machine: Machine, source: Path) -> 
     (source / ".wherryignore").write_bytes(b"\xff\xfe")
     with pytest.raises(WherryError, match=r"\.wherryignore cannot be read"):
         machine.roots.require(str(source))
+
+
+def test_what_a_root_leaves_out_cannot_be_mounted_in_it(
+    machine: Machine, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(source, {".wherryignore": "dist/\n", "dist": {"page": "p"}, "away": "->/", "drive": {}})
+    write(source, {"to": {"in": "->../in", "dist": "->../dist", "self": "->.."}})
+    outer = machine.roots.require(str(source))
+    for inside in ("in", "in/g", "to/in", "to/in/g", "to/self", "missing/dist"):
+        assert machine.roots.require(str(source / inside)) is outer
+    for inside, reason in (
+        ("dist", r"dist matches a line of .*\.wherryignore"),
+        ("dist/page", r"dist matches a line of .*\.wherryignore"),
+        ("to/dist", r"dist matches a line of .*\.wherryignore"),
+        ("away", "away is a link that leads out of it"),
+        ("away/tmp", "away is a link that leads out of it"),
+    ):
+        with pytest.raises(WherryError, match=f"{inside} cannot be mounted while .*: .*{reason}"):
+            machine.roots.require(str(source / inside))
+    status = Path.lstat
+
+    def lstat(path: Path) -> os.stat_result:
+        """As if another filesystem were mounted at one of the directories."""
+        found = status(path)
+        if path.name == "drive":
+            return os.stat_result((*found[:2], found.st_dev + 1, *found[3:]))
+        return found
+
+    monkeypatch.setattr(Path, "lstat", lstat)
+    with pytest.raises(WherryError, match="drive is on another filesystem"):
+        machine.roots.require(str(source / "drive"))
+    monkeypatch.undo()
+    # The user takes the line back, which holds from the next command on.
+    (source / ".wherryignore").write_text("")
+    session = machine.roots.require(str(source / "dist"))
+    assert session.root.path == source
+    hold([session], fresh=True)
+    assert machine.copy(source / "dist") == {"page": "p"}
 
 
 def test_what_wherry_keeps_is_never_sent(machine: Machine, tmp_path: Path) -> None:

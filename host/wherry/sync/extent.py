@@ -1,13 +1,15 @@
-"""What a root's directory has that is not synchronised, whatever the user says of it."""
+"""What a root's directory has that is not synchronised."""
 
 from __future__ import annotations
 
 import re
+import stat
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from wherry.core.errors import WherryError
 from wherry.sync.core import rules
+from wherry_sync.entry import join, name_problem
 from wherry_sync.ignore import Ignore
 
 
@@ -36,6 +38,47 @@ def check_private(path: Path, private: Path | None) -> None:
         raise WherryError(
             f"{path} cannot be mounted: in {private} is what wherry itself keeps of its machines"
         )
+
+
+def check_inside(root: Path, ignore: Ignore, inside: str) -> None:
+    """Refuse a path in a root that is not synchronised with it.
+
+    A barrier of the root would say nothing of it. What is not there is no reason to refuse.
+
+    :raises WherryError: it is left out.
+    :raises OSError: that cannot be told.
+    """
+    reason = _gap(root, ignore, inside)
+    if reason is not None:
+        raise WherryError(
+            f"{root / inside} cannot be mounted while {root} is synchronised, which leaves it out:"
+            f" {reason}"
+        )
+
+
+def _gap(root: Path, ignore: Ignore, inside: str) -> str | None:
+    path = ""
+    for name in inside.split("/"):
+        path = join(path, name)
+        try:
+            device, status = root.stat().st_dev, (root / path).lstat()
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        reason = name_problem(name)
+        if reason is not None:
+            return reason
+        if ignore(path, stat.S_ISDIR(status.st_mode)):
+            return f"{path} matches a line of {root / rules.FILE_NAME}"
+        if status.st_dev != device:
+            return f"{root / path} is on another filesystem"
+        if stat.S_ISLNK(status.st_mode):
+            target, real = (root / inside).resolve(), root.resolve()
+            if not target.is_relative_to(real):
+                return f"{root / path} is a link that leads out of it"
+            return (
+                None if target == real else _gap(real, ignore, target.relative_to(real).as_posix())
+            )
+    return None
 
 
 def _lead(path: Path, above: Path) -> str | None:

@@ -22,7 +22,7 @@ from wherry.core.files import write_atomic
 from wherry.sync.core.reconcile import GUEST
 from wherry.sync.core.store import Store
 from wherry.sync.core.traits import Traits
-from wherry.sync.extent import check_private, ignore_of
+from wherry.sync.extent import check_inside, check_private, ignore_of
 from wherry.sync.model import Paths, Root
 from wherry.sync.remote import Place
 from wherry.sync.session import Connect, Session, has_conflicts
@@ -77,6 +77,7 @@ class Roots:
         :param read_only: nothing has to come from the guest for this one's sake.
 
         :raises WherryError: it cannot be synchronised.
+        :raises OSError: it cannot be looked at.
         """
         if not handles.POSSIBLE:
             raise WherryError("directories of this computer cannot be mounted on its system yet")
@@ -94,9 +95,12 @@ class Roots:
                 session = self._replace(session.root.place.path, session.root.place.single)
             if session is None:
                 session = self._replace(path, single)
-            elif single and not session.root.place.single:
-                # A container mounts the file itself, so that must not be replaced by another.
-                session.pin(posixpath.relpath(path, session.root.place.path))
+            elif path != session.root.place.path:
+                inside = posixpath.relpath(path, session.root.place.path)
+                check_inside(session.root.path, session.root.place.ignore, inside)
+                if single:
+                    # A container mounts the file itself, so no other one must replace it.
+                    session.pin(inside)
             if not read_only:
                 session.allow_writes()
             return session

@@ -3,8 +3,8 @@
 The Engine API names sources of bind mounts in four places: ``HostConfig.Binds`` and
 ``HostConfig.Mounts`` of ``/containers/create``, the driver's options of a volume that such a
 mount makes, and those of ``/volumes/create``, where ``type=none,o=bind,device=PATH`` is how
-Compose binds a directory as a named volume (mount(8)). What ``HostConfig.VolumesFrom`` adds is known
-to the engine alone, which tells it when it is asked about the container.
+Compose binds a directory as a named volume (mount(8)). What ``HostConfig.VolumesFrom`` adds only
+the engine knows, which tells it when it is asked about the container.
 """
 
 from __future__ import annotations
