@@ -426,6 +426,11 @@ def test_a_log_that_never_rests_holds_up_no_barrier(pair: Pair, side: int) -> No
         writer.wait()
 
 
+def barriers(pair: Pair, count: int) -> None:
+    for _ in range(count):
+        pair.barrier(fresh=True)
+
+
 OVER = """
 import sys
 with open(sys.argv[1], "r+b") as file:
@@ -449,11 +454,9 @@ def test_a_file_that_is_written_over_without_end(pair: Pair, side: int) -> None:
             time.sleep(0.01)
         if side == HOST:
             with pytest.raises(WherryError, match="/data cannot be brought up to date in the gu"):
-                for _ in range(20):
-                    pair.barrier(fresh=True)
+                barriers(pair, 20)
         else:
-            for _ in range(5):
-                pair.barrier(fresh=True)
+            barriers(pair, 5)
     finally:
         writer.kill()
         writer.wait()

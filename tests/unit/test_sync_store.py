@@ -108,8 +108,8 @@ def other(tmp_path: Path, store: Store) -> Iterator[Store]:
 
 def test_what_is_remembered_goes_with_the_files(store: Store, other: Store) -> None:
     store.commit(diff(None, tree({"a": {"in": {"f": "1"}, "in0": "2"}, "in": "3"})))
-    store.begin({"a/in/f": (text("0"), text("1")), "in": (None, text("3"))}, {"a/in/f": GUEST})
     store.meet(("h1", "g1"), (7, 8), {})
+    store.begin({"a/in/f": (text("0"), text("1")), "in": (None, text("3"))}, {"a/in/f": GUEST})
     other.take(1, "a/in", "")
     assert other.load() == tree({"f": "1"})
     assert store.load() == tree({"a": {"in0": "2"}, "in": "3"})

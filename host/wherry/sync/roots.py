@@ -19,6 +19,7 @@ from pathlib import Path
 
 from wherry.core.errors import WherryError
 from wherry.core.files import write_atomic
+from wherry.sync.core import rules
 from wherry.sync.core.reconcile import GUEST
 from wherry.sync.core.store import Store
 from wherry.sync.core.traits import Traits
