@@ -76,7 +76,7 @@ class Pair:
         self.fuse = Fuse()
         self.boots = ["host-1", "guest-1"]
         self.marked = (True, True)
-        self.on_disk = self.image()
+        self.on_disk = [self.image(HOST), self.image(GUEST)]
         self.open()
 
     def open(self) -> None:
@@ -129,8 +129,7 @@ class Pair:
         """Flush a side; what it has now survives a loss of power."""
         ticket = self.store.ticket()
         self.ends[side].flush()
-        if side == GUEST:
-            self.on_disk = self.image()
+        self.on_disk[side] = self.image(side)
         self.store.confirm(side, ticket)
 
     def trees(self) -> tuple[dict[str, object], dict[str, object]]:
@@ -146,14 +145,15 @@ class Pair:
             if kept.leaf.kind == FILE
         }
 
-    def image(self) -> dict[str, tuple[str, bytes, int]]:
-        """Return what is in the guest's tree: kind, contents, mode by path."""
+    def image(self, side: int) -> dict[str, tuple[str, bytes, int]]:
+        """Return what is in a side's tree: kind, contents, mode by path."""
         found: dict[str, tuple[str, bytes, int]] = {}
-        if not self.guest.is_dir():
+        root = (self.host, self.guest)[side]
+        if not root.is_dir():
             return found
-        for path in self.guest.rglob("*"):
+        for path in root.rglob("*"):
             status = path.lstat()
-            name = os.fspath(path.relative_to(self.guest))
+            name = os.fspath(path.relative_to(root))
             if stat.S_ISLNK(status.st_mode):
                 found[name] = ("link", os.fsencode(path.readlink()), 0)
             elif stat.S_ISDIR(status.st_mode):
@@ -162,27 +162,36 @@ class Pair:
                 found[name] = ("file", path.read_bytes(), status.st_mode)
         return found
 
-    def lose_power(self, choices: random.Random) -> None:
-        """Let the guest forget some of what it has not flushed, and boot anew.
+    def lose_power(self, choices: random.Random, side: int = GUEST) -> None:
+        """Let a side forget some of what it has not flushed, and boot anew.
 
-        Each path gets, by choice, what is on the disk, what it has now, or nothing in it.
+        Each path gets, by choice, what is on the disk, what it has now, or nothing in it; on the
+        host also the first half.
         """
         self.close()
         self.fuse.left = None
-        now = self.image()
-        shutil.rmtree(self.guest)
-        self.guest.mkdir()
+        now, on_disk = self.image(side), self.on_disk[side]
+        root = (self.host, self.guest)[side]
+        shutil.rmtree(root)
+        root.mkdir()
         after: dict[str, tuple[str, bytes, int]] = {}
-        for name in sorted(now.keys() | self.on_disk.keys()):
-            old, new = self.on_disk.get(name), now.get(name)
-            picked = old if old == new else choices.choice([old, new, "empty"])
-            if picked == "empty":
-                picked = ("file", b"", 0o100644) if (new or old or ("",))[0] == "file" else old
+        for name in sorted(now.keys() | on_disk.keys()):
+            old, new = on_disk.get(name), now.get(name)
+            picked = old
+            if old != new:
+                parts = [old, new, "0", "1"] if side == HOST else [old, new, "0"]
+                found = choices.choice(parts)
+                if isinstance(found, str):
+                    like = new or old
+                    if like is not None and like[0] == "file":
+                        picked = ("file", like[1][: int(found) * len(like[1]) // 2], 0o100644)
+                else:
+                    picked = found
             parent = os.fspath(Path(name).parent)
             if picked is not None and (parent == "." or after.get(parent, ("",))[0] == "directory"):
                 after[name] = picked
         for name, (kind, contents, mode) in after.items():
-            path = self.guest / name
+            path = root / name
             if kind == "directory":
                 path.mkdir()
             elif kind == "link":
@@ -190,6 +199,6 @@ class Pair:
             else:
                 path.write_bytes(contents)
                 path.chmod(stat.S_IMODE(mode))
-        self.boots[GUEST] += "+"
-        self.on_disk = self.image()
+        self.boots[side] += "+"
+        self.on_disk[side] = self.image(side)
         self.open()

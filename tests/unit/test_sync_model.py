@@ -312,6 +312,24 @@ class Model(RuleBasedStateMachine):
             else:
                 assert value in saved or value in after.values(), (path, value)
 
+    @rule(moment=st.none() | moments, again=st.none() | moments, seed=st.integers(0, 1000))
+    def the_host_loses_power(self, moment: int | None, again: int | None, seed: int) -> None:
+        """What the guest has survives that, whatever is left on the host."""
+        if moment is not None:
+            self.pair.fuse.left = moment
+            try:
+                self.pair.run()
+            except Crash:
+                pass
+        self.pair.lose_power(random.Random(seed), HOST)
+        left = set(values(self.pair.host))
+        self.precious &= {*left, *values(self.pair.guest), *self.pair.saved()}
+        self.written |= left
+        if again is not None:
+            self.crash_in_a_round(again)
+        self.pair.settle()
+        self.check()
+
 
 TestModel = Model.TestCase
 TestModel.settings = (
