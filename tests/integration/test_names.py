@@ -322,5 +322,6 @@ def test_the_system_s_files_are_read_when_they_change(
     file.write_text("nameserver 192.168.1.1\n")
     assert platform.resolvers().servers_for("x") == (("192.168.1.1", 53),)
     assert system.hosts()["nas"] == ["192.168.1.9"]
+    assert system.hosts() is system.hosts(), "it is not read for each query"
     file.write_text("nameserver 10.8.0.1\nnameserver 192.168.1.1\n")
     assert platform.resolvers().servers_for("x") == (("10.8.0.1", 53), ("192.168.1.1", 53))

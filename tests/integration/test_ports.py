@@ -16,6 +16,7 @@ from typing import Any
 
 import psutil
 import pytest
+from fake_monitor import Monitor, free_port
 
 from wherry.core.errors import TunnelError, WherryError
 from wherry.platform import current
@@ -28,49 +29,6 @@ from wherry.ports.qemu import QemuForwards
 from wherry.ports.streams import StreamRelays, to_local
 
 WEB = Owner("abc", "web", 80)
-
-
-def free_port(kind: int = socket.SOCK_STREAM) -> int:
-    with socket.socket(socket.AF_INET6, kind) as probe:
-        probe.bind(("::1", 0))
-        return int(probe.getsockname()[1])
-
-
-class Monitor:
-    """QEMU's human monitor, as far as forwards go: it binds what it is told to."""
-
-    def __init__(self) -> None:
-        self.lines: list[str] = []
-        self.sockets: dict[str, socket.socket] = {}
-
-    async def human(self, line: str) -> str:
-        self.lines.append(line)
-        command, _, rule = line.split(" ")
-        host = rule.split("-")[0]
-        if command == "hostfwd_remove":
-            self.sockets.pop(host).close()
-            return f"host forwarding rule for {host} removed\r\n"
-        protocol, address, port = host.split(":")
-        made = socket.socket(
-            socket.AF_INET, socket.SOCK_STREAM if protocol == "tcp" else socket.SOCK_DGRAM
-        )
-        try:
-            made.bind((address, int(port)))
-            if protocol == "tcp":
-                made.listen()
-        except OSError:
-            made.close()
-            return f"Could not set up host forwarding rule '{rule}'\r\n"
-        self.sockets[host] = made
-        return ""
-
-    def forwards(self) -> list[Forward]:
-        split = [host.split(":") for host in self.sockets]
-        return [Forward(protocol, address, int(port)) for protocol, address, port in split]
-
-    def close(self) -> None:
-        for each in self.sockets.values():
-            each.close()
 
 
 class Kept:

@@ -218,6 +218,30 @@ def test_a_directory_that_is_made_where_one_was_removed(pair: Pair) -> None:
         assert read(other) == {"d": {}}
 
 
+def test_a_directory_that_was_away_while_there_was_no_scan(pair: Pair) -> None:
+    """What happened in it was told by another path, where it is no more."""
+    write(pair.host, {"d": {"e": {"f": "1"}}})
+    for _ in range(2):  # the second one looks at what the first one made
+        pair.barrier(fresh=True)
+    is_busy, go_on = threading.Event(), threading.Event()
+
+    def keep_busy(conflicts: object) -> None:
+        is_busy.set()
+        go_on.wait(WAIT_S)
+
+    busy = threading.Thread(target=pair.session.do, args=[keep_busy])
+    busy.start()
+    assert is_busy.wait(WAIT_S)
+    (pair.there / "d").rename(pair.there / "t")
+    (pair.there / "t" / "e" / "f").write_text("2")
+    time.sleep(0.3)  # the agent has been told by then
+    (pair.there / "t").rename(pair.there / "d")
+    go_on.set()
+    busy.join()
+    pair.barrier(fresh=False)
+    assert read(pair.host) == {"d": {"e": {"f": "2"}}}
+
+
 @pytest.mark.parametrize("how", ["parent", "link", "root"])
 def test_a_root_that_is_another_directory_now(tmp_path: Path, how: str) -> None:
     """A directory above it was renamed, or a link to it leads elsewhere: it has no event."""

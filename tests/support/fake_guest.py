@@ -63,7 +63,9 @@ def main(settings: dict[str, Any]) -> None:
         # The agent's rules are for a network that is the guest's own, and this one is not.
         (RUN / "bin" / name).write_text("#!/bin/sh\n")
         (RUN / "bin" / name).chmod(0o755)
-    (RUN / "bin/python3").symlink_to(Path(sys.executable).resolve())
+    python = f"sleep {settings.get('agent_delay_s', 0)}; exec {Path(sys.executable).resolve()}"
+    (RUN / "bin/python3").write_text(f'#!/bin/sh\n{python} "$@"\n')
+    (RUN / "bin/python3").chmod(0o755)
     (RUN / "sshd_config").write_text(SSHD_CONFIG)
     for name in ("host_key", "authorized_key"):
         (RUN / name).write_bytes(Path(settings[name]).read_bytes())

@@ -20,6 +20,10 @@ class Agent:
     def __init__(self, good_for: int) -> None:
         self.good_for = good_for
         self.closed = threading.Event()
+        self.open: list[bool] = []
+
+    def set_network(self, names_port: int, *, host_open: bool) -> None:
+        self.open.append(host_open)
 
     def sync_clock(self, threshold_s: float) -> float:
         self.good_for -= 1
@@ -63,6 +67,24 @@ def test_an_agent_that_is_late_or_does_not_start_is_replaced(
     kept.close()
     assert agents[-1] is not None
     assert agents[-1].closed.is_set()
+
+
+@pytest.mark.parametrize("is_open", [True, False])
+def test_when_the_engine_has_started_the_way_to_the_host_is_closed_again(
+    kept: Guest, is_open: bool
+) -> None:
+    agent = Agent(0)
+    kept.host_open, kept._agent = is_open, agent  # type: ignore[assignment]
+    kept.settle()
+    assert agent.open == ([] if is_open else [False])
+
+
+def test_a_machine_without_an_agent_is_not_waited_for_without_end(
+    kept: Guest, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(guest, "_COMES_S", 0.01)
+    kept.settle()
+    assert "containers do not know this computer's names yet" in caplog.text
 
 
 def test_a_new_connection_ends_the_pause_before_another_try(

@@ -15,7 +15,7 @@ from wherry.ports.desired import (
     planned,
     running,
 )
-from wherry.ports.reconcile import Route, reconcile, route
+from wherry.ports.reconcile import Changes, Route, reconcile, route
 
 WEB = Owner("abc", "web", 80)
 
@@ -162,6 +162,17 @@ def test_what_is_made_and_removed() -> None:
         (moved, Route("hostfwd", "127.0.0.1")),
         (six, Route("relay")),
     )
+
+
+def test_a_relay_goes_with_what_it_leads_to() -> None:
+    four, six = Forward("tcp", "0.0.0.0", 9), Forward("tcp", "::", 9)
+    wanted = {four: WEB, six: WEB}
+    both = {four: Route("hostfwd"), six: Route("relay")}
+    assert reconcile(wanted, both) == Changes((), ())
+    for present in ({six: Route("relay")}, {**both, four: Route("hostfwd", "127.0.0.1")}):
+        changes = reconcile(wanted, present)
+        assert six in changes.remove
+        assert changes.add == ((four, Route("hostfwd")), (six, Route("relay")))
 
 
 @pytest.mark.parametrize(

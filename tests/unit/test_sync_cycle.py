@@ -13,8 +13,9 @@ import pytest
 from sync_pair import Crash, Pair, scratch
 from sync_trees import read, write
 
+from wherry.sync.core.cycle import Outcome
 from wherry.sync.core.plan import ALONG_BYTES
-from wherry.sync.core.reconcile import GUEST, HOST
+from wherry.sync.core.reconcile import GUEST, HOST, Problem
 from wherry.sync.core.rules import parse
 from wherry.sync.core.safety import Halt
 from wherry_sync import kernel
@@ -359,6 +360,18 @@ def test_where_the_host_shall_have_nothing_it_lacks_nothing(pair: Pair) -> None:
     outcome = pair.run()
     assert sorted(problem.path for problem in outcome.unequal) == ["f", "r\\udce9sultat"]
     assert {problem.lacking for problem in outcome.unequal} == {()}
+
+
+def test_what_is_written_over_in_the_guest_is_not_lacked_and_what_was_refused_is() -> None:
+    outcome = Outcome()
+    outcome.put_off("busy", HOST, GUEST)
+    outcome.put_off("refused", HOST)
+    outcome.failed.append(Problem("refused", "permission denied", (HOST,)))
+    outcome.problems.append(Problem("torn", "it is being written", (HOST, GUEST)))
+    outcome.problems.append(Problem("unread", "permission denied", (HOST, GUEST)))
+    outcome.requeue.add("torn")
+    assert [each.path for each in outcome.lacked_by(HOST)] == ["refused", "unread"]
+    assert [each.path for each in outcome.lacked_by(GUEST)] == ["busy", "torn", "unread"]
 
 
 def test_a_conflict_that_comes_to_nothing_at_first_is_kept_once(pair: Pair) -> None:

@@ -11,7 +11,7 @@ import os
 import random
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from hypothesis import settings
@@ -238,13 +238,17 @@ class Model(RuleBasedStateMachine):
     ) -> None:
         """One side edits, and while that is carried out on the other, that one does as well."""
         self.edit(side, kinds[0], where, "b")
+        self.run_with(point, lambda: self.edit(1 - side, kinds[1], where, "b"))
+
+    def run_with(self, point: str, action: Callable[[], object]) -> None:
+        """Do a round, and something when it is at a point for the first time."""
         due = True
 
         def checkpoint(now: str) -> None:
             nonlocal due
             if due and now == point:
                 due = False
-                self.edit(1 - side, kinds[1], where, "b")
+                action()
 
         self.pair.fuse.action = checkpoint
         try:
@@ -265,21 +269,13 @@ class Model(RuleBasedStateMachine):
         self.edit(side, kinds[0], where, "b")
         value = flat(self.pair.trees()[side]).get(where)
         saved = self.precious & {value}
-        due = True
 
-        def checkpoint(now: str) -> None:
-            nonlocal due
-            if due and now == point:
-                due = False
-                self.edit(1 - side, kinds[1], where, "b")
-                # Whoever did that has seen the old contents at best.
-                self.precious |= saved
+        def rename() -> None:
+            self.edit(1 - side, kinds[1], where, "b")
+            # Whoever did that has seen the old contents at best.
+            self.precious |= saved
 
-        self.pair.fuse.action = checkpoint
-        try:
-            self.pair.run()
-        finally:
-            self.pair.fuse.action = None
+        self.run_with(point, rename)
 
     @rule(side=sides, where=st.sampled_from(PATHS[:4]), moment=moments)
     def crash_in_an_append(self, side: int, where: str, moment: int) -> None:

@@ -217,9 +217,8 @@ def test_what_cannot_be_read_is_reported_by_path(place: Tree) -> None:
     assert lookup(found, "ok") is not None
 
 
-def test_another_filesystem_is_not_entered(place: Tree, monkeypatch: pytest.MonkeyPatch) -> None:
-    write(place.path, {"d": {"g": "1"}, "f": "1"})
-    place.scan()
+def scan_from_elsewhere(place: Tree, monkeypatch: pytest.MonkeyPatch) -> Entry | None:
+    """Scan as if all that is in the root were on another filesystem."""
     fd = os.open(place.path, os.O_RDONLY)
     original = os.fstat
 
@@ -229,9 +228,15 @@ def test_another_filesystem_is_not_entered(place: Tree, monkeypatch: pytest.Monk
 
     monkeypatch.setattr(os, "fstat", elsewhere)
     try:
-        found = place.scanner.scan(fd).root
+        return place.scanner.scan(fd).root
     finally:
         os.close(fd)
+
+
+def test_another_filesystem_is_not_entered(place: Tree, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(place.path, {"d": {"g": "1"}, "f": "1"})
+    place.scan()
+    found = scan_from_elsewhere(place, monkeypatch)
     for path in ("d", "f"):
         leaf = lookup(found, path)
         assert isinstance(leaf, Leaf)
@@ -243,18 +248,7 @@ def test_another_filesystem_can_be_left_out(
 ) -> None:
     place = Tree(tmp_path / "root", parse("d\n"))
     write(place.path, {"d": {"g": "1"}})
-    fd = os.open(place.path, os.O_RDONLY)
-    original = os.fstat
-
-    def elsewhere(descriptor: int) -> os.stat_result:
-        status = original(descriptor)
-        return os.stat_result((*status[:2], status.st_dev + 1, *status[3:]))
-
-    monkeypatch.setattr(os, "fstat", elsewhere)
-    try:
-        assert place.scanner.scan(fd).root == tree({"d": IGNORED})
-    finally:
-        os.close(fd)
+    assert scan_from_elsewhere(place, monkeypatch) == tree({"d": IGNORED})
 
 
 def test_the_depth_is_limited(place: Tree) -> None:

@@ -487,6 +487,13 @@ def test_copies_volumes_and_endings_wait_as_well(
     assert (source / "late").read_text() == "late\n"
 
 
+def test_what_wherry_keeps_is_nobody_s_to_mount(machine: Sandbox) -> None:
+    home = machine.env["WHERRY_HOME"]
+    done = machine.docker("run", "--rm", "-v", f"{home}:/x", "busybox", "true", check=False)
+    assert done.returncode == 125
+    assert f"{home} cannot be mounted: ".encode() in done.stderr
+
+
 def test_the_command_line(machine: Sandbox, source: Path) -> None:
     def roots() -> dict[str, str]:
         found = json.loads(machine.wherry("sync", "list", "--json").stdout)
@@ -506,6 +513,8 @@ def test_the_command_line(machine: Sandbox, source: Path) -> None:
     for arguments, status, text in (
         (("flush", "/nowhere"), 1, b"/nowhere is not synchronised; see: wherry sync list"),
         (("add", "/nowhere"), 2, b"/nowhere does not exist"),
+        (("add", f"{source}/f", "--ignore", "x"), 2, b"/f is a file, of which nothing can be"),
+        (("add", str(source), "--ignore", "!"), 1, b"the root's ignore setting, line 1: "),
         (("resolve", "9.9", "--discard"), 1, b"there is no conflict 9.9"),
     ):
         done = machine.wherry("sync", *arguments, check=False)

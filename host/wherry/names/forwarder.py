@@ -24,7 +24,7 @@ from wherry.platform.resolvers import Address, Resolvers
 from wherry.relay.workers import Workers
 
 _TRY_S = 2.0
-"""How long a server may take as long as others, or a second try of the same, may be faster."""
+"""How long one server is waited for at first: others may answer, or it may the second time."""
 
 _TOTAL_S = 8.0
 """Clients ask again after five seconds, and twice, as a rule (resolv.conf(5))."""
@@ -182,16 +182,15 @@ class NameServer:
         start = time.monotonic()
         end = start + timeout_s
         asked = sorted(addresses, key=lambda each: self._silent.get(each, 0.0) > start)
-        for patience_s in (_TRY_S, timeout_s):
+        for again in (False, True):
             silent = []
             for number, address in enumerate(asked):
                 left_s = end - time.monotonic()
                 if left_s <= 0 or self._closing:
                     return refusal
-                # The last round has what is left, for all of them alike.
-                share_s = left_s if patience_s == _TRY_S else left_s / (len(asked) - number)
+                wait_s = left_s / (len(asked) - number) if again else min(_TRY_S, left_s)
                 try:
-                    reply = ask(query, address, min(patience_s, share_s))
+                    reply = ask(query, address, wait_s)
                 except OSError as error:
                     _logger.info("the resolver %s does not answer: %s", address[0], error)
                     self._silent[address] = time.monotonic() + _SILENT_S

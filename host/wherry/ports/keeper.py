@@ -187,12 +187,10 @@ class PortKeeper:
     async def _apply(self) -> None:
         wanted = self._wanted()
         self._problems = {each: why for each, why in self._problems.items() if each in wanted}
-        for forward in reconcile(wanted, self._present).remove:
+        changes = reconcile(wanted, self._present)
+        for forward in changes.remove:
             await self._remove(forward)
-        for forward, route in list(self._present.items()):
-            if route.kind == "relay" and sibling(forward, wanted) not in self._present:
-                await self._remove(forward)
-        for forward, route in reconcile(wanted, self._present).add:
+        for forward, route in changes.add:
             leads_to = sibling(forward, wanted) if route.kind == "relay" else None
             if leads_to is not None and leads_to not in self._present:
                 # What answers there is the host's own, and not for all who reach this port.

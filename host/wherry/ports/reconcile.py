@@ -41,14 +41,17 @@ class Changes:
 def reconcile(wanted: Mapping[Forward, Owner], present: Mapping[Forward, Route]) -> Changes:
     """Return what turns ``present`` into ``wanted``, in a stable order.
 
-    IPv4 comes first: a relay leads to it.
+    IPv4 comes first: a relay leads to it, and goes with it.
     """
     routes = {forward: route(forward, wanted) for forward in wanted}
+    stay = {each for each, has in present.items() if routes.get(each) == has}
+    relays = {each for each in stay if present[each].kind == "relay"}
+    stay -= {each for each in relays if sibling(each, wanted) not in stay}
     return Changes(
-        tuple(sorted(each for each, has in present.items() if routes.get(each) != has)),
+        tuple(sorted(present.keys() - stay)),
         tuple(
             (forward, routes[forward])
             for forward in sorted(wanted, key=lambda each: (each.ipv6, each))
-            if present.get(forward) != routes[forward]
+            if forward not in stay
         ),
     )

@@ -378,7 +378,10 @@ class Mounts:
             path = self._host_path(source.path)
             try:
                 if not path.exists() and not self._roots.holding(source.path):
-                    raise WherryError(f"{path} is not there, so it is not synchronised")
+                    raise WherryError(
+                        f"{path} is not there, so it is not synchronised",
+                        hint="bring it back, or make the container anew",
+                    )
                 session = self._roots.require(source.path, read_only=source.read_only)
             except OSError as error:
                 raise WherryError(f"{path} is not synchronised: {error.strerror}") from error

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
-import secrets
-import stat
 import threading
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -14,17 +10,12 @@ from typing import Any
 
 from wherry.core.bridge import in_thread
 from wherry.core.errors import UsageError, WherryError
+from wherry.sync import restore
 from wherry.sync.barrier import hold
 from wherry.sync.core.keep import Keep, Kept
 from wherry.sync.core.transfer import Transfer
 from wherry.sync.roots import Roots
 from wherry.sync.session import Session
-from wherry_sync import handles, wire
-from wherry_sync.entry import LINK, TEMPORARY_PREFIX, split
-from wherry_wire.frames import WireError
-
-# The user's own path, so that links in it are followed.
-_TOP_FLAGS = handles.DIRECTORY_FLAGS & ~getattr(os, "O_NOFOLLOW", 0)
 
 
 def handlers(
@@ -114,6 +105,8 @@ def _add(
     if not Path(path).exists():
         raise UsageError(f"{path} does not exist")
     if ignore:
+        if not Path(path).is_dir():
+            raise UsageError(f"{path} is a file, of which nothing can be left out")
         roots.ignore(path, ignore)
     session = roots.require(path)
     roots.keep(str(session.root.path))
@@ -179,58 +172,6 @@ def _resolve(roots: Roots, id: str, action: str, target: str = "") -> str:
 def _act(conflicts: Keep, kept: Kept, session: Session, action: str, target: str) -> str:
     if action == "discard":
         return ""
-    root = session.root.path
-    path = Path(target) if action == "save" else root / kept.path
-    top, inside = path.parent, ""
-    try:
-        if action == "restore" and kept.path:
-            # It was checked when it came, but what an earlier version kept was not.
-            inside = split(wire.parse_path(kept.path.encode(errors="surrogateescape")))[0]
-            top = root
-        top.mkdir(parents=True, exist_ok=True)
-        with handles.Handle(os.open(top, _TOP_FLAGS)) as fd, _made(fd, inside) as directory:
-            _place(conflicts, kept, directory, path.name)
-    except WireError as error:
-        raise WherryError(str(error), hint="put it elsewhere: --save FILE") from error
-    except OSError as error:
-        raise WherryError(f"{path} cannot be written: {error.strerror}") from error
-    return str(path)
-
-
-def _made(fd: int, path: str) -> handles.Handle:
-    """Open a directory in another one, and make it if need be.
-
-    A link on the way is not followed: a container may have made it.
-    """
-    try:
-        return handles.open_directory(fd, path)
-    except FileNotFoundError:
-        parent, name = split(path)
-        with _made(fd, parent) as above:
-            os.mkdir(name, dir_fd=above)
-        return handles.open_directory(fd, path)
-
-
-def _place(conflicts: Keep, kept: Kept, directory: int, name: str) -> None:
-    """Put a kept file or link at a name in a directory, in the place of what is there."""
-    new = f"{TEMPORARY_PREFIX}{secrets.token_hex(8)}"
-    try:
-        if kept.leaf.kind == LINK:
-            os.symlink(os.fsdecode(kept.leaf.target), new, dir_fd=directory)
-        else:
-            descriptor = os.open(new, handles.NEW_FLAGS, 0o600, dir_fd=directory)
-            with os.fdopen(descriptor, "wb") as file:
-                for chunk in conflicts.open(kept):
-                    file.write(chunk)
-                old = handles.status(directory, name)
-                mode = 0o755 if kept.leaf.executable else 0o644
-                if old is not None and stat.S_ISREG(old.st_mode):
-                    mode = old.st_mode & 0o777
-                os.fchmod(descriptor, mode)
-                file.flush()
-                os.fsync(descriptor)
-        os.replace(new, name, src_dir_fd=directory, dst_dir_fd=directory)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(new, dir_fd=directory)
-        raise
+    if action == "save":
+        return str(restore.save(conflicts, kept, Path(target)))
+    return str(restore.restore(conflicts, kept, session.root.path))

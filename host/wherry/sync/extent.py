@@ -36,7 +36,8 @@ def check_private(path: Path, private: Path | None) -> None:
     """
     if private is not None and _lead(path.resolve(), private) is not None:
         raise WherryError(
-            f"{path} cannot be mounted: in {private} is what wherry itself keeps of its machines"
+            f"{path} cannot be mounted: in {private} is what wherry itself keeps of its machines",
+            hint="mount a directory outside of it",
         )
 
 
@@ -52,7 +53,8 @@ def check_inside(root: Path, ignore: Ignore, inside: str) -> None:
     if reason is not None:
         raise WherryError(
             f"{root / inside} cannot be mounted while {root} is synchronised, which leaves it out:"
-            f" {reason}"
+            f" {reason}",
+            hint="mount a volume there, or mount it by itself",
         )
 
 
@@ -68,7 +70,7 @@ def _gap(root: Path, ignore: Ignore, inside: str) -> str | None:
         if reason is not None:
             return reason
         if ignore(path, stat.S_ISDIR(status.st_mode)):
-            return f"{path} matches a line of {root / rules.FILE_NAME}"
+            return f"{path} is ignored, by {rules.FILE_NAME} or wherry sync add"
         if status.st_dev != device:
             return f"{root / path} is on another filesystem"
         if stat.S_ISLNK(status.st_mode):

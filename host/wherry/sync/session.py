@@ -541,19 +541,14 @@ class Session:
                 f"the synchronisation of {self.root.path} is halted: {where}: {halt.value}",
                 hint=f"bring it back, or: wherry sync remove {self.root.path}",
             )
-        refused = {problem.path for problem in outcome.failed}
-        for problem in outcome.unequal:
-            for side in problem.lacking:
-                # What a command in a container wrote has been written over since, as a database
-                # does all the time; the command must not fail for that.
-                late = problem.path in outcome.requeue and problem.path not in refused
-                if wanted in (None, side) and not (late and side == HOST):
-                    where = "on this computer" if side == HOST else "in the guest"
-                    return WherryError(
-                        f"{self.root.path / problem.path} cannot be brought up to date {where}:"
-                        f" {problem.reason}",
-                        hint="see: wherry sync status",
-                    )
+        for side in (HOST, GUEST) if wanted is None else (wanted,):
+            for problem in outcome.lacked_by(side):
+                where = "on this computer" if side == HOST else "in the guest"
+                return WherryError(
+                    f"{self.root.path / problem.path} cannot be brought up to date {where}:"
+                    f" {problem.reason}",
+                    hint="see: wherry sync status",
+                )
         return None
 
     def _report(self, outcome: Outcome) -> None:

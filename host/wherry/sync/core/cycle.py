@@ -95,6 +95,18 @@ class Outcome:
         """All paths that are not equal on both sides now, those that were refused first."""
         return [*self.failed, *self.late, *self.problems]
 
+    def lacked_by(self, side: int) -> Iterator[Problem]:
+        """Yield the paths that a side has not as the other one has them, and for good.
+
+        What somebody in the guest has written over meanwhile, as a database does all the time,
+        is left to later rounds: a command that wrote something else must not fail for that.
+        """
+        late = self.requeue if side == HOST else set()
+        yield from (each for each in self.failed if side in each.lacking)
+        for problem in (*self.late, *self.problems):
+            if side in problem.lacking and problem.path not in late:
+                yield problem
+
     def put_off(self, path: str, *lacking: int) -> None:
         """Take note that a path has changed under way."""
         self.requeue.add(path)

@@ -1,0 +1,207 @@
+"""Starts and ports as the service has them: the hooks, the rounds, and a QEMU played by sockets."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from fake_host import wait_until
+from fake_monitor import Monitor, free_port
+
+from wherry.api.answers import Refusal
+from wherry.api.hooks import ClientGone, Hooks, Request, Watch
+from wherry.api.http import parse_answer, parse_request
+from wherry.core.errors import TunnelError
+from wherry.platform import current
+from wherry.ports.conflicts import try_bind
+from wherry.ports.desired import Forward
+from wherry.service import networking
+from wherry.service.networking import Networking
+
+ID = "a" * 64
+STARTED = parse_answer(b"HTTP/1.1 204 No Content\r\n\r\n")
+
+
+class Engine:
+    """A tunnel to an engine that has one container."""
+
+    def __init__(self) -> None:
+        self.container: dict[str, Any] = {"Id": ID, "Name": "/web", "State": {}, "HostConfig": {}}
+        self.running: list[dict[str, Any]] = []
+        self.stopped = threading.Event()
+
+    def open_unix(self, path: str) -> Stream:
+        return Stream(self)
+
+    def begin_tcp(self, address: str, port: int) -> Any:
+        raise TunnelError("there is no guest")
+
+
+class Stream:
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._answer = b""
+
+    def sendall(self, data: bytes) -> None:
+        target = data.decode().split()[1]
+        if target.endswith("/stop?t=0"):
+            self._engine.stopped.set()
+        answers = {
+            "/containers/json": self._engine.running,
+            f"/containers/{ID}/json": self._engine.container,
+        }
+        body = json.dumps(answers.get(target.partition("?")[0], {})).encode()
+        self._answer = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body)
+
+    def recv(self, size: int) -> bytes:
+        answer, self._answer = self._answer, b""
+        return answer
+
+    def close(self) -> None:
+        pass
+
+
+class Machine:
+    """A machine's networking on a loop in a thread of its own."""
+
+    def __init__(self) -> None:
+        self.monitor, self.engine, self.hooks = Monitor(), Engine(), Hooks()
+        self.networking = Networking(self.hooks, current())
+        self.loop = asyncio.new_event_loop()
+        self.thread = threading.Thread(target=self.loop.run_forever)
+        self.thread.start()
+        driver: Any = SimpleNamespace(monitor=self, identity=None, host_forwards=self.forwards)
+        guest: Any = SimpleNamespace(
+            hold_ports=lambda ports: None, listeners=lambda names: self.listeners
+        )
+        self.listeners: list[tuple[str, str, str, int]] = []
+        self.await_(self.networking.start(driver, self.engine, guest, None))  # type: ignore[arg-type]
+
+    def await_(self, coroutine: Any) -> Any:
+        return asyncio.run_coroutine_threadsafe(coroutine, self.loop).result(20)
+
+    async def human(self, line: str) -> str:
+        return await self.monitor.human(line)
+
+    async def forwards(self) -> list[Any]:
+        return [SimpleNamespace(**vars(each), guest_address="") for each in self.monitor.forwards()]
+
+    def send(self, what: str, patience: Any = threading.Event.wait) -> Watch | None:
+        """Have the hooks see a request about the container; return what they want of its answer."""
+        head = parse_request(f"POST /containers/{ID}/{what} HTTP/1.1\r\nHost: d\r\n\r\n".encode())
+        watches: list[Watch] = []
+        match = self.hooks.match(head)
+        assert match is not None
+        match.run(Request(head, None, patience), watches)
+        return watches[0] if watches else None
+
+    def close(self) -> None:
+        self.await_(self.networking.close())
+        self.loop.call_soon_threadsafe(self.loop.stop)
+        self.thread.join(20)
+        self.loop.close()
+        self.monitor.close()
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[Machine]:
+    monkeypatch.setattr(networking, "_VERIFY_S", 0.05)
+    made = Machine()
+    yield made
+    made.close()
+
+
+def publish(machine: Machine, port: int) -> None:
+    bindings = {"80/tcp": [{"HostIp": "127.0.0.1", "HostPort": str(port)}]}
+    machine.engine.container["HostConfig"] = {"PortBindings": bindings}
+
+
+def test_a_port_is_bound_before_the_start_goes_on_and_let_go_after_it(machine: Machine) -> None:
+    port = free_port()
+    publish(machine, port)
+    watch = machine.send("start")
+    assert watch is not None
+    assert watch.end is not None
+    assert machine.monitor.forwards() == [Forward("tcp", "127.0.0.1", port)]
+    watch.end(True)
+    wait_until(lambda: not machine.monitor.forwards(), 10, "the engine has not started it")
+
+
+def test_a_port_in_use_refuses_the_start(machine: Machine) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        publish(machine, taken.getsockname()[1])
+        with pytest.raises(Refusal, match="address already in use"):
+            machine.send("start")
+
+
+def test_a_container_that_runs_is_left_alone(machine: Machine) -> None:
+    """Whatever this computer has of its ports: the engine says that there is nothing to do."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        publish(machine, taken.getsockname()[1])
+        machine.engine.container["State"] = {"Running": True}
+        assert machine.send("start") is None
+        with pytest.raises(Refusal):
+            machine.send("restart")
+
+
+def test_what_listens_in_the_host_s_network_stops_nothing(machine: Machine) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        machine.engine.container["HostConfig"] = {"NetworkMode": "host"}
+        machine.listeners = [(ID, "tcp", "127.0.0.1", taken.getsockname()[1])]
+        watch = machine.send("start")
+        machine.engine.running = [{**machine.engine.container, "Names": ["/web"]}]
+        assert watch is not None
+        assert watch.head is not None
+        watch.head(STARTED)
+        assert machine.networking.describe()[0]["state"] == "failed"
+    assert not machine.engine.stopped.is_set()
+
+
+def test_a_client_that_leaves_in_a_start_leaves_nothing(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(networking, "_VERIFY_S", 3600.0)  # nor is it found later
+    port, human = free_port(), machine.monitor.human
+    bound, gone = threading.Event(), threading.Event()
+
+    async def slow(line: str) -> str:
+        said = await human(line)
+        if line.startswith("hostfwd_add"):
+            bound.set()
+            await asyncio.to_thread(gone.wait, 10)
+        return said
+
+    def patience(event: threading.Event, timeout_s: float) -> bool:
+        if bound.is_set():
+            raise ClientGone
+        deadline = time.monotonic() + timeout_s
+        while not event.wait(0.01):
+            if bound.is_set():
+                raise ClientGone
+            if time.monotonic() > deadline:
+                return False
+        return True
+
+    machine.monitor.human = slow  # type: ignore[method-assign]
+    publish(machine, port)
+    with pytest.raises(ClientGone):
+        machine.send("start", patience)
+    gone.set()
+    wait_until(lambda: not machine.monitor.forwards(), 10, "nobody waits for the port any more")
+    lines = machine.monitor.lines
+    assert [line.split()[0] for line in lines] == ["hostfwd_add", "hostfwd_remove"]
+
+
+def test_a_port_of_which_only_qemu_knows_is_let_go(machine: Machine) -> None:
+    """Also when there is no other one to look after."""
+    port = free_port()
+    machine.await_(machine.monitor.human(f"hostfwd_add net0 tcp:127.0.0.1:{port}-:{port}"))
+    wait_until(lambda: not machine.monitor.forwards(), 10, "it is found")
+    assert try_bind(Forward("tcp", "127.0.0.1", port)) is None
