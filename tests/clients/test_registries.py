@@ -22,6 +22,7 @@ pytestmark = [pytest.mark.vm, pytest.mark.timeout(900)]
 
 BEHIND_PROXY = "registry.test"
 LAYER_BYTES = 3 << 20
+MTU_KEY = 'engine.default-network-opts.bridge."com.docker.network.driver.mtu"'
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +59,7 @@ def engine(
         "config", "set",
         "engine.insecure-registries", ",".join(insecure),
         "engine.registry-mirrors", f"http://{open_.name}",
+        MTU_KEY, "1380",
         "proxy.http", f"http://someone:s3cret@localhost:{proxy.port}",
         "proxy.https", f"127.0.0.1:{proxy.port}",
         "proxy.containers", "true",
@@ -70,7 +72,7 @@ def engine(
         yield clients
     finally:
         wherry("config", "unset", "engine.insecure-registries", "engine.registry-mirrors",
-               "proxy.http", "proxy.https", "proxy.containers")  # fmt: skip
+               MTU_KEY, "proxy.http", "proxy.https", "proxy.containers")  # fmt: skip
     info = json.loads(clients.said("info", "--format", "{{json .}}"))
     assert not info.get("HTTPProxy")
     assert open_.name not in str(info["RegistryConfig"])
@@ -162,9 +164,15 @@ def test_containers_and_builds_get_the_proxy(
 ) -> None:
     """Where the docker CLI's configuration is the one that wherry wrote to."""
     machine, port = engine.machine, servers[2].port
-    seen = machine.docker("run", "--rm", "busybox", "env").stdout.decode()
+    machine.docker("network", "create", "narrow")
+    seen = machine.docker(
+        "run", "--rm", "--network", "narrow", "busybox",
+        "sh", "-c", "env; cat /sys/class/net/eth0/mtu",
+    ).stdout.decode()  # fmt: skip
+    machine.docker("network", "rm", "narrow")
     assert f"https_proxy=http://10.0.2.2:{port}" in seen
     assert "host.docker.internal" in seen[seen.index("no_proxy=") :]
+    assert seen.endswith("\n1380\n"), "the settings give networks their MTU"
     write_tree(tmp_path, {"Dockerfile": 'FROM busybox\nRUN echo "through $https_proxy"\n'})
     built = machine.docker("build", "--no-cache", str(tmp_path))
     assert f"through http://10.0.2.2:{port}".encode() in built.stdout + built.stderr
@@ -196,6 +204,20 @@ def test_a_pull_that_breaks_off_goes_on_where_it_was(
     assert cutter.left <= 0, "nothing was cut"
     # RFC 9110, 15.3.7: a part of the contents was asked for and sent.
     assert re.search(r'"GET /v2/cut/blobs/\S+ HTTP/1.1" 206 ', open_.said())
+
+
+def test_a_dead_proxy_is_named_and_stops_nobody_else(
+    engine: Clients, servers: tuple[Server, Server, Server]
+) -> None:
+    private, open_, proxy = servers
+    engine.docker("tag", "busybox", f"{open_.name}/beside:1")
+    proxy.process.terminate()
+    proxy.process.wait(10)
+    # Asked at all, it is asked now: what is known of the other registry needs no proxy.
+    done = engine.docker("pull", f"{BEHIND_PROXY}:{private.port}/other:1", check=False, timeout=60)
+    assert f"10.0.2.2:{proxy.port}: connect: connection refused".encode() in done.stderr
+    engine.docker("push", f"{open_.name}/beside:1")
+    engine.docker("rmi", f"{open_.name}/beside:1")
 
 
 def test_what_the_engine_refuses_changes_nothing(engine: Clients) -> None:

@@ -6,14 +6,15 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import dns.flags
 import dns.message
 import dns.query
 import dns.rcode
-import dns.rrset
 import pytest
+from resolver import Resolver
 
 from wherry.names.forwarder import QUERIES, NameServer
 from wherry.names.system import SystemNames
@@ -21,82 +22,19 @@ from wherry.platform.posix import Posix
 from wherry.platform.resolvers import Resolvers, Servers
 
 
-class Resolver:
-    """A name server on the loopback, by UDP and TCP: records by name and type."""
-
-    def __init__(self) -> None:
-        self.records: dict[tuple[str, str], list[str]] = {}
-        self.asked: list[str] = []
-        self.refuses = False
-        while True:
-            self._udp = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-            self._udp.bind(("127.0.0.1", 0))
-            self.address = self._udp.getsockname()
-            try:
-                self._tcp = socket.create_server(self.address)
-                break
-            except OSError:
-                self._udp.close()
-        self._threads = [
-            threading.Thread(target=self._serve_udp), threading.Thread(target=self._serve_tcp)
-        ]  # fmt: skip
-        for thread in self._threads:
-            thread.start()
-
-    def _reply(self, wire: bytes, *, whole: bool) -> bytes:
-        query = dns.message.from_wire(wire)
-        asked = query.question[0]
-        name, kind = asked.name.to_text(), dns.rdatatype.to_text(asked.rdtype)
-        self.asked.append(name)
-        reply = dns.message.make_response(query)
-        if self.refuses:
-            reply.set_rcode(dns.rcode.REFUSED)
-            return reply.to_wire()
-        found = self.records.get((name, kind))
-        if found is None:
-            reply.set_rcode(dns.rcode.NXDOMAIN)
-        elif found:
-            reply.answer.append(dns.rrset.from_text_list(asked.name, 60, "IN", kind, found))
-        answer = reply.to_wire()
-        if not whole and len(answer) > 512:
-            reply.answer.clear()
-            reply.flags |= dns.flags.TC
-            answer = reply.to_wire()
-        return answer
-
-    def _serve_udp(self) -> None:
-        while True:
-            wire, client = self._udp.recvfrom(65535)
-            if not wire:
-                return
-            self._udp.sendto(self._reply(wire, whole=False), client)
-
-    def _serve_tcp(self) -> None:
-        while True:
-            connection, _ = self._tcp.accept()
-            with connection:
-                head = connection.recv(2, socket.MSG_WAITALL)
-                if not head:
-                    return
-                wire = connection.recv(int.from_bytes(head, "big"), socket.MSG_WAITALL)
-                answer = self._reply(wire, whole=True)
-                connection.sendall(len(answer).to_bytes(2, "big") + answer)
-
-    def close(self) -> None:
-        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as end:
-            end.sendto(b"", self.address)
-        socket.create_connection(self.address).close()
-        for thread in self._threads:
-            thread.join(5)
-        self._udp.close()
-        self._tcp.close()
+@contextmanager
+def other_resolver() -> Iterator[Resolver]:
+    made = Resolver()
+    try:
+        yield made
+    finally:
+        made.close()
 
 
 @pytest.fixture
 def resolver() -> Iterator[Resolver]:
-    made = Resolver()
-    yield made
-    made.close()
+    with other_resolver() as made:
+        yield made
 
 
 @pytest.fixture
@@ -170,6 +108,15 @@ def test_long_answers_are_cut_by_udp_and_whole_by_tcp(
     assert texts(ask(server, "many.example.", tcp=True)) == set(many)
 
 
+@contextmanager
+def silence() -> Iterator[socket.socket]:
+    """What takes queries and never answers."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as made:
+        made.bind(("127.0.0.1", 0))
+        made.settimeout(5)
+        yield made
+
+
 def test_a_dead_resolver_is_passed_over(
     server: NameServer, resolver: Resolver, upstreams: list[tuple[str, int]]
 ) -> None:
@@ -190,16 +137,18 @@ def test_a_dead_resolver_is_passed_over(
 def test_a_resolver_that_refuses_is_not_the_last_one_asked(
     server: NameServer, resolver: Resolver, upstreams: list[tuple[str, int]]
 ) -> None:
-    other = Resolver()
-    try:
+    with other_resolver() as other, silence() as silent:
         other.refuses = True
         resolver.records["x.example.", "A"] = ["192.0.2.1"]
         upstreams.insert(0, other.address)
         assert texts(ask(server, "x.example.")) == {"192.0.2.1"}
         upstreams.remove(resolver.address)
         assert ask(server, "x.example.").rcode() == dns.rcode.REFUSED
-    finally:
-        other.close()
+        # With that in hand, who does not answer is not waited for again.
+        upstreams.append(silent.getsockname())
+        start = time.monotonic()
+        assert ask(server, "x.example.").rcode() == dns.rcode.REFUSED
+        assert time.monotonic() - start < 4
 
 
 @pytest.mark.parametrize("tcp", [False, True])
@@ -213,6 +162,88 @@ def test_a_short_name_is_completed_as_on_the_host(
     # It exists without such an address; else musl takes the whole name for unknown.
     reply = ask(server, "nas.", "AAAA", tcp=tcp)
     assert (reply.rcode(), reply.answer) == (dns.rcode.NOERROR, [])
+
+
+def test_a_dead_resolver_makes_a_short_name_no_other_one(
+    upstreams: list[tuple[str, int]], hosts: dict[str, list[str]], resolver: Resolver
+) -> None:
+    """However many domains it may be in: each is asked at those that answer, in its turn."""
+    domains = ("corp.example", "two.example", "three.example", "four.example")
+    for domain, address in zip(domains, ("10.1.1.1", "10.2.2.2", "10.3.3.3"), strict=False):
+        resolver.records[f"db.{domain}.", "A"] = [address]
+    server = NameServer(lambda: hosts, lambda: Resolvers((Servers(tuple(upstreams)),), domains))
+    server.start()
+    try:
+        with silence() as silent:
+            upstreams.insert(0, silent.getsockname())
+            assert texts(ask(server, "db.")) == {"db.corp.example.", "10.1.1.1"}
+            upstreams.remove(resolver.address)
+            assert ask(server, "db.").rcode() == dns.rcode.SERVFAIL
+            assert resolver.asked == ["db.corp.example."]
+        # Nor does one that fails: it may have such a name.
+        resolver.refuses = True
+        upstreams[:] = [resolver.address]
+        with other_resolver() as other:
+            upstreams.append(other.address)
+            other.records["db.", "A"] = ["10.9.9.9"]
+            assert texts(ask(server, "db.")) == {"10.9.9.9"}
+    finally:
+        server.close()
+
+
+def test_what_only_one_resolver_knows_is_asked_there_though_it_was_slow_once(
+    server: NameServer, resolver: Resolver, upstreams: list[tuple[str, int]]
+) -> None:
+    """As the one of a VPN, of whose names the next one says that there are none."""
+    resolver.records["git.corp.example.", "A"] = ["10.8.1.1"]
+    resolver.ignored = "slow.example."
+    with other_resolver() as public:
+        upstreams.append(public.address)
+        assert ask(server, "slow.example.").rcode() == dns.rcode.NXDOMAIN
+        assert texts(ask(server, "git.corp.example.")) == {"10.8.1.1"}
+        assert public.asked == ["slow.example."]
+
+
+def test_a_dead_resolver_does_not_take_the_others_places(
+    hosts: dict[str, list[str]], resolver: Resolver
+) -> None:
+    """As one of a domain of its own, of which many names are asked all the time."""
+    resolver.records["x.example.", "A"] = ["192.0.2.1"]
+    with silence() as silent, socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as client:
+        servers = (Servers((resolver.address,)), Servers((silent.getsockname(),), "dead.example"))
+        server = NameServer(lambda: hosts, lambda: Resolvers(servers))
+        server.start()
+        try:
+            end = time.monotonic() + 6
+            number = 0
+            while time.monotonic() < end:
+                for _ in range(10):
+                    number += 1
+                    query = dns.message.make_query(f"{number}.dead.example.", "A").to_wire()
+                    client.sendto(query, ("127.0.0.1", server.port))
+                time.sleep(0.2)
+                query_x = dns.message.make_query("x.example.", "A")
+                found = dns.query.udp(query_x, "127.0.0.1", timeout=2, port=server.port)
+                assert texts(found) == {"192.0.2.1"}
+            # Nor does anybody wait for it at the end.
+            begun = time.monotonic()
+        finally:
+            server.close()
+        assert time.monotonic() - begun < 1
+
+
+def test_connections_that_ask_nothing_are_not_in_the_way(
+    server: NameServer, resolver: Resolver
+) -> None:
+    resolver.records["x.example.", "A"] = ["192.0.2.1"]
+    with ExitStack() as opened:
+        for _ in range(QUERIES + 10):
+            idle = socket.create_connection(("127.0.0.1", server.port))
+            opened.enter_context(idle)
+        assert texts(ask(server, "x.example.")) == {"192.0.2.1"}
+        begun = time.monotonic()
+        server.close()
+        assert time.monotonic() - begun < 2
 
 
 def test_other_names_are_not_completed(server: NameServer, resolver: Resolver) -> None:

@@ -42,8 +42,9 @@ def wait_listening(port: int) -> None:
 class Server:
     """A program that listens on a port, and its log."""
 
-    def __init__(self, port: int, log: Path) -> None:
+    def __init__(self, port: int, log: Path, process: subprocess.Popen[bytes]) -> None:
         self.port = port
+        self.process = process
         self.name = f"{HOST}:{port}"
         self.log = log
 
@@ -110,7 +111,7 @@ def _running(argv: list[str | Path], port: int, log: Path) -> Iterator[Server]:
         )
     try:
         wait_listening(port)
-        yield Server(port, log)
+        yield Server(port, log, process)
     finally:
         process.terminate()
         process.wait(10)

@@ -97,7 +97,7 @@ def test_the_hosts_file() -> None:
     text = (
         "127.0.0.1 localhost me\n# 1.2.3.4 no\n192.168.1.9\tNAS.lan nas # yes\n::1 localhost me\n"
     )
-    text += "fd00::9 nas.lan.\nnonsense x\n\n0.0.0.0 blocked\n"
+    text += "fd00::9 nas.lan.\nnonsense x\n\n0.0.0.0 blocked\nfe80::1%lo0 me\nfe80::2 nas\n"
     assert parse_hosts(text, "10.0.2.2") == {
         "me": ["10.0.2.2"],
         "nas.lan": ["192.168.1.9", "fd00::9"],

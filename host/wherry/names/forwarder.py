@@ -13,7 +13,9 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from functools import partial
 
 import dns.rcode
@@ -30,7 +32,12 @@ _TOTAL_S = 8.0
 """Clients ask again after five seconds, and twice, as a rule (resolv.conf(5))."""
 
 _SILENT_S = 30.0
-"""How long a server that did not answer is asked after the others."""
+"""How long a server that did not answer is waited for no longer than :data:`_AGAIN_S` at first. It
+is not passed over: the next one says of names that only this one has that there are none."""
+
+_AGAIN_S = 0.15
+_SILENT_QUERIES = 32
+"""How many may wait for such a server at once; the rest of :data:`QUERIES` is for the others."""
 
 _REFUSALS = (dns.rcode.SERVFAIL, dns.rcode.NOTIMP, dns.rcode.REFUSED)
 """Another server may know better: as resolvers in C libraries go on with the next one."""
@@ -43,8 +50,9 @@ _CLIENT_S = 10.0
 _LARGEST = 65535
 """Bytes of a message (RFC 1035 §4.2.2)."""
 QUERIES = 128
-"""At once; more are dropped, and asked again by their clients."""
+"""At once, and as many connections; more are dropped, and asked again by their clients."""
 
+_STEP_S = 0.25
 _CLOSE_S = 12.0
 _ATTEMPTS = 20
 
@@ -69,9 +77,12 @@ class NameServer:
         self.port: int = self._udp.getsockname()[1]
         self._wake, self._alarm = socket.socketpair()
         self._workers = Workers("names")
+        self._queries = threading.BoundedSemaphore(QUERIES)
+        self._connections = threading.BoundedSemaphore(QUERIES)
         self._lock = threading.Lock()
-        self._active = 0
+        self._open: set[socket.socket] = set()
         self._silent: dict[Address, float] = {}
+        self._waiting: Counter[Address] = Counter()
         self._closing = False
         self._thread = threading.Thread(target=self._run, name="names", daemon=True)
 
@@ -83,7 +94,11 @@ class NameServer:
         """Answer no more; safe to call twice."""
         if self._closing:
             return
-        self._closing = True
+        with self._lock:
+            self._closing = True
+            for each in self._open:
+                with suppress(OSError):
+                    each.shutdown(socket.SHUT_RDWR)
         self._alarm.send(b"x")
         self._thread.join(_CLOSE_S)
         if not self._workers.close(_CLOSE_S):
@@ -102,7 +117,8 @@ class NameServer:
                             self._receive(*self._udp.recvfrom(_LARGEST))
                         elif key.fileobj is self._tcp:
                             connection, _ = self._tcp.accept()
-                            if not self._spawn(partial(self._stream, connection)):
+                            serve = partial(self._stream, connection)
+                            if not self._spawn(serve, self._connections):
                                 connection.close()
                     except OSError as error:
                         _logger.info("a query was lost: %s", error)
@@ -113,13 +129,11 @@ class NameServer:
         if known is not None:
             self._udp.sendto(known, client)
         else:
-            self._spawn(partial(self._datagram, query, client))
+            self._spawn(partial(self._datagram, query, client), self._queries)
 
-    def _spawn(self, job: Callable[[], None]) -> bool:
-        with self._lock:
-            if self._active >= QUERIES:
-                return False
-            self._active += 1
+    def _spawn(self, job: Callable[[], None], slots: threading.BoundedSemaphore) -> bool:
+        if not slots.acquire(blocking=False):
+            return False
 
         def work() -> None:
             try:
@@ -127,70 +141,80 @@ class NameServer:
             except OSError as error:
                 _logger.info("a query was not answered: %s", error)
             finally:
-                with self._lock:
-                    self._active -= 1
+                slots.release()
 
         try:
             self._workers.spawn(work)
         except RuntimeError:
-            with self._lock:
-                self._active -= 1
+            slots.release()
             return False
         return True
 
     def _datagram(self, query: bytes, client: Address) -> None:
-        reply = self._resolve(query, _ask_udp, stream=False)
+        reply = self._resolve(query, self._ask_udp, stream=False)
         if reply is not None:
             self._udp.sendto(reply, client)
 
     def _stream(self, connection: socket.socket) -> None:
         """Answer the queries of one connection (RFC 7766), one after the other."""
-        with connection:
+        with self._held(connection):
             connection.settimeout(_CLIENT_S)
             while not self._closing and (query := _receive(connection)):
                 known = answer(query, self._hosts())
-                reply = known or self._resolve(query, _ask_tcp, stream=True)
+                reply = known or self._resolve(query, self._ask_tcp, stream=True)
                 if reply is None:
                     return
                 connection.sendall(struct.pack("!H", len(reply)) + reply)
 
     def _resolve(self, query: bytes, ask: Ask, *, stream: bool) -> bytes | None:
-        """Have the host's resolvers answer a query."""
+        """Have the host's resolvers answer a query.
+
+        What a name is short for is asked as C libraries do: where nobody answers, or a server
+        fails, it is not known whether there is such a name, so a later one does not count.
+        """
         if not is_query(query):
             return None
-        resolvers, left_s = self._resolvers(), _TOTAL_S
+        resolvers, end = self._resolvers(), time.monotonic() + _TOTAL_S
         name, kind = question(query) or ("", None)
+        refused = False
         if kind in _COMPLETED and name != "localhost":
-            found = [(each, completed(query, each)) for each in resolvers.completions(name)]
-            longer = [(each, wire) for each, wire in found if wire is not None]
-            left_s /= len(longer) + 1
-            for whole, wire in longer:
-                reply = self._ask(wire, resolvers.servers_for(whole), ask, left_s)
-                if reply is not None and rcode(reply) == dns.rcode.NOERROR:
+            for whole in resolvers.completions(name):
+                wire = completed(query, whole)
+                if wire is None:
+                    continue
+                reply = self._ask(wire, resolvers.servers_for(whole), ask, end)
+                if reply is None:
+                    return failure(query)
+                if rcode(reply) == dns.rcode.NOERROR:
                     return alias(query, reply, stream=stream) or failure(query)
-        return self._ask(query, resolvers.servers_for(name), ask, left_s) or failure(query)
+                refused = refused or rcode(reply) in _REFUSALS
+        reply = self._ask(query, resolvers.servers_for(name), ask, end)
+        if reply is None or (refused and rcode(reply) == dns.rcode.NXDOMAIN):
+            return failure(query)
+        return reply
 
     def _ask(
-        self, query: bytes, addresses: Sequence[Address], ask: Ask, timeout_s: float
+        self, query: bytes, addresses: Sequence[Address], ask: Ask, end: float
     ) -> bytes | None:
-        """Ask one server after the other; those that were silent of late come last.
+        """Ask one server after the other, in the host's order.
 
-        Who does not answer is asked once more: a datagram may be lost, and a name may take a
-        resolver longer the first time.
+        If none says anything, each is asked once more: a datagram may be lost, and a name may
+        take a resolver longer the first time.
         """
         refusal: bytes | None = None
-        start = time.monotonic()
-        end = start + timeout_s
-        asked = sorted(addresses, key=lambda each: self._silent.get(each, 0.0) > start)
+        asked = list(addresses)
         for again in (False, True):
             silent = []
             for number, address in enumerate(asked):
                 left_s = end - time.monotonic()
                 if left_s <= 0 or self._closing:
                     return refusal
-                wait_s = left_s / (len(asked) - number) if again else min(_TRY_S, left_s)
+                wait_s = left_s / (len(asked) - number)
+                if not again:
+                    wait_s = min(wait_s, _AGAIN_S if self._is_silent(address) else _TRY_S)
                 try:
-                    reply = ask(query, address, wait_s)
+                    with self._waits_for(address):
+                        reply = ask(query, address, wait_s)
                 except OSError as error:
                     _logger.info("the resolver %s does not answer: %s", address[0], error)
                     self._silent[address] = time.monotonic() + _SILENT_S
@@ -200,8 +224,71 @@ class NameServer:
                 if rcode(reply) not in _REFUSALS:
                     return reply
                 refusal = refusal or reply
+            if refusal is not None:
+                return refusal
             asked = silent
-        return refusal
+        return None
+
+    def _is_silent(self, address: Address) -> bool:
+        return self._silent.get(address, 0.0) > time.monotonic()
+
+    @contextmanager
+    def _waits_for(self, address: Address) -> Iterator[None]:
+        """Count those who wait for a server.
+
+        :raises OSError: it is silent, and enough do.
+        """
+        with self._lock:
+            if self._is_silent(address) and self._waiting[address] >= _SILENT_QUERIES:
+                raise OSError("others wait for it already")
+            self._waiting[address] += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._waiting[address] -= 1
+                if not self._waiting[address]:
+                    del self._waiting[address]
+
+    @contextmanager
+    def _held(self, connection: socket.socket) -> Iterator[None]:
+        """Close a socket at the end, and shut it down when we close, so that nobody waits."""
+        with connection:
+            with self._lock:
+                if self._closing:
+                    raise OSError("it is too late")
+                self._open.add(connection)
+            try:
+                yield
+            finally:
+                with self._lock:
+                    self._open.discard(connection)
+
+    def _ask_udp(self, query: bytes, address: Address, timeout_s: float) -> bytes:
+        with socket.socket(_family(address), socket.SOCK_DGRAM) as upstream:
+            # Connected: only the resolver's own answers come, and its refusals are errors.
+            upstream.connect(address)
+            upstream.send(query)
+            end = time.monotonic() + timeout_s
+            while not self._closing and (left_s := end - time.monotonic()) > 0:
+                # In steps, as a shutdown wakes nobody who waits for datagrams.
+                upstream.settimeout(min(left_s, _STEP_S))
+                with suppress(TimeoutError):
+                    reply = upstream.recv(_LARGEST)
+                    if reply[:2] == query[:2]:
+                        return reply
+            raise TimeoutError("it is silent")
+
+    def _ask_tcp(self, query: bytes, address: Address, timeout_s: float) -> bytes:
+        upstream = socket.socket(_family(address), socket.SOCK_STREAM)
+        with self._held(upstream):
+            upstream.settimeout(timeout_s)
+            upstream.connect(address)
+            upstream.sendall(struct.pack("!H", len(query)) + query)
+            reply = _receive(upstream)
+            if not reply:
+                raise OSError("it closed the connection")
+            return reply
 
 
 def _bind() -> tuple[socket.socket, socket.socket]:
@@ -220,28 +307,6 @@ def _bind() -> tuple[socket.socket, socket.socket]:
 
 def _family(address: Address) -> socket.AddressFamily:
     return socket.AF_INET6 if ":" in address[0] else socket.AF_INET
-
-
-def _ask_udp(query: bytes, address: Address, timeout_s: float) -> bytes:
-    with socket.socket(_family(address), socket.SOCK_DGRAM) as upstream:
-        # Connected: only the resolver's own answers come, and its refusals are errors.
-        upstream.connect(address)
-        upstream.send(query)
-        end = time.monotonic() + timeout_s
-        while True:
-            upstream.settimeout(max(0.001, end - time.monotonic()))
-            reply = upstream.recv(_LARGEST)
-            if reply[:2] == query[:2]:
-                return reply
-
-
-def _ask_tcp(query: bytes, address: Address, timeout_s: float) -> bytes:
-    with socket.create_connection(address, timeout=timeout_s) as upstream:
-        upstream.sendall(struct.pack("!H", len(query)) + query)
-        reply = _receive(upstream)
-        if not reply:
-            raise OSError("it closed the connection")
-        return reply
 
 
 def _receive(stream: socket.socket) -> bytes:

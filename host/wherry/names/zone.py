@@ -144,6 +144,8 @@ def parse_hosts(text: str, here: str) -> dict[str, list[str]]:
             continue
         if parsed.is_unspecified or parsed.is_multicast:
             continue
+        if parsed.version == 6 and parsed.is_link_local:
+            continue  # of a link that containers are not on
         for name in (each.lower().rstrip(".") for each in names):
             known = found.setdefault(name, []) if name not in _LOCAL_NAMES else []
             shown = here if parsed.is_loopback else str(parsed)
