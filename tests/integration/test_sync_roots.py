@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sqlite3
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -28,17 +29,30 @@ class Machine:
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
-        self.guest = Guest(directory / "guest")
+        self.start("guest-1")
+
+    def start(self, boot: str) -> None:
+        self.guest = Guest(self.directory / "guest", boot)
+        self.boot = boot
         self.open()
 
-    def open(self) -> None:
+    def stop(self, *, orderly: bool) -> None:
+        """End the guest; a loss of its power is what the caller then makes of its files."""
+        if not orderly:
+            self.guest.process.kill()
+        self.roots.close()
+        if orderly:
+            self.roots.guest_ended(self.boot)
+        self.guest.close()
+
+    def open(self, boot: str = "host-1") -> None:
         self.roots = Roots(
             self.directory / "sync",
             self.directory / "sync.db",
             lambda place, ordered, progress: RemoteEndpoint(
                 Stream(self.guest.connect()), place, ordered=ordered, progress=progress
             ),
-            boot="host-1",
+            boot=boot,
             private=self.directory / "user" / ".local" / "w",
         )
 
@@ -133,7 +147,7 @@ def test_changes_while_nothing_ran_are_told_apart_from_loss(machine: Machine, so
     with closing(Store(machine.directory / "sync.db", 1)) as store:
         # Our own end was in order; the guest's is not known yet.
         assert (store.boot(HOST), store.boot(GUEST) != "") == ("", True)
-    machine.roots.guest_ended()
+    machine.roots.guest_ended(machine.boot)
     with closing(Store(machine.directory / "sync.db", 1)) as store:
         assert store.boot(GUEST) == ""
     (source / "f").unlink()
@@ -142,6 +156,75 @@ def test_changes_while_nothing_ran_are_told_apart_from_loss(machine: Machine, so
     machine.roots.require(str(source))
     machine.barrier()
     assert machine.copy(source) == read(source) == {"in": {"g": "g", "new": "n"}}
+
+
+def test_a_stop_does_not_speak_for_roots_that_were_not_there(
+    machine: Machine, source: Path, tmp_path: Path
+) -> None:
+    """What they lost in the boot before is found out when they begin again."""
+    machine.roots.require(str(source))
+    machine.barrier()
+    machine.stop(orderly=True)
+    machine.start("guest-2")
+    machine.roots.require(str(source))
+    machine.barrier()
+    (source / "f").write_text("hours of work")
+    machine.barrier()
+    machine.stop(orderly=False)
+    machine.guest.tree(Place("", str(source / "f"))).write_text("")
+
+    machine.start("guest-3")
+    (tmp_path / "other").mkdir()
+    machine.roots.require(str(tmp_path / "other"))
+    machine.barrier()
+    machine.stop(orderly=True)
+
+    machine.start("guest-4")
+    machine.roots.require(str(source))
+    machine.barrier()
+    assert machine.copy(source) == read(source)
+    assert (source / "f").read_text() == "hours of work"
+
+
+def test_a_root_that_is_halted_does_not_end_in_order(machine: Machine, source: Path) -> None:
+    """What the host lost with its power is found out when its disk is there again."""
+    (source / "more").write_text("more")
+    machine.roots.require(str(source))
+    machine.barrier()
+    machine.roots.close()
+    machine.open()
+    machine.roots.require(str(source))
+    machine.barrier()
+    there = machine.guest.tree(Place("", str(source / "f")))
+    there.write_text("the result of a long build")
+    machine.barrier()
+    assert (source / "f").read_text() == "the result of a long build"
+    shutil.copytree(machine.directory / "sync", machine.directory / "cut")
+    with closing(sqlite3.connect(machine.directory / "sync.db")) as database:
+        database.execute("VACUUM INTO ?", (str(machine.directory / "cut.db"),))
+    machine.roots.close()
+    shutil.rmtree(machine.directory / "sync")
+    (machine.directory / "cut").rename(machine.directory / "sync")
+    for path in machine.directory.glob("sync.db*"):
+        path.unlink()
+    (machine.directory / "cut.db").rename(machine.directory / "sync.db")
+    (source / "f").write_text("")
+
+    away = source.rename(source.with_name("away"))
+    source.mkdir()
+    machine.open("host-2")
+    machine.roots.require(str(source))
+    with pytest.raises(WherryError, match="halted"):
+        machine.barrier()
+    machine.roots.close()
+    source.rmdir()
+    away.rename(source)
+
+    machine.open("host-2")
+    machine.roots.require(str(source))
+    machine.barrier()
+    assert machine.copy(source) == read(source)
+    assert (source / "f").read_text() == "the result of a long build"
 
 
 def test_a_root_that_is_kept_is_known_the_next_time(machine: Machine, source: Path) -> None:

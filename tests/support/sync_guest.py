@@ -20,6 +20,8 @@ from wherry_wire.messages import SyncListen
 
 # What the test machine's own paths show is not to be mounted over.
 system.bind = lambda source, target: None
+if sys.argv[2]:
+    system.boot_id = lambda: sys.argv[2]
 roots = sync.Roots(lambda message, id: print(message.root, flush=True))
 print(roots.listen(SyncListen(directory=sys.argv[1])).socket, flush=True)
 sys.stdin.read()
@@ -28,15 +30,18 @@ sys.stdin.read()
 
 
 class Guest:
-    """Serves roots below a directory."""
+    """Serves roots below a directory.
 
-    def __init__(self, directory: Path) -> None:
+    :param boot: the id of its boot; this computer's if empty.
+    """
+
+    def __init__(self, directory: Path, boot: str = "") -> None:
         self.directory = directory
         self.sessions: list[Session] = []
         self.streams: list[socket.socket] = []
         self.allowed = True
         self.process = subprocess.Popen(
-            [sys.executable, "-c", AGENT, str(directory)],
+            [sys.executable, "-c", AGENT, str(directory), boot],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

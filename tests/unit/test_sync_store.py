@@ -350,6 +350,18 @@ def test_the_same_is_kept_once_and_the_wrong_not_at_all(tmp_path: Path) -> None:
     keep.close()
 
 
+def test_the_index_does_not_grow_with_what_is_gone(tmp_path: Path) -> None:
+    keep = Keep(tmp_path / "conflicts")
+    for number in range(500):
+        keep.save("f", text(str(number)), [str(number).encode()])
+        keep.drop("f", text(str(number - 1)))
+    assert len((tmp_path / "conflicts" / "index").read_text().splitlines()) < 110
+    keep.close()
+    again = Keep(tmp_path / "conflicts")
+    assert [(kept.number, b"".join(again.open(kept))) for kept in again] == [(500, b"499")]
+    again.close()
+
+
 def test_what_is_kept_again_counts_as_new_unless_it_is_the_same_event(tmp_path: Path) -> None:
     keep = Keep(tmp_path / "conflicts")
     keep.save("f", text("1"), [b"1"])

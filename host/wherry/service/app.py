@@ -438,8 +438,9 @@ class Service:
         if driver is not None and driver.identity is not None and tunnel is not None and not force:
             self._stages.tell("stop", "begin")
             ended = await shutdown.power_off(driver, tunnel, self._bounds.guest_stop_s)
-            if ended and self._roots is not None:
-                await in_thread(self._roots.guest_ended, name="sync end")
+            if ended and self._roots is not None and guest is not None and guest.boot_id:
+                roots, boot_id = self._roots, guest.boot_id
+                await in_thread(lambda: roots.guest_ended(boot_id), name="sync end")
             self._stages.tell("stop", "end")
         if tunnel is not None:
             await in_thread(tunnel.close, name="tunnel close")

@@ -54,6 +54,8 @@ class Guest:
         self._closed = False
         self._tunnel_is_new = False
         self._thread: threading.Thread | None = None
+        self.boot_id = ""
+        """Of the boot that the guest is in; empty until an agent has told."""
         self.names_port = 0
         """Where the host answers queries of names; 0 for not at all. Set before :meth:`start`."""
         self.host_open = True
@@ -230,6 +232,7 @@ class Guest:
             if not self._closed:
                 log.warning("the agent did not start: %s", error)
             return None
+        self.boot_id = boot_id
         log.info("agent ready; boot %s; clock corrected by %.3f s", boot_id, drift)
         return agent
 

@@ -41,7 +41,7 @@ async def end_sync(roots: Roots, tunnel: Tunnel | None) -> None:
 
 
 async def power_off(driver: Driver, tunnel: Tunnel, patience_s: float) -> bool:
-    """Have the guest shut down; return whether it has."""
+    """Have the guest shut down; return whether it has, and did not just end somehow."""
     log.info("poweroff: asking the guest")
     driver.expect_shutdown()
     try:
@@ -51,8 +51,8 @@ async def power_off(driver: Driver, tunnel: Tunnel, patience_s: float) -> bool:
         log.info("poweroff: %s", error)
         patience_s = min(patience_s, _UNASKED_STOP_S)
     try:
-        await asyncio.wait_for(driver.wait(), patience_s)
+        exit = await asyncio.wait_for(driver.wait(), patience_s)
     except TimeoutError:
         log.warning("the guest did not shut down; ending QEMU")
         return False
-    return True
+    return exit.powered_off

@@ -220,14 +220,18 @@ class Roots:
         for thread in threads:
             thread.join()
 
-    def guest_ended(self) -> None:
+    def guest_ended(self, boot: str) -> None:
         """Learn, after :meth:`close`, that the guest has shut down in order.
 
-        Then its disk has all that it had, and its next boot has lost nothing.
+        Then its disk has all that it had, and its next boot has lost nothing. A root that was not
+        in this boot may have lost something before, which is to be found out when it begins.
+
+        :param boot: the id of the boot that has ended so.
         """
         for number in self._numbers.values():
             with closing(Store(self._database, number)) as store:
-                store.part(GUEST, store.ticket())
+                if store.boot(GUEST) == boot:
+                    store.part(GUEST, store.ticket())
 
     def _holding(self, path: str) -> Session | None:
         for key, session in self._sessions.items():

@@ -481,6 +481,7 @@ class Session:
         assert self._watch is not None
         first = self._status.rounds == 0
         requeued = 0
+        stuck: set[str] | None = None
         for path in [path for path, known in list(self._pins.items()) if not known]:
             self._remote.pin(path)
             self._pins[path] = True
@@ -496,6 +497,8 @@ class Session:
             outcome = cycle.run(dirty=(dirty, None if full_guest and not requeued else ()))
             self._missed = False
             self._status.rounds += 1
+            stuck = outcome.stuck if stuck is None else stuck & outcome.stuck
+            outcome.stuck = stuck
             if outcome.changed and not self._unflushed_since:
                 self._unflushed_since = time.monotonic()
             if outcome.halt is None and (first or not self._mounted):
@@ -516,11 +519,13 @@ class Session:
     def _part(self, cycle: Cycle, host: LocalEndpoint, store: Store) -> bool:
         """Carry over what is left, and end in order; whether that was possible.
 
+        Not while the root is halted: what a loss of power has done to it may not be known yet.
         That the guest ended in order only its end can tell: see :meth:`Roots.guest_ended`.
         """
         assert self._remote is not None
         try:
-            self._rounds(cycle, full=False)
+            if self._rounds(cycle, full=False).halt is not None or not cycle.met:
+                return False
             ticket = store.ticket()
             cycle.flush(HOST)
             self._remote.part()

@@ -58,6 +58,8 @@ class Exit:
     expected: bool
     """Whether we, or the guest by powering off, wanted it to."""
     reason: str
+    powered_off: bool = False
+    """Whether the guest powered off: what it has written is on its disks then."""
 
 
 class Driver(Protocol):

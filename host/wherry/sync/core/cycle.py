@@ -73,6 +73,7 @@ class Outcome:
     :ivar problems: paths that are not equal on both sides now, and why.
     :ivar failed: paths at which a side refused what had to be done, and why.
     :ivar requeue: paths that changed under way: another round is due.
+    :ivar stuck: those of them that did so in each round since somebody asked.
     :ivar late: those of them at which nothing was done.
     :ivar halt: why nothing was done, and on which side.
     """
@@ -82,6 +83,7 @@ class Outcome:
     problems: list[Problem] = field(default_factory=list)
     failed: list[Problem] = field(default_factory=list)
     requeue: set[str] = field(default_factory=set)
+    stuck: set[str] = field(default_factory=set)
     late: list[Problem] = field(default_factory=list)
     halt: tuple[int, safety.Halt] | None = None
 
@@ -99,9 +101,11 @@ class Outcome:
         """Yield the paths that a side has not as the other one has them, and for good.
 
         What somebody in the guest has written over meanwhile, as a database does all the time,
-        is left to later rounds: a command that wrote something else must not fail for that.
+        is left to later rounds: a command that wrote something else must not fail for that. Nor
+        must one for what was changed on the host, unless that went on in each round: else it
+        came later than the command, as a file does that a compiler makes and removes.
         """
-        late = self.requeue if side == HOST else set()
+        late = self.requeue if side == HOST else self.requeue - self.stuck
         yield from (each for each in self.failed if side in each.lacking)
         for problem in (*self.late, *self.problems):
             if side in problem.lacking and problem.path not in late:
@@ -110,6 +114,7 @@ class Outcome:
     def put_off(self, path: str, *lacking: int) -> None:
         """Take note that a path has changed under way."""
         self.requeue.add(path)
+        self.stuck.add(path)
         self.late.append(Problem(path, _CHANGED, lacking))
 
 
@@ -163,6 +168,7 @@ class Cycle:
         host, guest = (end.scan(part) for end, part in zip(self._ends, dirty, strict=True))
         self._collect_rescued()
         outcome.requeue = host.requeue | guest.requeue
+        outcome.stuck = set(outcome.requeue)
         self._saved_in_place |= host.written_over
         outcome.halt = self._meet(host, guest, marked)
         if outcome.halt is not None:
@@ -174,9 +180,7 @@ class Cycle:
         self._saved_in_place.intersection_update(each.path for each in found.decisions)
         if self._saved:
             now = {each.path: each.saved for each in found.decisions}
-            self._saved = {
-                path: leaf for path, leaf in self._saved.items() if now.get(path) == leaf
-            }
+            self._saved = {path: leaf for path, leaf in self._saved.items() if now.get(path)}
         if not found.decisions and not found.ancestor:
             return outcome
         _follow(found.decisions, self._saved_in_place)
@@ -193,6 +197,11 @@ class Cycle:
         self._store.commit(diff(self._ancestor, new))
         self._ancestor = new
         return outcome
+
+    @property
+    def met(self) -> bool:
+        """Whether a round has found out what power was lost before this began."""
+        return self._met
 
     def flush(self, side: int) -> None:
         """Have all that is done so far on a side's disk, and remember that it is."""
@@ -274,19 +283,23 @@ class Cycle:
         if saved is None:
             return True
         chunks: Iterable[bytes] = ()
+        before = self._saved.get(decision.path)
         try:
             if saved.kind == FILE:
+                # Not a part of it, if it grows: each round would keep another one.
                 chunks = self._ends[GUEST].read(decision.path)[1]
-            again = self._saved.get(decision.path) == saved
-            kept = self._conflicts.save(decision.path, saved, chunks, again=again)
+            kept = self._conflicts.save(decision.path, saved, chunks, again=before == saved)
         except Gone:
             kept = False
         if kept:
+            if before is not None and before != saved:
+                # Nothing was overwritten by us: who wrote that has gone on with it.
+                self._conflicts.drop(decision.path, before)
             self._saved[decision.path] = saved
             self._checkpoint("saved")
             outcome.conflicts.append(decision.path)
         else:
-            outcome.put_off(decision.path, HOST, GUEST)
+            outcome.put_off(decision.path, HOST)
         return kept
 
     def _carry_out(self, decisions: list[Decision], outcome: Outcome) -> dict[str, Entry | None]:
@@ -421,6 +434,9 @@ class Cycle:
                 undone.add(path)
                 if result.status == FAILED:
                     outcome.failed.append(Problem(path, result.reason, (side,)))
+                elif side == GUEST and path in self._saved:
+                    # Somebody there goes on writing to what the host's version shall replace.
+                    outcome.put_off(path)
                 else:
                     outcome.put_off(path, side)
         return undone

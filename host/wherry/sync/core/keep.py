@@ -15,12 +15,14 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TextIO
 
 from wherry.core.files import write_atomic
 from wherry_sync.entry import Leaf, is_file
 from wherry_sync.hashing import new
 
 _INDEX = "index"
+_SPARE_LINES = 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +74,7 @@ class Keep:
         for path in directory.iterdir():
             if path.name != _INDEX and not (path.name.isdigit() and int(path.name) in self._kept):
                 path.unlink()
-        self._index = (directory / _INDEX).open("a", encoding="utf-8")
+        self._index = self._open_index()
 
     def close(self) -> None:
         """Close the index; safe to call twice."""
@@ -107,7 +109,6 @@ class Keep:
                 if not again:
                     self._renumber(old)
                 return True
-        kept = self._announce(path, leaf)
         with self._part.open("wb") as file:
             state = new()
             for chunk in chunks:
@@ -118,9 +119,10 @@ class Keep:
                     return False
             file.flush()
             os.fsync(file.fileno())
-        os.fsync(self._index.fileno())
         if is_file(leaf) and state.digest() != leaf.digest:
             return False
+        kept = self._announce(path, leaf)
+        os.fsync(self._index.fileno())
         target = self._path(kept.number)
         self._part.rename(target)
         with target.open("rb+") as file:
@@ -156,6 +158,12 @@ class Keep:
             self._bytes -= kept.leaf.size
             self._path(kept.number).unlink(missing_ok=True)
 
+    def drop(self, path: str, leaf: Leaf) -> None:
+        """Remove what was kept of a path, if it was kept."""
+        for kept in self:
+            if (kept.path, kept.entry) == (path, leaf.hex()):
+                self.forget(kept)
+
     def _renumber(self, old: Kept) -> None:
         kept = self._announce(old.path, old.leaf)
         os.fsync(self._index.fileno())
@@ -164,6 +172,13 @@ class Keep:
         del self._kept[old.number]
 
     def _announce(self, path: str, leaf: Leaf) -> Kept:
+        self._lines += 1
+        if self._lines > 2 * len(self._kept) + _SPARE_LINES:
+            self._index.close()
+            try:
+                self._write()
+            finally:
+                self._index = self._open_index()
         self._number += 1
         kept = Kept(self._number, self._now(), path, leaf.hex())
         self._index.write(json.dumps(asdict(kept)) + "\n")
@@ -194,8 +209,13 @@ class Keep:
                 yield kept
 
     def _write(self) -> None:
+        """Begin an index without the lines of what is gone."""
         lines = [json.dumps(asdict(kept)) + "\n" for kept in self._kept.values()]
         write_atomic(self._directory / _INDEX, "".join(lines).encode())
+        self._lines = len(lines)
+
+    def _open_index(self) -> TextIO:
+        return (self._directory / _INDEX).open("a", encoding="utf-8")
 
     def _path(self, number: int) -> Path:
         return self._directory / str(number)

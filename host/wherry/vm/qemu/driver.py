@@ -220,6 +220,8 @@ class QemuDriver:
         reason = await process.wait()
         if self._panicked and not self._stopping:
             return Exit(False, "the guest's kernel crashed or reset")
-        if self._guest_shut_down or self._stopping:
-            return Exit(True, "the guest powered off" if self._guest_shut_down else reason)
+        if self._guest_shut_down:
+            return Exit(True, "the guest powered off", powered_off=not self._panicked)
+        if self._stopping:
+            return Exit(True, reason)
         return Exit(False, reason)
