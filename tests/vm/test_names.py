@@ -109,7 +109,7 @@ def test_names_are_those_of_the_host_s_network(
         ("text.office.test.", "TXT"): ['"some text"'],
         ("many.office.test.", "A"): [f"10.9.{high}.{low}" for high in (1, 2) for low in range(40)],
     }
-    home.records = {("nas.office.test.", "A"): ["192.168.7.7"]}
+    home.records = {("nas.office.test.", "A"): ["192.168.7.7"], ("nas.office.test.", "AAAA"): []}
     settings, hosts = tmp_path / "resolv.conf", tmp_path / "hosts"
     settings.write_text("search office.test\nnameserver 127.0.0.77\n")
     hosts.write_text("127.0.0.1 localhost\n127.0.0.1 dev.test\n")
