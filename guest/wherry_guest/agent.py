@@ -49,8 +49,8 @@ class Agent:
         self._reporting = _thread.allocate_lock()
         self._roots: Roots | None = None
         self._held = sockets.Held()
-        self.leads_names = False
-        """Whether queries of names go to the host."""
+        self.leads_names = 0
+        """The host's port that queries of names go to; 0 if they do not."""
         self.finish: Callable[[], None] = lambda: None
         """Called at the end of the session, for what must not be left half done."""
         session.answer(Hello, self.hello)
@@ -151,7 +151,7 @@ class Agent:
         network.allow_host(request.host_open)
         if request.names_port:
             # Noted first: at the end it is undone, however far it came.
-            self.leads_names = True
+            self.leads_names = request.names_port
             network.lead_names(request.names_port)
         return Done()
 
@@ -200,7 +200,7 @@ def main() -> int:
         print(f"wherry agent: {error}", file=sys.stderr)
         return 1
     finally:
-        agent.finish()
         if agent.leads_names:
-            network.lead_names_back()
+            network.lead_names_back(agent.leads_names)
+        agent.finish()
     return 0

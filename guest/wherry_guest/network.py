@@ -33,10 +33,14 @@ def lead_names(port: int) -> None:
         _jump("iptables", "nat", chain)
 
 
-def lead_names_back() -> None:
-    """Have QEMU's resolver answer again; when that fails there is nobody to tell."""
+def lead_names_back(port: int) -> None:
+    """Have QEMU's resolver answer again, if a port of the host answers queries of names now.
+
+    Another one does if another agent has come meanwhile. When it fails there is nobody to tell.
+    """
     try:
-        _restore("iptables", "nat", [])
+        if _run(["iptables", "-w", "-t", "nat", "-C", *_lead(port)[0].split()[1:]]) == 0:
+            _restore("iptables", "nat", [])
     except OSError:
         pass
 

@@ -35,6 +35,7 @@ class Engine:
     def __init__(self) -> None:
         self.container: dict[str, Any] = {"Id": ID, "Name": "/web", "State": {}, "HostConfig": {}}
         self.running: list[dict[str, Any]] = []
+        self.networks: dict[str, dict[str, Any]] = {}
         self.stopped = threading.Event()
 
     def open_unix(self, path: str) -> Stream:
@@ -56,6 +57,7 @@ class Stream:
         answers = {
             "/containers/json": self._engine.running,
             f"/containers/{ID}/json": self._engine.container,
+            **{f"/networks/{name}": found for name, found in self._engine.networks.items()},
         }
         body = json.dumps(answers.get(target.partition("?")[0], {})).encode()
         self._answer = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body)
@@ -139,6 +141,88 @@ def test_a_port_in_use_refuses_the_start(machine: Machine) -> None:
         publish(machine, taken.getsockname()[1])
         with pytest.raises(Refusal, match="address already in use"):
             machine.send("start")
+
+
+@pytest.mark.parametrize("internal", [[True], [True, False]])
+def test_a_port_in_use_matters_only_where_the_engine_publishes_it(
+    machine: Machine, internal: list[bool]
+) -> None:
+    machine.engine.networks = {
+        f"n{number}": {"Internal": each} for number, each in enumerate(internal)
+    }
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        publish(machine, taken.getsockname()[1])
+        networks = {name: {} for name in machine.engine.networks}
+        machine.engine.container["NetworkSettings"] = {"Networks": networks}
+        if all(internal):
+            assert machine.send("start") is not None
+            return
+        with pytest.raises(Refusal, match="address already in use"):
+            machine.send("start")
+
+
+def runs(machine: Machine, port: int, address: str = "127.0.0.1") -> dict[str, Any]:
+    """What the engine lists when the container runs with its port."""
+    published = {"IP": address, "PrivatePort": 80, "PublicPort": port, "Type": "tcp"}
+    return {"Id": ID, "Names": ["/web"], "HostConfig": {}, "Ports": [published]}
+
+
+def test_who_waits_for_the_end_before_the_start_finds_the_port_free(machine: Machine) -> None:
+    """As `docker run` does in the foreground."""
+    port = free_port()
+    publish(machine, port)
+    ending, starting = machine.send("wait"), machine.send("start")
+    assert ending is not None
+    assert ending.line is not None
+    assert starting is not None
+    assert starting.head is not None
+    assert starting.end is not None
+    machine.engine.running = [runs(machine, port)]
+    starting.head(STARTED)
+    starting.end(True)
+    assert machine.monitor.forwards() == [Forward("tcp", "127.0.0.1", port)]
+    machine.engine.running = []
+    ending.line(b'{"StatusCode":0}')
+    assert machine.monitor.forwards() == []
+
+
+def test_a_forward_is_repaired_however_much_happens(machine: Machine) -> None:
+    port = free_port()
+    machine.engine.running = [runs(machine, port)]
+    machine.await_(machine.networking._settled())
+    machine.monitor.sockets.popitem()[1].close()
+
+    def repaired() -> bool:
+        machine.await_(machine.networking._settled())
+        return bool(machine.monitor.forwards())
+
+    wait_until(repaired, 10, "it is there again")
+
+
+def test_what_nobody_listens_on_any_more_is_in_no_start_s_way(machine: Machine) -> None:
+    """What listens in the host's network is known only as long as the agent is there."""
+    port = free_port()
+    other = {
+        "Id": "b" * 64, "Names": ["/a"], "HostConfig": {"NetworkMode": "host"}, "Ports": []
+    }  # fmt: skip
+    machine.listeners = [("b" * 64, "tcp", "127.0.0.1", port)]
+    machine.engine.running = [other]
+    machine.await_(machine.networking._settled())
+    assert machine.monitor.forwards() == [Forward("tcp", "127.0.0.1", port)]
+
+    def away(names: object) -> Any:
+        raise TunnelError("the agent is not there")
+
+    machine.networking._guest.listeners = away  # type: ignore[method-assign, union-attr]
+    bindings = {"80/tcp": [{"HostIp": "0.0.0.0", "HostPort": str(port)}]}
+    machine.engine.container["HostConfig"] = {"PortBindings": bindings}
+    starting = machine.send("start")
+    assert starting is not None
+    assert starting.head is not None
+    machine.engine.running = [other, runs(machine, port, "0.0.0.0")]
+    starting.head(STARTED)
+    assert not machine.engine.stopped.is_set()
+    assert machine.monitor.forwards() == [Forward("tcp", "0.0.0.0", port)]
 
 
 def test_a_container_that_runs_is_left_alone(machine: Machine) -> None:

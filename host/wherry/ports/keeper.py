@@ -178,11 +178,18 @@ class PortKeeper:
             await self._apply()
 
     def _wanted(self) -> Wanted:
-        wanted = dict(self._listening)
+        published: Wanted = {}
         for each in list(self._reserved.values()):  # other threads ask for it as well
-            wanted.update(each)
-        wanted.update(self._running)
-        return wanted
+            published.update(each)
+        published.update(self._running)
+        # What the engine has published nobody in the guest listens on any more, though that
+        # may not be known here yet.
+        listening = {
+            forward: owner
+            for forward, owner in self._listening.items()
+            if not any(forward.overlaps(other) for other in self._running)
+        }
+        return listening | published
 
     async def _apply(self) -> None:
         wanted = self._wanted()

@@ -209,6 +209,18 @@ def inspect(stream: Stream, container: str) -> dict[str, Any] | None:
     return found
 
 
+def network(stream: Stream, name: str) -> dict[str, Any] | None:
+    """Return what ``GET /networks/{id}`` has of a network; None if there is none.
+
+    :raises WherryError: the engine does not tell.
+    """
+    response, answer = _whole(stream, f"/networks/{quoted(name)}")
+    if response.status_code == 404:
+        return None
+    found: dict[str, Any] = _json(response, answer)
+    return found
+
+
 def stop(stream: Stream, container: str) -> None:
     """End a container at once.
 

@@ -18,7 +18,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
+import time
 from collections.abc import Coroutine, Iterable
+from functools import partial
 from typing import Any, TypeVar
 
 from wherry.api.hooks import Hooks, Refusal, Request, Watch
@@ -86,6 +88,7 @@ class Networking:
         self._waiters: list[asyncio.Future[None]] = []
         self._names: NameServer | None = None
         self._host_network: dict[str, str] = {}
+        self._verified = 0.0
         hooks.on("POST", "/containers/{id}/start", self._on_start)
         hooks.on("POST", "/containers/{id}/restart", self._on_start)
         hooks.on("POST", "/containers/{id}/stop", self._on_end)
@@ -198,6 +201,9 @@ class Networking:
             except TimeoutError:
                 await self._look_after()
                 continue
+            # However often there is an event.
+            if self._is_due():
+                await self._look_after()
             self._asked.clear()
             waiters, self._waiters = self._waiters, []
             failure: WherryError | None = None
@@ -231,17 +237,16 @@ class Networking:
         assert self._keeper is not None
         try:
             await self._look_for_listeners()
-            assert self._loop is not None
-            now = self._loop.time()
-            if now - self._verified >= _VERIFY_S:
-                self._verified = now
+            if self._is_due():
+                self._verified = time.monotonic()
                 await self._keeper.verify(self._forwarded_now)
         except WherryError as error:
             log.info("ports: %s", error)
         except Exception:
             log.exception("looking after the ports failed")
 
-    _verified = 0.0
+    def _is_due(self) -> bool:
+        return time.monotonic() - self._verified >= _VERIFY_S
 
     async def _look_for_listeners(self) -> None:
         assert self._keeper is not None
@@ -339,7 +344,11 @@ class Networking:
                 raise _refusal(endpoint, problems[0])
 
         try:
-            self._wait(request, keeper.reserve(token, plan.fixed))
+            try:
+                self._wait(request, keeper.reserve(token, plan.fixed))
+            except PortTaken:
+                if self._publishes(request, found):
+                    raise
             if plan.chosen:
                 ours = [each.forward for each in keeper.published()]
                 self._wait(request, choices.narrow(token, plan.chosen, ours))
@@ -352,12 +361,35 @@ class Networking:
             raise
         return Watch(head=head, end=lambda complete: release())
 
+    def _publishes(self, request: Request, container: dict[str, Any]) -> bool:
+        """Whether the engine publishes a container's ports: not if all its networks are internal.
+
+        Asked only when it matters, as it takes a question for each network.
+        """
+        networks = (container.get("NetworkSettings") or {}).get("Networks") or {}
+        for name in networks:
+            try:
+                found = engine.while_wanted(
+                    request.wait, self._open_engine, partial(engine.network, name=name)
+                )
+            except WherryError:
+                return True
+            if not (found and found.get("Internal")):
+                return True
+        return not networks
+
     def _on_end(self, request: Request) -> Watch | None:
-        """Hold the answer until the ports of a container that ended are closed."""
-        if self._keeper is None or not self._keeper.busy:
+        """Hold the answer until the ports of a container that ended are closed.
+
+        Whether it has any is known then: a client may wait for its end before it starts it.
+        """
+        keeper = self._keeper
+        if keeper is None:
             return None
 
         def settle(_: Any) -> None:
+            if not keeper.busy:
+                return
             try:
                 self._wait(request, self._settled())
             except WherryError as error:
