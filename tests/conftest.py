@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 
 import pytest
 import trustme
@@ -13,9 +13,23 @@ from wherry.config.layout import Layout
 from wherry.platform import current
 from wherry.vm.image import Image, installed
 
+_SHOWN_LINES = 30
+
 # A shell's background jobs ignore it, and so would all that tests start and interrupt.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport]:
+    """Show what the run's machine and its QEMU have said when a test that uses it fails."""
+    report = yield
+    sandbox = getattr(item, "funcargs", {}).get("sandbox")
+    if report.failed and isinstance(sandbox, Sandbox):
+        for path in sorted((sandbox.home / "machines" / "default").glob("*.log")):
+            lines = path.read_text(errors="replace").splitlines()[-_SHOWN_LINES:]
+            report.sections.append((f"{path.name}, its end", "\n".join(lines)))
+    return report
 
 
 @pytest.fixture(scope="session")
