@@ -50,6 +50,7 @@ _LEAF_BYTES = 42
 _INODE_BYTES = 8
 _MODIFIED_NS = slice(20, 28)
 _RECENT_NS = 120_000_000_000
+_PARTS = 4096
 
 
 def save(path: str, known: Known, trust: str) -> None:
@@ -58,12 +59,19 @@ def save(path: str, known: Known, trust: str) -> None:
     :param trust: what :func:`load` has to be given.
     :raises OSError: it cannot be written; an older file is still there.
     """
-    data = encode(known, trust, time.time_ns())
+    parts = _parts(known, trust, time.time_ns())
     new = f"{path}.new"
     flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
     descriptor = os.open(new, flags, 0o600)
     try:
-        handles.write_all(descriptor, data)
+        # Some at a time: all of it at once would take as much memory as what is known.
+        state = hashing.new()
+        os.lseek(descriptor, len(_MAGIC) + len(hashing.EMPTY_DIGEST), os.SEEK_SET)
+        for start in range(0, len(parts), _PARTS):
+            data = b"".join(parts[start : start + _PARTS])
+            state.update(data)
+            handles.write_all(descriptor, data)
+        handles.write_at(descriptor, _MAGIC + state.digest(), 0)
     except BaseException:
         os.unlink(new)
         raise
@@ -85,6 +93,12 @@ def load(path: str, trust: str) -> Known | None:
 
 def encode(known: Known, trust: str, now_ns: int) -> bytes:
     """Return a file's contents."""
+    body = b"".join(_parts(known, trust, now_ns))
+    return _MAGIC + hashing.digest(body) + body
+
+
+def _parts(known: Known, trust: str, now_ns: int) -> list[bytes]:
+    """Return what comes after the digest, in pieces that are those in memory."""
     # The bytes of two times compare as the times do, from 1970 on.
     before = max(0, now_ns - _RECENT_NS).to_bytes(8, "big")
     node, (record, leaf) = known
@@ -92,14 +106,13 @@ def encode(known: Known, trust: str, now_ns: int) -> bytes:
         record, leaf = b"", Leaf(b"")
     parts = [_sized(trust.encode()), _sized(record), _sized(leaf)]
     _pack(node, parts, before)
-    body = b"".join(parts)
-    return _MAGIC + hashing.digest(body) + body
+    return parts
 
 
 def decode(data: bytes, trust: str) -> Known | None:
     """Return what is in a file's contents; None if they are no such file's, or not for us."""
     start = len(_MAGIC) + len(hashing.EMPTY_DIGEST)
-    if not data.startswith(_MAGIC) or data[len(_MAGIC) : start] != hashing.digest(data[start:]):
+    if not data.startswith(_MAGIC) or data[len(_MAGIC) : start] != _digest(data, start):
         return None
     reader = _Reader(data, start)
     try:
@@ -112,6 +125,12 @@ def decode(data: bytes, trust: str) -> Known | None:
     if reader.offset != len(data) or (record and leaf[:1] not in (b"F", b"L")):
         return None
     return node, (record, leaf)
+
+
+def _digest(data: bytes, start: int) -> bytes:
+    state = hashing.new()
+    state.update(memoryview(data)[start:])
+    return state.digest()
 
 
 def _sized(data: bytes) -> bytes:

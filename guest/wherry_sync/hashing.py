@@ -36,7 +36,7 @@ class Hash:
         self._room = CHUNK_BYTES
         self._sums = bytearray()
 
-    def update(self, data: bytes) -> None:
+    def update(self, data: bytes | memoryview) -> None:
         """Take the next bytes."""
         size = len(data)
         if size <= self._room:

@@ -26,6 +26,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 
+    from wherry_sync.entry import Entry
     from wherry_sync.operation import Arrival, Operation, Result
     from wherry_sync.stage import Rescued
 
@@ -117,6 +118,7 @@ class LocalEndpoint:
         rewritten: Collection[str] = (),
         arrived: Collection[str] = (),
         *,
+        like: Entry | None = None,
         lost: bool = False,
     ) -> Snapshot:
         """Return the tree as it is now.
@@ -124,6 +126,7 @@ class LocalEndpoint:
         :param rewritten: files whose contents are to be read whatever their records say; the
             root's own path is empty.
         :param arrived: see :meth:`~wherry_sync.scan.Scanner.scan`.
+        :param like: of no use here, as what the scan finds is compared with what it found before.
         :param lost: whether there may be files that others wrote to and that are not in it.
         """
         if lost:

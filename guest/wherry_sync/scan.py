@@ -494,7 +494,7 @@ class Scanner:
         mode = status.st_mode
         try:
             if stat.S_ISREG(mode):
-                note = self._notes.get(path)
+                note = self._notes.pop(path, None)
                 if note is not None and note[0] == records.record(status):
                     return note
                 return self._read(fd, path, name)

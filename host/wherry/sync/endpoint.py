@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Protocol
 
-from wherry_sync.entry import Leaf
+from wherry_sync.entry import Entry, Leaf
 from wherry_sync.operation import Arrival, Operation, Result
 from wherry_sync.scan import Snapshot
 from wherry_sync.stage import Rescued
@@ -27,13 +27,14 @@ class Endpoint(Protocol):
     def boot(self) -> str:
         """Id of the boot that the end is in; another one means that memory was lost."""
 
-    def scan(self, dirty: Collection[str] | None = None) -> Snapshot:
+    def scan(self, dirty: Collection[str] | None = None, *, like: Entry | None = None) -> Snapshot:
         """Return the tree as it is now: as it was at some moment after the call, path by path.
 
         Idempotent. Equal parts of two results are the same objects.
 
         :param dirty: the directories whose own entries may have changed, besides those of
             which the end has learned by a watch of its own; None for all.
+        :param like: another tree, whose objects the end may hold instead of equal ones.
         """
 
     def missing(self, files: Iterable[Leaf]) -> list[Leaf]:

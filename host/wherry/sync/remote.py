@@ -21,6 +21,7 @@ from wherry_sync.entry import (
     count,
     is_problem,
     is_untracked,
+    share,
     updated,
 )
 from wherry_sync.ignore import NOTHING, Ignore
@@ -129,7 +130,7 @@ class RemoteEndpoint(Connection):
         """Have a file rewritten in place from now on, as a container has mounted it."""
         self._call(SyncPin(path=path), Done)
 
-    def scan(self, dirty: Collection[str] | None = None) -> Snapshot:
+    def scan(self, dirty: Collection[str] | None = None, *, like: Entry | None = None) -> Snapshot:
         """Return the copy as it is now; see :class:`wherry.sync.endpoint.Endpoint`."""
         changes: dict[str, Entry | None] = {}
         requeue: set[str] = set()
@@ -147,7 +148,7 @@ class RemoteEndpoint(Connection):
         except WireError as error:
             raise self._broken(error) from error
         if changes:
-            self._known = updated(self._known, changes)
+            self._known = share(updated(self._known, changes), like)
             self._bound(len(changes))
         if reply.present != (self._known is not None):
             raise self._broken(WireError("the tree is not complete"))

@@ -30,7 +30,7 @@ from dataclasses import dataclass, field, replace
 
 from wherry.sync.core import safety
 from wherry.sync.core.keep import Keep
-from wherry.sync.core.plan import ALONG_BYTES, SidePlan, Want, needs, plan
+from wherry.sync.core.plan import ALONG_BYTES, SidePlan, Want, needs, parts, plan
 from wherry.sync.core.reconcile import (
     GUEST,
     HOST,
@@ -58,6 +58,8 @@ _WORTH = 0.75
 """Of the blocks of a file; if more of them have changed, all of it is sent."""
 
 _CHANGED = "it changed meanwhile"
+
+_BUILT_AT_ONCE = 2000
 
 _SAVED_AT_ONCE = 32
 """Files that people and their editors save; more at once is a program's work, for which the way
@@ -165,7 +167,8 @@ class Cycle:
         :raises OSError: a side cannot be reached or its disk fails; run again later.
         """
         outcome = Outcome()
-        host, guest = (end.scan(part) for end, part in zip(self._ends, dirty, strict=True))
+        host = self._ends[HOST].scan(dirty[HOST])
+        guest = self._ends[GUEST].scan(dirty[GUEST], like=host.root)
         self._collect_rescued()
         outcome.requeue = host.requeue | guest.requeue
         outcome.stuck = set(outcome.requeue)
@@ -195,7 +198,7 @@ class Cycle:
         changes.update(done)
         new = updated(self._ancestor, changes)
         self._store.commit(diff(self._ancestor, new))
-        self._ancestor = new
+        self._ancestor = share(new, host.root)
         return outcome
 
     @property
@@ -407,10 +410,15 @@ class Cycle:
             self._checkpoint("transfer")
             yield leaf, mtime_ns, _first(chunks, leaf.size)
 
-    def _build(self, side: int, operations: Sequence[Operation]) -> Iterable[Result]:
+    def _build(self, side: int, operations: Sequence[Operation]) -> Iterator[Result]:
+        """Have one side make what is new, some thousands at a time, so that it takes no more
+        memory than those.
+        """
+        for some in parts(operations, _BUILT_AT_ONCE):
+            yield from self._build_some(side, some)
+
+    def _build_some(self, side: int, operations: Sequence[Operation]) -> Iterable[Result]:
         """Have one side make what is new, while the other one sends it."""
-        if not operations:
-            return ()
         wanted = []
         numbers: dict[int, int] = {}
         for number in needed(operations):

@@ -7,7 +7,7 @@ in another case takes it, and contents that a deletion removes were staged befor
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from wherry.sync.core.reconcile import Decision
@@ -99,6 +99,20 @@ def plan(decisions: Iterable[Decision], side: Callable[[Decision], Operation | N
         wants.setdefault(digest, want)
     staged = tuple(want for digest, want in wants.items() if digest not in along)
     return SidePlan(tuple(operations), tuple(builds), staged, frozenset(along))
+
+
+def parts(builds: Sequence[Operation], size: int) -> Iterator[Sequence[Operation]]:
+    """Yield what is to be built in parts of some size, or more: each begins with a directory.
+
+    What follows then is made in that one, or in others that there are already.
+    """
+    begun = 0
+    for number, operation in enumerate(builds):
+        if number - begun >= size and isinstance(operation.after, Directory):
+            yield builds[begun:number]
+            begun = number
+    if begun < len(builds):
+        yield builds[begun:]
 
 
 def needs(operation: Operation) -> bytes:

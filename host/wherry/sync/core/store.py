@@ -116,18 +116,20 @@ class Store:
         # A directory comes before what is in it: its path is a prefix of theirs.
         children: dict[str, dict[str, Entry]] = {}
         root: Entry | None = None
-        for raw, data in self._execute(
-            "SELECT path, entry FROM ancestor WHERE root = ? ORDER BY path", self._root
-        ):
-            path = raw.decode()
-            entry: Entry = Leaf(data)
-            if data == _DIRECTORY:
-                entry = Directory(children.setdefault(path, {}))
-            if path:
-                parent, _, name = path.rpartition("/")
-                children[parent][name] = entry
-            else:
-                root = entry
+        with closing(self._database.cursor()) as rows:
+            # One by one: all of them at once would take as much memory again.
+            for raw, data in rows.execute(
+                "SELECT path, entry FROM ancestor WHERE root = ? ORDER BY path", (self._root,)
+            ):
+                path = raw.decode()
+                entry: Entry = Leaf(data)
+                if data == _DIRECTORY:
+                    entry = Directory(children.setdefault(path, {}))
+                if path:
+                    parent, _, name = path.rpartition("/")
+                    children[parent][name] = entry
+                else:
+                    root = entry
         return root
 
     def begin(
