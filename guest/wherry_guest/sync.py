@@ -34,6 +34,7 @@ from wherry_wire.messages import (
     SyncApply,
     SyncBuild,
     SyncChanged,
+    SyncCopies,
     SyncFlush,
     SyncForgetRescued,
     SyncListen,
@@ -144,6 +145,11 @@ def _remove(path: str) -> None:
         pass
 
 
+def _write(path: str, data: bytes = b"") -> None:
+    with open(path, "wb") as file:
+        file.write(data)
+
+
 class _Root:
     def __init__(self, link: Link, directory: str, watcher: Watcher) -> None:
         self._link = link
@@ -158,7 +164,7 @@ class _Root:
         self._unsettled: set[str] = set()
         self._files_read = 0
         self._lock_fd = -1
-        self._marker = ""
+        self._marker = self._made = ""
 
     def close(self) -> None:
         """Release what it holds."""
@@ -172,6 +178,7 @@ class _Root:
     def run(self) -> None:
         """Answer requests in their order."""
         handlers: dict[type[Message], Callable[..., Message]] = {
+            SyncCopies: self._copies,
             SyncScan: self._scan,
             SyncMissing: self._missing,
             SyncRead: self._read,
@@ -221,9 +228,11 @@ class _Root:
         tree = f"{self._directory}/tree{request.path}"
         stage = f"{self._directory}/stage/{request.root}"
         self._lock(f"{stage}.lock")
-        self._marker = f"{stage}.known"
+        self._marker, self._made = f"{stage}.known", f"{stage}.made"
         if not os.path.lexists(tree):
-            # What the host remembers of a copy is of another one.
+            # What the host remembers of a copy is of another one. It may have to be told again,
+            # after a connection that was cut.
+            _write(self._made)
             _remove(self._marker)
         os.makedirs(os.path.dirname(tree), 0o755, exist_ok=True)
         if not request.single and not os.path.isdir(tree):
@@ -247,8 +256,26 @@ class _Root:
         )
         return SyncOpened(
             boot_id=system.boot_id(),
-            fresh=not os.path.exists(self._marker),
             packed=packing.available(),
+        )
+
+    def _copies(self, request: SyncCopies) -> SyncYes:
+        roots = request.roots.split()
+        if not all(root.isalnum() for root in roots):
+            raise WireError("an id of a root is malformed")
+        return SyncYes(done=not os.path.exists(self._made) and all(map(self._has, roots)))
+
+    def _has(self, root: str) -> bool:
+        """Whether a root's copy is here since its last scan."""
+        marker = f"{self._directory}/stage/{root}.known"
+        try:
+            with open(marker, "rb") as file:
+                path = os.fsdecode(file.read())
+        except FileNotFoundError:
+            return False
+        # An earlier release has left the path out. Another copy may be anywhere, then.
+        return marker == self._marker or (
+            bool(path) and os.path.lexists(f"{self._directory}/tree{path}")
         )
 
     def _lock(self, path: str) -> None:
@@ -272,7 +299,8 @@ class _Root:
         if not self._scanned:
             # The host goes on only when it has forgotten an earlier copy, on its disk. Marked any
             # sooner, a copy that is empty because it is new could pass for one that was emptied.
-            os.close(os.open(self._marker, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600))
+            _write(self._marker, os.fsencode(self._path))
+            _remove(self._made)
         changes = self._watcher.take(self._tree)
         if changes is None:
             changes = Changes()

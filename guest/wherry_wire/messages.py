@@ -335,8 +335,18 @@ class SyncOpened(Message):
     TYPE = 0x24
 
     boot_id: str
-    fresh: bool  # there was no copy before: whatever was remembered of one holds no more
     packed: bool  # contents may come compressed
+
+
+class SyncCopies(Message):
+    """Request, before the first scan: are the copies of these roots here that were scanned?
+
+    Not if this one is new. Then whatever is remembered of it holds no more.
+    """
+
+    TYPE = 0x39
+
+    roots: str  # ids, separated by spaces
 
 
 class SyncScan(Message):

@@ -317,7 +317,7 @@ class Hostile:
 def opened() -> bytes:
     from wherry_wire.messages import SyncOpened
 
-    return pack(SyncOpened(boot_id="b", fresh=True, packed=False), 0)
+    return pack(SyncOpened(boot_id="b", packed=False), 0)
 
 
 def rows(*fields: bytes) -> bytes:

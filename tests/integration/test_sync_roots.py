@@ -375,6 +375,65 @@ def test_files_that_roots_had_one_after_the_other_are_not_changed_back(
     assert session.status().conflicts == 0
 
 
+def test_a_root_around_another_one_knows_what_that_knew_from_the_first_time_on(
+    machine: Machine, source: Path
+) -> None:
+    inner = source / "in"
+    write(inner, {"edited": "1"})
+    machine.roots.require(str(inner))
+    machine.barrier()
+    machine.roots.release([], idle_s=-1)
+    (inner / "g").unlink()
+    (inner / "edited").write_text("2")
+    outer = machine.roots.require(str(source))
+    machine.barrier()
+    assert machine.copy(source) == read(source) == {"f": "f", "in": {"edited": "2"}}
+    assert outer.status().conflicts == 0
+    # It is its own knowledge from now on.
+    (inner / "edited").unlink()
+    machine.guest.cut()
+    machine.barrier()
+    assert machine.copy(source) == read(source) == {"f": "f", "in": {}}
+
+
+@pytest.mark.parametrize("lost", ["disk", "all", "inner", "halfway", "markers", "unknown"])
+def test_what_a_guest_has_not_that_lost_its_copies_was_not_deleted(
+    lost: str, machine: Machine, source: Path
+) -> None:
+    inner, deep = source / "in", source / "in" / "deep"
+    write(deep, {"h": "h"})
+    machine.roots.require(str(inner))
+    machine.barrier()
+    machine.roots.release([], idle_s=-1)
+    wanted = read(source)
+    tree, stage = machine.guest.tree(Place("", str(source))), machine.guest.directory / "stage"
+    first = source
+    if lost == "disk":
+        for path in (stage, machine.guest.directory / "tree"):
+            shutil.rmtree(path)
+            path.mkdir()
+    elif lost == "all":
+        shutil.rmtree(tree)
+    elif lost == "inner":
+        shutil.rmtree(tree / "in")
+    elif lost == "halfway":
+        # It is new, and the host has not come to know that before the connection was cut.
+        shutil.rmtree(tree / "in" / "deep")
+        first = deep
+        machine.roots._connect(Place("r2", str(deep)), False, lambda size: None).close()
+    else:
+        # A disk as it was before that root was known, or as an earlier release has left it.
+        shutil.rmtree(tree / "in")
+        (tree / "in").mkdir()
+        for marker in stage.glob("*.known"):
+            marker.unlink() if lost == "markers" else marker.write_bytes(b"")
+    for path in (first, source):
+        machine.roots.require(str(path)).allow_writes()
+        machine.barrier()
+        machine.roots.release([], idle_s=-1)
+    assert machine.copy(source) == read(source) == wanted
+
+
 @pytest.mark.parametrize("late", [False, True])
 def test_one_that_this_computer_failed_is_begun_again(
     late: bool, machine: Machine, source: Path

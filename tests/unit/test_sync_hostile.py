@@ -46,7 +46,7 @@ from wherry_wire.messages import (
     pack,
 )
 
-OPENED = pack(SyncOpened(boot_id="b", fresh=True, packed=False), 0)
+OPENED = pack(SyncOpened(boot_id="b", packed=False), 0)
 REFUSED = (OSError, Gone, Damaged)
 
 

@@ -128,6 +128,32 @@ def test_what_is_remembered_goes_with_the_files(store: Store, other: Store) -> N
     assert (store.boot(HOST), store.boot(GUEST) in ("", "g1", "g2")) == ("h1", False)
 
 
+def test_what_is_taken_over_holds_for_the_copies_that_it_was_known_of(
+    store: Store, other: Store, tmp_path: Path
+) -> None:
+    assert (store.copies(), other.copies()) == ([1], [2])
+    for number in (3, 4):
+        with closing(Store(tmp_path / "sync.db", number)) as third:
+            third.commit(diff(None, tree({"f": "1"})))
+    store.take(3, "", "a")
+    assert store.copies() == [3]
+    store.take(4, "", "b")
+    assert store.copies() == [3, 4]
+    store.meet(("h1", "g1"), (7, 8), {})
+    assert store.copies() == [1]
+    other.commit(diff(None, tree({"f": "1"})))
+    store.take(2, "", "c")
+    assert store.copies() == [1, 2]
+    # Handed on before its own copy was seen, and then forgotten.
+    other.take(1, "a", "")
+    assert other.copies() == [1, 2]
+    other.forget()
+    assert other.copies() == [2]
+    # What nothing is taken from says nothing.
+    other.take(1, "a", "")
+    assert other.copies() == [2]
+
+
 def test_what_a_root_in_another_one_knows_is_all_that_is_known(store: Store, other: Store) -> None:
     other.commit(diff(None, tree({"f": "1"})))
     store.take(2, "", "a/in")
@@ -175,19 +201,22 @@ def test_several_roots_may_begin_at_once(tmp_path: Path, number: int) -> None:
     assert failures == []
 
 
-@pytest.mark.parametrize("version", [1, 2])
+@pytest.mark.parametrize("version", [1, 2, 3])
 def test_a_file_of_an_earlier_release_is_read(tmp_path: Path, version: int) -> None:
     path = tmp_path / "sync.db"
     with closing(Store(path, 1)) as store:
         store.meet(("h1", "g1"), (7, 8), diff(None, tree({"f": "1"})))
     with closing(sqlite3.connect(path)) as database:
-        database.execute("ALTER TABLE side DROP COLUMN device_boot")
+        database.execute("DROP TABLE copies")
+        if version < 3:
+            database.execute("ALTER TABLE side DROP COLUMN device_boot")
         if version == 1:
             database.execute("ALTER TABLE pending DROP COLUMN origin")
         database.execute(f"PRAGMA user_version = {version}")
     with closing(Store(path, 1)) as store:
         assert store.load() == tree({"f": "1"})
-        assert (store.boot(HOST), store.device(HOST)) == ("h1", (7, ""))
+        assert (store.boot(HOST), store.device(HOST)) == ("h1", (7, "h1" if version == 3 else ""))
+        assert store.copies() == [1]
         store.begin({"f": (None, text("2"))}, {"f": HOST})
         store.meet(("h2", "g2"), (9, 8), {})
         assert store.device(HOST) == (9, "h2")

@@ -23,6 +23,11 @@ class Root:
     place: Place
 
 
+def id_of(number: int) -> str:
+    """Return the id by which the guest knows the root of a number."""
+    return f"r{number}"
+
+
 @dataclass(frozen=True)
 class Paths:
     """Where a session keeps what it knows.

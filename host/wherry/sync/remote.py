@@ -34,6 +34,7 @@ from wherry_wire.messages import (
     Message,
     SyncApply,
     SyncBuild,
+    SyncCopies,
     SyncEnd,
     SyncFlush,
     SyncForgetRescued,
@@ -116,8 +117,14 @@ class RemoteEndpoint(Connection):
             self.close()
             raise
         self.boot = opened.boot_id
-        self.fresh = opened.fresh
         self._packer = Packer() if opened.packed else None
+
+    def has(self, copies: Iterable[str]) -> bool:
+        """Whether the guest still has what was known of some copies, by their roots' ids.
+
+        Before the first scan. If not, this copy is another one: nothing was deleted in it.
+        """
+        return self._call(SyncCopies(roots=" ".join(copies)), SyncYes).done
 
     def mount(self) -> None:
         """Have the copy appear at its path, for containers. Idempotent.

@@ -24,7 +24,7 @@ from wherry.sync.core.reconcile import GUEST
 from wherry.sync.core.store import Store
 from wherry.sync.core.traits import Traits
 from wherry.sync.extent import check_inside, check_private, ignore_of
-from wherry.sync.model import Paths, Root
+from wherry.sync.model import Paths, Root, id_of
 from wherry.sync.remote import Place
 from wherry.sync.session import Connect, Session, has_conflicts
 from wherry_sync import handles
@@ -269,7 +269,7 @@ class Roots:
         self._collect(path, number)
         here = self._host_path(path)
         ignore = NOTHING if single else self._rules(path)
-        root = Root(number, here, Place(f"r{number}", path, single, ignore))
+        root = Root(number, here, Place(id_of(number), path, single, ignore))
         log.info("synchronising %s", path)
         session = Session(
             root,

@@ -28,7 +28,7 @@ from wherry.sync.core.keep import Keep
 from wherry.sync.core.reconcile import GUEST, HOST
 from wherry.sync.core.store import Store
 from wherry.sync.core.traits import Traits
-from wherry.sync.model import Paths, Root, Status
+from wherry.sync.model import Paths, Root, Status, id_of
 from wherry.sync.remote import Place, RemoteEndpoint
 from wherry.sync.watch import HostWatch
 from wherry_sync.apply import Policy
@@ -337,7 +337,7 @@ class Session:
         ordered = store.boot(GUEST) == ""
         self._remote = remote = self._connect(self.root.place, ordered, self._on_bytes)
         try:
-            if remote.fresh:
+            if not remote.has(id_of(number) for number in store.copies()):
                 store.forget()
             return Cycle(host, remote, store, conflicts, self._traits, self._progress)
         except BaseException:

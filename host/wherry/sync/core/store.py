@@ -15,6 +15,8 @@ Also paths at which both sides changed alike are pending: a side can lose its ow
 Roots that lie in each other have the same files, one after the other. What is remembered of a
 file goes with it: :meth:`Store.take` moves it to the root that begins, so no two roots ever
 remember the same path, and what the other one knew cannot be used when it is out of date.
+It holds as long as the guest has the copy that it was learnt from, so :meth:`Store.copies` goes
+along: on another data disk what is not there would look as if it had been deleted.
 """
 
 from __future__ import annotations
@@ -45,9 +47,14 @@ CREATE TABLE side (
     device_boot TEXT, PRIMARY KEY (root, side)
 ) WITHOUT ROWID;
 """
+_COPIES = """
+CREATE TABLE copies (
+    root INTEGER NOT NULL, copy INTEGER NOT NULL, PRIMARY KEY (root, copy)
+) WITHOUT ROWID;
+"""
 _FROM_1 = "ALTER TABLE pending ADD COLUMN origin INTEGER;"
 _FROM_2 = "ALTER TABLE side ADD COLUMN device_boot TEXT;"
-_VERSION = 3
+_VERSION = 4
 _PATIENCE_S = 60.0
 """For another root's transaction, which may be a large one on a slow disk."""
 
@@ -100,10 +107,10 @@ class Store:
         # Not only consistent after a loss of power but complete: "begin" is relied on.
         self._execute("PRAGMA synchronous = FULL")
         ((version,),) = self._execute("PRAGMA user_version")
-        changes = {0: _SCHEMA, 1: _FROM_1 + _FROM_2, 2: _FROM_2}.get(version)
+        changes = {0: _SCHEMA, 1: _FROM_1 + _FROM_2, 2: _FROM_2, 3: ""}.get(version)
         if changes is not None:
             self._database.executescript(
-                f"BEGIN IMMEDIATE;{changes}PRAGMA user_version = {_VERSION};COMMIT;"
+                f"BEGIN IMMEDIATE;{changes}{_COPIES}PRAGMA user_version = {_VERSION};COMMIT;"
             )
         elif version != _VERSION:
             raise WherryError(
@@ -227,6 +234,17 @@ class Store:
         """
         return self._side(side)[1:]
 
+    def copies(self) -> list[int]:
+        """Return of which roots' copies in the guest is known what is remembered.
+
+        Of its own, unless it was taken over from others and both sides have not met since.
+        """
+        return self._copies(self._root)
+
+    def _copies(self, root: int) -> list[int]:
+        found = self._execute("SELECT copy FROM copies WHERE root = ? ORDER BY copy", root)
+        return [copy for (copy,) in found] or [root]
+
     def meet(
         self,
         boots: tuple[str, str],
@@ -236,11 +254,13 @@ class Store:
         """Note in which boots both sides are, and how the ancestor was changed for that.
 
         One transaction, so that a loss of power is answered exactly once; and so is what was
-        carried over: later that would speak for what a loss of power has left.
+        carried over: later that would speak for what a loss of power has left. Whatever copies
+        were known, what is remembered is of the root's own from now on.
         """
         self._checkpoint("meet")
         with _Transaction(self._database):
             self._change(changes)
+            self._execute("DELETE FROM copies WHERE root = ?", self._root)
             self._execute("UPDATE pending SET origin = NULL WHERE root = ?", self._root)
             for side in (HOST, GUEST):
                 self._execute(
@@ -264,7 +284,7 @@ class Store:
         For what an end remembers of the contents of files it has to tell a loss of power.
         """
         with _Transaction(self._database):
-            for table in ("ancestor", "pending"):
+            for table in ("ancestor", "pending", "copies"):
                 self._execute(f"DELETE FROM {table} WHERE root = ?", self._root)
             self._execute("UPDATE side SET device = NULL WHERE root = ?", self._root)
 
@@ -295,6 +315,7 @@ class Store:
             if known:
                 return
             self._take_boots(other, with_devices=not ours)
+            self._take_copies(other)
             if ancestor:
                 names = at.split(b"/") if at else []
                 above = [b"/".join(names[:depth]) for depth in range(len(names))]
@@ -325,6 +346,19 @@ class Store:
                 boot or own,
                 *(device if with_devices else own_device),
             )
+
+    def _take_copies(self, other: int) -> None:
+        """Note that what is remembered holds only if the guest has the other one's copies too."""
+        copies = set(self._copies(other))
+        if any(
+            self._execute(f"SELECT 1 FROM {table} WHERE root = ? LIMIT 1", self._root)
+            for table in ("ancestor", "pending")
+        ):
+            copies.update(self.copies())
+        self._execute("DELETE FROM copies WHERE root = ?", self._root)
+        self._database.executemany(
+            "INSERT INTO copies VALUES (?, ?)", [(self._root, copy) for copy in sorted(copies)]
+        )
 
     def _side(self, side: int) -> tuple[str, int | None, str]:
         for boot, device, device_boot in self._execute(
