@@ -485,6 +485,44 @@ def test_rules_that_cannot_be_read_are_named(machine: Machine, source: Path) -> 
     (source / ".wherryignore").write_bytes(b"\xff\xfe")
     with pytest.raises(WherryError, match=r"\.wherryignore cannot be read"):
         machine.roots.require(str(source))
+    (source / ".wherryignore").unlink()
+    machine.roots.require(str(source / "in"))
+    (source / "in" / ".wherryignore").write_text("fine\n!\n")
+    with pytest.raises(WherryError, match=r"src/in: \.wherryignore, line 2"):
+        machine.roots.require(str(source))
+
+
+@pytest.mark.parametrize("ended", [False, True])
+@pytest.mark.parametrize("how", ["settings", "file"])
+def test_what_is_each_side_s_own_stays_so_in_a_root_around_it(
+    how: str, ended: bool, machine: Machine, source: Path
+) -> None:
+    inner, there = source / "in", machine.guest.tree(Place("", str(source / "in")))
+    write(source, {"own": "not in the inner one"})
+    write(inner, {"own": "host's", "deep": {"own": {"h": "host's"}}})
+    if how == "settings":
+        machine.roots.ignore(str(inner), ["own"])
+    else:
+        (inner / ".wherryignore").write_text("own\n")
+    machine.roots.require(str(inner)).allow_writes()
+    # A file among them has no rules.
+    machine.roots.require(str(source / "f"))
+    machine.barrier()
+    write(there, {"own": "guest's", "deep": {"own": {"g": "guest's"}}})
+    if ended:
+        machine.roots.release([], idle_s=-1)
+        machine.roots.close()
+        machine.open()
+    host, guest = read(inner), read(there)
+    outer = machine.roots.require(str(source))
+    outer.allow_writes()
+    machine.barrier()
+    machine.barrier()
+    assert (read(inner), read(there), outer.status().conflicts) == (host, guest, 0)
+    assert (there.parent / "own").read_text() == "not in the inner one"
+    assert machine.roots.require(str(source)) is outer
+    with pytest.raises(WherryError, match="in/own is ignored"):
+        machine.roots.require(str(inner / "own"))
 
 
 def test_what_a_root_leaves_out_cannot_be_mounted_in_it(

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sync_trees import tree, write
 
-from wherry.sync.core.rules import parse
+from wherry.sync.core.rules import below, parse
 from wherry_sync import hashing, kernel, records
 from wherry_sync.entry import (
     EMPTY,
@@ -396,6 +396,24 @@ def test_other_rules_hold_from_the_next_scan_on_and_read_nothing_twice(place: Tr
     assert found.files_read == 0
     place.scanner.set_ignore(parse([]))
     assert place.scan().root == tree({"a.o": "1", "b.c": "1", "d": {"x.o": "1"}})
+
+
+@pytest.mark.parametrize(
+    "line", ["*", "**", "/*", "own", "own/", "/own", "!own", "a/own", "a/**", "**/own", "*.o", "a"]
+)
+@pytest.mark.parametrize("at", ["in", "a", "a/own", "a+b", "own"])
+def test_a_directory_s_rules_are_about_what_is_in_it_alone(line: str, at: str) -> None:
+    lines = ["*", line] if line.startswith("!") else [line]
+    rules = parse(lines)
+    around = below(at, rules)
+    for path in ("own", "a", "a/own", "a/own/own", "x.o", "a/x.o", "other"):
+        for is_directory in (False, True):
+            assert around(f"{at}/{path}", is_directory) is rules(path, is_directory)
+            outside = path if not f"{path}/".startswith(f"{at}/") else "other"
+            assert not around(outside, is_directory)
+            assert not around(f"{at}-{path}", is_directory)
+            assert not around(f"x/{at}/{path}", is_directory)
+    assert not around(at, True)
 
 
 def test_only_dirty_directories_are_listed(place: Tree) -> None:

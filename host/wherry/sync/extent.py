@@ -4,24 +4,34 @@ from __future__ import annotations
 
 import re
 import stat
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from wherry.core.errors import WherryError
+from wherry.core.errors import ConfigError, WherryError
 from wherry.sync.core import rules
 from wherry_sync.entry import join, name_problem
 from wherry_sync.ignore import Ignore
 
 
-def ignore_of(root: Path, private: Path | None, settings: Sequence[str] = ()) -> Ignore:
+def ignore_of(
+    root: Path,
+    private: Path | None,
+    settings: Sequence[str] = (),
+    inside: Mapping[str, Sequence[str]] | None = None,
+) -> Ignore:
     """Return the rules for a directory.
 
     :param settings: lines that come after those of ``.wherryignore``.
+    :param inside: the settings of directories in it that are, or were, synchronised by
+        themselves, parents first. Their rules hold on, and come after its own as in Git: what
+        is each side's own there must not become one side's.
     :param private: a directory whose contents are never sent. Sending what keeps track of
         sending makes more to send; and the keys to the guest are in it.
-    :raises WherryError: ``.wherryignore`` cannot be read, or understood.
+    :raises WherryError: a ``.wherryignore`` cannot be read, or understood.
     """
-    found = rules.parse(_lines(root / rules.FILE_NAME), settings).rules
+    found = _rules_in(root, settings).rules
+    for path, lines in (inside or {}).items():
+        found = (*found, *rules.below(path, _rules_in(root / path, lines)).rules)
     outside = _lead(private, root) if private is not None else None
     if outside is not None:
         # The last one that matches decides.
@@ -101,10 +111,17 @@ def _same(one: Path, other: Path) -> bool:
         return False
 
 
+def _rules_in(directory: Path, settings: Sequence[str]) -> Ignore:
+    try:
+        return rules.parse(_lines(directory / rules.FILE_NAME), settings)
+    except ConfigError as error:
+        raise ConfigError(f"{directory}: {error.message}") from error
+
+
 def _lines(path: Path) -> Iterable[str]:
     try:
         return path.read_text(encoding="utf-8").splitlines()
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return []
     except (OSError, UnicodeDecodeError) as error:
         raise WherryError(f"{path} cannot be read: {error}") from error

@@ -258,7 +258,13 @@ class Roots:
         return self._rules(root.place.path).rules != root.place.ignore.rules
 
     def _rules(self, path: str) -> Ignore:
-        return ignore_of(self._host_path(path), self._private, self._ignored.get(path, ()))
+        inside = {
+            posixpath.relpath(each, path): self._ignored.get(each, ())
+            for each in sorted(self._numbers)
+            if _contains(path, each)
+        }
+        settings = self._ignored.get(path, ())
+        return ignore_of(self._host_path(path), self._private, settings, inside)
 
     def _begin(self, path: str, single: bool) -> Session:
         number = self._numbers.get(path)

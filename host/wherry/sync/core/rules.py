@@ -7,6 +7,7 @@ win.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 
 from pathspec import GitIgnoreSpec
@@ -33,3 +34,15 @@ def parse(file: Iterable[str], settings: Iterable[str] = ()) -> Ignore:
             except ValueError as error:
                 raise ConfigError(f"{source}, line {number}: {error}") from error
     return Ignore(rules)
+
+
+def below(path: str, ignore: Ignore) -> Ignore:
+    """Return a directory's rules as rules of one around it, where it is at a path.
+
+    The directory itself is left out by none of them: they are about what is in it.
+    """
+    start = re.escape(f"{path}/") + r"(?!\Z)"
+    # Each is matched from the beginning on, whether it says so or not.
+    return Ignore(
+        [(f"{start}(?:{text.removeprefix('^')})", ignores) for text, ignores in ignore.rules]
+    )
