@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import shutil
 import sqlite3
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -561,6 +563,28 @@ def test_what_a_root_leaves_out_cannot_be_mounted_in_it(
     assert session.root.path == source
     hold([session], fresh=True)
     assert machine.copy(source / "dist") == {"page": "p"}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere no watch is relied on")
+def test_a_disk_that_is_mounted_in_a_root_later_is_named(machine: Machine, source: Path) -> None:
+    at = source / "in" / "disk"
+    at.mkdir()
+    session = machine.roots.require(str(source))
+    machine.barrier()
+    # At rest: no round that would look at it anyway is due.
+    machine.barrier()
+    done = subprocess.run(["mount", "-t", "tmpfs", "none", at], check=False)
+    if done.returncode != 0:
+        pytest.skip("needs the right to mount")
+    try:
+        (at / "input").write_text("1,2,3")
+        with pytest.raises(WherryError, match=r"in/disk cannot be brought.*another filesystem"):
+            hold([session], fresh=True)
+    finally:
+        subprocess.run(["umount", "-l", at], check=True)
+    (at / "input").write_text("4,5,6")
+    machine.barrier()
+    assert machine.copy(source) == read(source)
 
 
 def test_what_wherry_keeps_is_never_sent(machine: Machine, tmp_path: Path) -> None:

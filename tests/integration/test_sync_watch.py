@@ -390,6 +390,74 @@ def test_a_directory_that_is_in_the_tree_twice_cannot_be_watched(tmp_path: Path)
         subprocess.run(["umount", tmp_path / "b"], check=True, timeout=30)
 
 
+@contextlib.contextmanager
+def mounted(at: Path, *options: object) -> Iterator[None]:
+    command = ["mount", *map(str, options), str(at)]
+    done = subprocess.run(command, capture_output=True, timeout=30)
+    if done.returncode != 0:
+        pytest.skip(f"needs mount: {done.stderr.decode().strip()}")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "-l", at], check=True, timeout=30)
+
+
+@pytest.mark.parametrize("what", ["tmpfs", "directory", "file", "tmpfs on it"])
+def test_what_is_mounted_in_a_tree_is_looked_at(what: str, place: Place, tmp_path: Path) -> None:
+    name = "odd \\040\n"
+    at, other = place.root / name, tmp_path / "other"
+    other.mkdir()
+    at.touch() if what == "file" else at.mkdir()
+    (other / "f").touch()
+    options = ["-t", "tmpfs", "none"] if what.startswith("tmpfs") else ["--bind", other]
+    if what == "file":
+        options = ["--bind", other / "f"]
+    with contextlib.ExitStack() as below:
+        if what == "tmpfs on it":
+            below.enter_context(mounted(at, *options))
+        place.watch.take()
+        place.called.clear()
+        with mounted(at, *options):
+            assert place.called.wait(10)
+            assert place.watch.take() is None
+            assert place.take() == set()
+            if what == "directory":
+                (at / "g").touch()
+                assert place.take() == {name}
+            place.called.clear()
+        assert place.called.wait(10)
+        assert place.watch.take() is None
+        if not below:
+            (at if what == "file" else at / "g").touch()
+            assert place.take() == {"" if what == "file" else name}
+    place.watch.take()
+
+
+def test_what_is_mounted_elsewhere_costs_nothing(place: Place, tmp_path: Path) -> None:
+    beside = tmp_path / "root-else"
+    beside.mkdir()
+    assert place.take() == set()
+    with mounted(beside, "-t", "tmpfs", "none"):
+        (beside / "d").mkdir()
+        assert place.take() == set()
+        (place.root / "c" / "f").touch()
+        assert place.take() == {"c"}
+    assert place.take() == set()
+
+
+def test_a_filesystem_that_is_mounted_in_a_tree_is_not_walked(place: Place) -> None:
+    with mounted(place.root / "c", "-t", "tmpfs", "none"):
+        write(place.root / "c", {"d": {"f": "1"}})
+        assert place.watch.take() is None
+        (place.root / "c" / "d" / "f").write_text("2")
+        assert place.take() == set()
+        (place.root / "a" / "f").touch()
+        assert place.take() == {"a"}
+    assert place.watch.take() is None
+    (place.root / "c" / "f").touch()
+    assert place.take() == {"c"}
+
+
 def test_closing_leaves_nothing(tmp_path: Path) -> None:
     before = len(list(Path("/proc/self/fd").iterdir())), threading.active_count()
     for _ in range(20):

@@ -12,6 +12,8 @@ Invariants:
   then all watches are made anew before anybody can look.
 * Moves need not be paired: where a directory went from, the watches below are dropped; where it
   arrived, they are made again. What comes between is dirty anyway.
+* What is mounted in the tree, or not any more, is told by another file
+  (:mod:`wherry.platform.mounts`), and then all is made anew likewise.
 
 What is not told: stores to a mapped file (their time of change shows, to a scan), and what
 another computer does to a network filesystem. So a full scan now and then is still needed.
@@ -31,6 +33,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from wherry.platform.base import ChangeSink
+from wherry.platform.mounts import Mounts
 
 _IN_MODIFY, _IN_ATTRIB, _IN_CLOSE_WRITE = 0x2, 0x4, 0x8
 _IN_MOVED_FROM, _IN_MOVED_TO, _IN_CREATE, _IN_DELETE = 0x40, 0x80, 0x100, 0x200
@@ -128,8 +131,10 @@ class InotifyWatcher:
         self._inode: tuple[int, int] | None = None
         self._fd = -1
         self._ended = False
-        self._wake_read, self._wake_write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        self._wake_read = self._wake_write = -1
+        self._mounts = Mounts()
         try:
+            self._wake_read, self._wake_write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
             self._rebuild()
         except BaseException:
             self._release()
@@ -164,9 +169,11 @@ class InotifyWatcher:
                     if registered != self._fd:
                         if registered >= 0:
                             poll.unregister(registered)
+                            poll.unregister(self._mounts.wake_fd)
                         registered = self._fd
                         if registered >= 0:
                             poll.register(registered, select.POLLIN)
+                            poll.register(self._mounts.wake_fd, select.POLLPRI)
                 poll.poll()
                 with self._lock:
                     if self._ended:
@@ -192,6 +199,7 @@ class InotifyWatcher:
             if fd >= 0:
                 os.close(fd)
         self._fd = self._wake_read = self._wake_write = -1
+        self._mounts.close()
 
     def _fail(self, reason: str) -> None:
         """Watch nothing any more, and say so."""
@@ -219,6 +227,7 @@ class InotifyWatcher:
         self._root = None
         self._path, self._only = _place(self._given)
         self._inode = _identity(self._path)
+        self._mounts.know(self._path)
         self._add(None, "")
         if self._root is None:
             raise OSError(errno.ENOENT, "it is no directory that can be read", self._path)
@@ -233,6 +242,8 @@ class InotifyWatcher:
         while pending:
             parent, name, path = pending.pop()
             absolute = f"{self._path}/{path}" if path else self._path
+            if self._mounts.has(absolute) and self._is_elsewhere(absolute):
+                continue
             mask = _MASK if parent is not None else _ROOT_MASK
             wd = _library.inotify_add_watch(self._fd, os.fsencode(absolute), ctypes.c_uint32(mask))
             if wd < 0:
@@ -262,6 +273,11 @@ class InotifyWatcher:
                 if not self._skipped(below, True):
                     pending.append((node, child, below))
             self._sink.dirty(path)
+
+    def _is_elsewhere(self, absolute: str) -> bool:
+        """Whether a directory is on another filesystem, which no scan enters: it may be huge."""
+        found = _identity(absolute)
+        return found is not None and self._inode is not None and found[0] != self._inode[0]
 
     def _add_below(self, parent: _Node, name: str, path: str) -> None:
         if not self._skipped(path, True):
@@ -304,8 +320,9 @@ class InotifyWatcher:
             self._fail(f"{self._path}: {_GONE}")
             return
         try:
-            if _place(self._given) != (self._path, self._only):
-                # A link leads elsewhere, or a directory is there now: of that no event tells.
+            if _place(self._given) != (self._path, self._only) or self._mounts.changed():
+                # A link leads elsewhere, or a directory is there now, or something is mounted in
+                # it: of that no event tells.
                 self._sink.lost()
                 self._rebuild()
                 return

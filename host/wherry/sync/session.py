@@ -427,7 +427,7 @@ class Session:
             self._flush(cycle, host)
             return
         self._rewatch()
-        # No event tells that something is not mounted in a directory any more.
+        # Not all that mends what is a problem is told by an event.
         exact = self._watch is not None and self._watch.exact and not self._status.reason
         fresh = any(ticket.fresh for ticket in tickets)
         # However much happens all the time.
