@@ -565,6 +565,16 @@ def test_what_a_root_leaves_out_cannot_be_mounted_in_it(
     assert machine.copy(source / "dist") == {"page": "p"}
 
 
+def test_a_link_that_leads_in_a_circle_cannot_be_mounted(machine: Machine, source: Path) -> None:
+    """A container has made it of a directory that another one mounts."""
+    machine.roots.require(str(source))
+    (source / "circle").symlink_to("in/back")
+    (source / "in" / "back").symlink_to("../circle")
+    for inside in ("circle", "circle/f", "in/back"):
+        with pytest.raises(WherryError, match="is a link that leads in a circle"):
+            machine.roots.require(str(source / inside))
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere no watch is relied on")
 def test_a_disk_that_is_mounted_in_a_root_later_is_named(machine: Machine, source: Path) -> None:
     at = source / "in" / "disk"

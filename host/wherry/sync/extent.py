@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import stat
 from collections.abc import Iterable, Mapping, Sequence
@@ -44,7 +45,7 @@ def check_private(path: Path, private: Path | None) -> None:
 
     :raises WherryError: it is.
     """
-    if private is not None and _lead(path.resolve(), private) is not None:
+    if private is not None and _lead(_resolved(path), private) is not None:
         raise WherryError(
             f"{path} cannot be mounted: in {private} is what wherry itself keeps of its machines",
             hint="mount a directory outside of it",
@@ -68,7 +69,11 @@ def check_inside(root: Path, ignore: Ignore, inside: str) -> None:
         )
 
 
-def _gap(root: Path, ignore: Ignore, inside: str) -> str | None:
+def _gap(root: Path, ignore: Ignore, inside: str, *, resolved: bool = False) -> str | None:
+    """Return why a path in a root is not synchronised with it; None if it is.
+
+    :param resolved: links were followed, so one that is there all the same leads nowhere.
+    """
     path = ""
     for name in inside.split("/"):
         path = join(path, name)
@@ -84,13 +89,23 @@ def _gap(root: Path, ignore: Ignore, inside: str) -> str | None:
         if status.st_dev != device:
             return f"{root / path} is on another filesystem"
         if stat.S_ISLNK(status.st_mode):
-            target, real = (root / inside).resolve(), root.resolve()
+            if resolved:
+                return f"{root / path} is a link that leads in a circle"
+            target, real = _resolved(root / inside), _resolved(root)
             if not target.is_relative_to(real):
                 return f"{root / path} is a link that leads out of it"
-            return (
-                None if target == real else _gap(real, ignore, target.relative_to(real).as_posix())
-            )
+            if target == real:
+                return None
+            return _gap(real, ignore, target.relative_to(real).as_posix(), resolved=True)
     return None
+
+
+def _resolved(path: Path) -> Path:
+    """Return a path with its links followed, as far as that is possible.
+
+    (Of one that leads in a circle :meth:`Path.resolve` makes a RuntimeError before Python 3.13.)
+    """
+    return Path(os.path.realpath(path))
 
 
 def _lead(path: Path, above: Path) -> str | None:
