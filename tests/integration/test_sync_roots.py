@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import sqlite3
@@ -10,6 +11,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
+from unittest.mock import Mock, patch
 
 import pytest
 from sync_guest import Guest, Stream
@@ -140,6 +142,96 @@ def test_who_takes_the_place_of_another_does_what_that_did(
     there.write_text("back")
     machine.barrier()
     assert (source / "in" / "g").read_text() == "back"
+
+
+class MountedFile:
+    """A file of the guest that a container mounts by itself, so only that inode shows there."""
+
+    def __init__(self, machine: Machine, path: Path) -> None:
+        self.path = path
+        self.inode = machine.guest.tree(Place("", str(path)))
+        self.number = self.inode.stat().st_ino
+
+    def replace(self, text: str) -> None:
+        """Write it on the host as editors do."""
+        new = self.path.with_name("new")
+        new.write_text(text)
+        new.replace(self.path)
+
+    def shows(self, text: str) -> bool:
+        return (self.inode.read_text(), self.inode.stat().st_ino) == (text, self.number)
+
+
+@pytest.mark.parametrize("reason", ["its rules", "the database"])
+def test_a_root_that_cannot_begin_leaves_what_is_in_it_to_the_next_one(
+    reason: str, machine: Machine, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inner = machine.roots.require(str(source / "in" / "g"))
+    machine.barrier()
+    mounted = MountedFile(machine, source / "in" / "g")
+    with monkeypatch.context() as patched:
+        if reason == "its rules":
+            (source / ".wherryignore").write_text("!\n")
+        else:
+            full = sqlite3.OperationalError("database or disk is full")
+            patched.setattr(Store, "take", Mock(side_effect=full))
+        with pytest.raises(WherryError):
+            machine.roots.require(str(source))
+    if reason == "its rules":
+        hold([inner], fresh=True)
+    (source / ".wherryignore").unlink(missing_ok=True)
+    machine.roots.require(str(source))
+    machine.barrier()
+    mounted.replace("another")
+    machine.barrier()
+    assert mounted.shows("another")
+
+
+def test_one_that_is_begun_again_after_a_failure_does_what_it_did(
+    machine: Machine, source: Path
+) -> None:
+    machine.roots.require(str(source))
+    failing = machine.roots.require(str(source / "in" / "g"))
+    machine.barrier()
+    mounted = MountedFile(machine, source / "in" / "g")
+    full = sqlite3.OperationalError("database or disk is full")
+    with patch.object(Store, "begin", side_effect=full):
+        mounted.replace("another")
+        with pytest.raises(WherryError, match="disk is full"):
+            machine.barrier()
+        failing._thread.join(20)
+    # Of what is in it somebody needs another part now, and only to read.
+    session = machine.roots.require(str(source / "in"), read_only=True)
+    assert session.root.path == source
+    machine.barrier()
+    assert mounted.shows("another")
+    mounted.inode.write_text("back")
+    machine.barrier()
+    assert mounted.path.read_text() == "back"
+
+
+def test_a_file_that_is_mounted_is_known_before_the_first_round_of_the_next_service(
+    machine: Machine, source: Path
+) -> None:
+    machine.roots.require(str(source))
+    machine.roots.require(str(source / "in" / "g"))
+    machine.barrier()
+    mounted = MountedFile(machine, source / "in" / "g")
+    machine.roots.close()
+    mounted.replace("another")
+    machine.open()
+    machine.roots.require(str(source))
+    machine.barrier()
+    assert mounted.shows("another")
+    # A container that is being made is not known to the engine yet.
+    for used, idle_s, pinned in (
+        ([source, source / "in" / "g"], 0, True),
+        ([source], 60, True),
+        ([source], 0, False),
+    ):
+        machine.roots.release(map(str, used), idle_s=idle_s)
+        pins = json.loads((machine.directory / "sync" / "roots.json").read_text())["pins"]
+        assert pins == [str(mounted.path)] * pinned
 
 
 def test_changes_while_nothing_ran_are_told_apart_from_loss(machine: Machine, source: Path) -> None:

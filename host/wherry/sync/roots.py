@@ -13,7 +13,7 @@ import logging
 import posixpath
 import sqlite3
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
 
@@ -36,7 +36,8 @@ _LAST_BARRIER_S = 20.0
 _UNUSED_S = 60.0
 _FILE = "roots.json"
 """The number of each root there ever was, as the database knows it by that, and what the user
-said of some of them."""
+said of some of them. And the files that containers mount by themselves: a root has to know those
+in it before its first round, which may replace them else."""
 
 
 class Roots:
@@ -70,7 +71,7 @@ class Roots:
         self._closed = False
         self._sessions: dict[str, Session] = {}
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        self._numbers, self._kept, self._ignored = self._read()
+        self._numbers, self._kept, self._ignored, self._pins = self._read()
 
     def require(self, path: str, *, read_only: bool = False) -> Session:
         """Return the session that keeps a path, which exists, equal; begin one if there is none.
@@ -88,20 +89,20 @@ class Roots:
             if self._closed:
                 raise WherryError("the machine is stopping")
             session = self._holding(path)
-            if session is not None and session.is_over:
-                # A full disk ended it, say: it is tried again when somebody needs it.
-                del self._sessions[session.root.place.path]
-                session = None
-            if session is not None and self._other_rules(session.root):
+            # If it is over, a full disk ended it, say: it is tried again when somebody needs it.
+            if session is not None and (session.is_over or self._other_rules(session.root)):
                 session = self._replace(session.root.place.path, session.root.place.single)
-            if session is None:
-                session = self._replace(path, single)
-            elif path != session.root.place.path:
+            inside = ""
+            if session is not None and path != session.root.place.path:
                 inside = posixpath.relpath(path, session.root.place.path)
                 check_inside(session.root.path, session.root.place.ignore, inside)
-                if single:
-                    # A container mounts the file itself, so no other one must replace it.
-                    session.pin(inside)
+            if single:
+                # A container mounts the file itself, so no other one must replace it.
+                self._pin(path)
+            if session is None:
+                session = self._replace(path, single)
+            elif single and inside:
+                session.pin(inside)
             if not read_only:
                 session.allow_writes()
             return session
@@ -162,6 +163,7 @@ class Roots:
                 if not inside and not busy:
                     log.info("%s is not synchronised any more: no container mounts it", path)
                     self._end(path)
+            self._unpin(needed, idle_s)
 
     def holding(self, path: str) -> Session | None:
         """Return the session that keeps a path equal, if there is one."""
@@ -240,13 +242,40 @@ class Roots:
         return None
 
     def _replace(self, path: str, single: bool) -> Session:
-        """Begin a root in place of those that are in it, or of itself with other rules."""
+        """Begin a root in place of those that are in it, or of itself with other rules.
+
+        It does what those did for containers that run.
+
+        :raises WherryError: it cannot begin. If its rules are why, those go on.
+        """
+        ignore = NOTHING if single else self._rules(path)
         inner = [key for key in self._sessions if key == path or _contains(path, key)]
-        ended = [self._end(key) for key in inner]
-        session = self._begin(path, single)
-        for old in ended:
-            session.take_over(old)
-        return session
+        writes = any(self._sessions[key].writes for key in inner)
+        for key in inner:
+            self._end(key)
+        return self._begin(path, single, ignore, writes)
+
+    def _pin(self, path: str) -> None:
+        if path in self._pins:
+            return
+        self._pins.add(path)
+        try:
+            self._write()
+        except BaseException:
+            # Who is refused now comes again, and then it has to be written.
+            self._pins.discard(path)
+            raise
+
+    def _unpin(self, needed: Collection[str], idle_s: float) -> None:
+        """Forget the files that no container mounts by themselves; see :meth:`release`."""
+        unused = set()
+        for path in self._pins.difference(needed):
+            session = self._holding(path)
+            if session is None or session.idle_s >= idle_s:
+                unused.add(path)
+        if unused:
+            self._pins -= unused
+            self._write()
 
     def _other_rules(self, root: Root) -> bool:
         """Whether what it leaves out was changed since the root began.
@@ -266,7 +295,7 @@ class Roots:
         settings = self._ignored.get(path, ())
         return ignore_of(self._host_path(path), self._private, settings, inside)
 
-    def _begin(self, path: str, single: bool) -> Session:
+    def _begin(self, path: str, single: bool, ignore: Ignore, writes: bool) -> Session:
         number = self._numbers.get(path)
         if number is None:
             number = max(self._numbers.values(), default=0) + 1
@@ -274,7 +303,6 @@ class Roots:
             self._write()
         self._collect(path, number)
         here = self._host_path(path)
-        ignore = NOTHING if single else self._rules(path)
         root = Root(number, here, Place(id_of(number), path, single, ignore))
         log.info("synchronising %s", path)
         session = Session(
@@ -283,6 +311,8 @@ class Roots:
             self._connect,
             boot=self._boot,
             traits=traits_of(here),
+            pins=[posixpath.relpath(each, path) for each in self._pins if _contains(path, each)],
+            writes=writes,
         )
         self._sessions[path] = session
         return session
@@ -316,14 +346,13 @@ class Roots:
     def _state(self, number: int) -> Path:
         return self._directory / str(number)
 
-    def _end(self, path: str) -> Session:
+    def _end(self, path: str) -> None:
         session = self._sessions.pop(path)
         # What it has not carried over yet would look like a difference of unknown origin.
         session.ask(fresh=True).done.wait(_LAST_BARRIER_S)
         session.close()
-        return session
 
-    def _read(self) -> tuple[dict[str, int], set[str], dict[str, list[str]]]:
+    def _read(self) -> tuple[dict[str, int], set[str], dict[str, list[str]], set[str]]:
         path = self._directory / _FILE
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
@@ -332,14 +361,20 @@ class Roots:
                 str(root): [str(line) for line in lines]
                 for root, lines in found.get("ignored", {}).items()
             }
-            return numbers, {str(root) for root in found["kept"]}, ignored
+            pins = {str(path) for path in found.get("pins", ())}
+            return numbers, {str(root) for root in found["kept"]}, ignored, pins
         except FileNotFoundError:
-            return {}, set(), {}
+            return {}, set(), {}, set()
         except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
             raise WherryError(f"{path} cannot be read: {error}") from error
 
     def _write(self) -> None:
-        found = {"numbers": self._numbers, "kept": sorted(self._kept), "ignored": self._ignored}
+        found = {
+            "numbers": self._numbers,
+            "kept": sorted(self._kept),
+            "ignored": self._ignored,
+            "pins": sorted(self._pins),
+        }
         write_atomic(self._directory / _FILE, json.dumps(found).encode())
 
 

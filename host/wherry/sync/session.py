@@ -11,11 +11,10 @@ from __future__ import annotations
 
 import concurrent.futures
 import logging
-import posixpath
 import shutil
 import threading
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -80,6 +79,8 @@ class Session:
     :param connect: opens a connection to the guest's end: told the place, whether it was
         parted from in order, and what to call with the bytes moved.
     :param boot: id of this boot of the host.
+    :param pins: see :meth:`pin`; these hold in the first round, which may replace them else.
+    :param writes: see :meth:`allow_writes`.
     """
 
     def __init__(
@@ -90,6 +91,8 @@ class Session:
         *,
         boot: str,
         traits: Traits | None = None,
+        pins: Iterable[str] = (),
+        writes: bool = False,
     ) -> None:
         self.root = root
         self._paths = paths
@@ -118,12 +121,12 @@ class Session:
         self._checked_at = 0.0
         self._failures = 0
         self._mounted = False
-        self._writes = False
+        self._writes = writes
         # By number; see Keep.
         self._conflicts: dict[int, str] = {}
         self._conflict_count = 0
         # Whether the guest's end knows it.
-        self._pins: dict[str, bool] = {}
+        self._pins = dict.fromkeys(pins, False)
         self._calls: list[tuple[Callable[[Keep], Any], concurrent.futures.Future[Any]]] = []
         self._thread = threading.Thread(target=self._run, name=f"sync {root.path}", daemon=True)
         self._thread.start()
@@ -157,13 +160,10 @@ class Session:
                 self._guest_changed = True
                 self._lock.notify()
 
-    def take_over(self, ended: Session) -> None:
-        """Do what another one did for containers that run: its root is this one's, or in it."""
-        inside = posixpath.relpath(ended.root.place.path, self.root.place.path)
-        for path in [""] if ended.root.place.single else ended._pins:
-            self.pin(posixpath.normpath(posixpath.join(inside, path)))
-        if ended._writes:
-            self.allow_writes()
+    @property
+    def writes(self) -> bool:
+        """Whether changes in the guest come to the host: see :meth:`allow_writes`."""
+        return self._writes
 
     def guest_changed(self) -> None:
         """Learn that the guest's watch has seen something."""
@@ -574,7 +574,8 @@ class Session:
             self._remote.close()
             self._remote = None
         self._mounted = False
-        self._pins = dict.fromkeys(self._pins, False)
+        with self._lock:
+            self._pins = dict.fromkeys(self._pins, False)
         self._failures += 1
         message = str(error)
         log.warning("%s: %s", self.root.path, message)
