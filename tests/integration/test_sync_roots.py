@@ -8,6 +8,8 @@ import shutil
 import sqlite3
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -18,7 +20,8 @@ from sync_guest import Guest, Stream
 from sync_trees import read, write
 
 from wherry.core.errors import WherryError
-from wherry.sync.barrier import hold
+from wherry.sync import roots
+from wherry.sync.barrier import hold, hold_required
 from wherry.sync.core.reconcile import GUEST, HOST
 from wherry.sync.core.store import Store
 from wherry.sync.remote import Place, RemoteEndpoint
@@ -116,6 +119,44 @@ def test_a_file_that_is_mounted_keeps_its_inode_in_a_directory(
     new.replace(source / "f")
     machine.barrier()
     assert (there.read_text(), there.stat().st_ino) == ("another", before)
+
+
+@pytest.mark.parametrize("when", ["before it is asked", "while it is waited for"])
+def test_who_waits_for_a_root_waits_for_the_one_that_takes_its_place(
+    when: str, machine: Machine, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two containers are made at the same time, and the second one mounts what is around."""
+    monkeypatch.setattr(roots, "_LAST_BARRIER_S", 0.05)
+    inner = machine.roots.require(str(source / "in"))
+    at_work = threading.Event()
+
+    def work(_: object) -> None:
+        at_work.set()
+        while not inner.is_closed:
+            time.sleep(0.01)
+
+    busy = threading.Thread(target=inner.do, args=(work,))
+    if when == "while it is waited for":
+        busy.start()
+        at_work.wait()
+    asked: list[Session] = []
+
+    def require() -> list[Session]:
+        asked.append(machine.roots.require(str(source / "in")))
+        if when == "before it is asked" and len(asked) == 1:
+            machine.roots.require(str(source))
+        return asked[-1:]
+
+    def wait(event: threading.Event, timeout_s: float) -> bool:
+        machine.roots.require(str(source))
+        return event.wait(timeout_s)
+
+    hold_required(require, fresh=True, wait=wait)
+    assert asked == [inner, *machine.roots.all()]
+    assert asked[1].root.path == source
+    assert machine.copy(source) == read(source)
+    if busy.ident:
+        busy.join()
 
 
 @pytest.mark.parametrize("how", ["around", "rules"])

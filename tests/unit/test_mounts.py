@@ -28,9 +28,11 @@ class Session:
     """Answers barriers at once, and notes whether they were to be fresh."""
 
     def __init__(self, path: str) -> None:
+        self.path = path
         self.asked: list[bool] = []
         self.error: WherryError | None = None
         self.is_troubled = False
+        self.is_closed = False
         self.idle_s = 0.0
         self.conflicts: list[str] = []
         self.where = ""
@@ -390,6 +392,42 @@ def test_one_that_is_around_others_is_begun_before_them(api: Api, tmp_path: Path
     binds = [f"{tmp_path / 'a'}:/a", f"{tmp_path}:/b"]
     api.send("POST", "/containers/create", {"HostConfig": {"Binds": binds}})
     assert list(api.roots.sessions) == [str(tmp_path), str(tmp_path / "a")]
+
+
+@pytest.mark.parametrize("for_ever", [False, True])
+def test_a_request_whose_root_has_ended_waits_for_the_next_one(
+    for_ever: bool, api: Api, session: Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another request has begun a root around it meanwhile."""
+    waits = api.send("POST", "/containers/box/wait")
+    next_one = session if for_ever else Session("/src")
+    found: list[Session] = []
+
+    def require(path: str, *, read_only: bool = False) -> Session:
+        found.append(next_one if found else session)
+        return found[-1]
+
+    monkeypatch.setattr(api.roots, "require", require)
+    session.is_closed, session.error = True, WherryError("not synchronised any more")
+
+    def started() -> None:
+        found.clear()
+        api.send("POST", "/containers/box/start")
+
+    def made() -> None:
+        found.clear()
+        api.create(session.path, "other")
+
+    for request in (started, made):
+        if for_ever:
+            with pytest.raises(Refusal, match="not synchronised any more"):
+                request()
+        else:
+            request()
+    found.clear()
+    assert waits.line is not None
+    assert (waits.line(b"{}") is not None) == for_ever
+    assert next_one.asked[-1] is False
 
 
 def test_a_wait_without_progress_ends(api: Api, session: Session) -> None:

@@ -46,7 +46,7 @@ from wherry.core.errors import WherryError
 from wherry.service import ssh_agent
 from wherry.service.mounted import KNOWN, Mounted
 from wherry.sync import sources
-from wherry.sync.barrier import hold
+from wherry.sync.barrier import hold_required
 from wherry.sync.core.reconcile import GUEST, HOST
 from wherry.sync.drives import PathRefused, host_path, of_container, of_volume, to_guest
 from wherry.sync.roots import Roots
@@ -156,7 +156,14 @@ class Mounts:
     def _create(self, request: Request) -> Watch | None:
         body = self._rewritten(request, of_container)
         found = [*sources.of_container(body), *self._known.of_volumes(sources.volumes_of(body))]
-        self._bring(request, [self._share(request, source) for source in _outer_first(found)])
+
+        def shared() -> Iterator[Session]:
+            for source in _outer_first(found):
+                session = self._share(request, source)
+                if session is not None:
+                    yield session
+
+        self._bring(request, shared)
         name = (request.query.get("name") or [""])[0]
         inherits = sources.inherits(body)
 
@@ -248,9 +255,8 @@ class Mounts:
     # Barriers
 
     def _before(self, request: Request) -> None:
-        self._bring(
-            request, self._sessions(self._mounted(request, request.params["id"], needed=True))
-        )
+        mounted = self._mounted(request, request.params["id"], needed=True)
+        self._bring(request, lambda: self._sessions(mounted))
 
     def _around(self, request: Request) -> Watch | None:
         self._before(request)
@@ -307,8 +313,8 @@ class Mounts:
     def _create_exec(self, request: Request) -> Watch | None:
         container = request.params["id"]
         # The docker CLI shows why this is refused, but not why the start is.
-        sessions = self._sessions(self._mounted(request, container, needed=True))
-        self._bring(request, (each for each in sessions if each.is_troubled))
+        mounted = self._mounted(request, container, needed=True)
+        self._bring(request, lambda: (each for each in self._sessions(mounted) if each.is_troubled))
 
         def created(line: bytes) -> None:
             self._known.learn_exec(_json(line).get("Id"), container)
@@ -325,7 +331,7 @@ class Mounts:
             mounted = self._mounted(request, container, needed=True)
         if not mounted:
             return None
-        self._bring(request, self._sessions(mounted))
+        self._bring(request, lambda: self._sessions(mounted))
         marks = self._marks(mounted)
 
         def ended(whole: bool) -> None:
@@ -387,14 +393,13 @@ class Mounts:
                 raise WherryError(f"{path} is not synchronised: {error.strerror}") from error
             yield session
 
-    def _bring(self, request: Request, sessions: Iterable[Session | None]) -> None:
+    def _bring(self, request: Request, sessions: Callable[[], Iterable[Session]]) -> None:
         """Have what is on the host now in the guest.
 
         :raises Refusal: that is not possible.
         """
         try:
-            present = [each for each in sessions if each is not None]
-            hold(present, fresh=True, side=GUEST, wait=request.wait)
+            hold_required(sessions, fresh=True, side=GUEST, wait=request.wait)
         except WherryError as error:
             raise Refusal(500, str(error)) from error
 
@@ -409,7 +414,9 @@ class Mounts:
         :param marks: how many conflicts there were before: a new one is a reason too.
         """
         try:
-            hold(self._sessions(mounted), fresh=False, side=HOST, wait=request.wait)
+            hold_required(
+                lambda: self._sessions(mounted), fresh=False, side=HOST, wait=request.wait
+            )
         except WherryError as error:
             log.warning("%s", error)
             return str(error)

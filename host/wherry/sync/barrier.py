@@ -38,6 +38,8 @@ STALL_S = 60.0
 """How long a synchronisation that somebody waits for may make no progress."""
 
 _SLICE_S = 1.0
+_TRIES = 5
+"""As often as roots around each other may begin one after the other while somebody waits."""
 
 
 class Ticket:
@@ -103,3 +105,28 @@ def hold(
                     hint="see: wherry sync status",
                 )
         ticket.check(side)
+
+
+def hold_required(
+    require: Callable[[], Iterable[Session]],
+    *,
+    fresh: bool,
+    side: int | None = None,
+    wait: Callable[[threading.Event, float], bool] = threading.Event.wait,
+) -> None:
+    """Likewise, of those that have some paths; of others, once a root around them begins.
+
+    That takes their place, for another container perhaps that is made at the same time.
+
+    :param require: returns those that have the paths now.
+    :raises WherryError: one does not hold, makes no progress, or cannot be had.
+    """
+    for tries_left in reversed(range(_TRIES)):
+        sessions = list(require())
+        try:
+            hold(sessions, fresh=fresh, side=side, wait=wait)
+        except WherryError:
+            if not tries_left or not any(session.is_closed for session in sessions):
+                raise
+        else:
+            return

@@ -101,7 +101,7 @@ class Session:
         self._boot = boot
         self._traits = traits
         self._lock = threading.Condition()
-        self._closing = False
+        self._closing = self._closed = False
         self._gone = f"{root.path} is not synchronised any more"
         self._tickets: list[Ticket] = []
         self._number = 0
@@ -215,6 +215,11 @@ class Session:
         return not self._thread.is_alive()
 
     @property
+    def is_closed(self) -> bool:
+        """Whether :meth:`close` was called: another one may have its files now."""
+        return self._closed
+
+    @property
     def conflict_count(self) -> int:
         """How many files conflicts have left, ever; for :meth:`conflicts_since`."""
         return self._conflict_count
@@ -240,7 +245,7 @@ class Session:
     def close(self) -> None:
         """Stop: what is not on both disks yet is flushed, with a bound; safe to call twice."""
         with self._lock:
-            self._closing = True
+            self._closing = self._closed = True
             self._lock.notify()
         self._thread.join(_JOIN_S)
         if self._thread.is_alive():
