@@ -21,7 +21,7 @@ from sync_trees import read, write
 
 from wherry.core.errors import WherryError
 from wherry.sync import roots
-from wherry.sync.barrier import hold, hold_required
+from wherry.sync.barrier import Ticket, hold, hold_required
 from wherry.sync.core.reconcile import GUEST, HOST
 from wherry.sync.core.store import Store
 from wherry.sync.remote import Place, RemoteEndpoint
@@ -157,6 +157,38 @@ def test_who_waits_for_a_root_waits_for_the_one_that_takes_its_place(
     assert machine.copy(source) == read(source)
     if busy.ident:
         busy.join()
+
+
+def test_a_new_connection_is_told_to_a_root_that_is_ending(
+    machine: Machine, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its last barrier waits for a guest that has become silent, perhaps for very long."""
+    inner = machine.roots.require(str(source / "in"))
+    machine.barrier()
+    silent, waits, told = Ticket(1, True), threading.Event(), threading.Event()
+
+    def ask(*, fresh: bool) -> Ticket:
+        waits.set()
+        return silent
+
+    monkeypatch.setattr(inner, "ask", ask)
+    monkeypatch.setattr(inner, "disconnect", told.set)
+    ending = threading.Thread(target=machine.roots.require, args=(str(source),))
+    ending.start()
+    waits.wait()
+    learning = threading.Thread(target=machine.roots.disconnect)
+    learning.start()
+    learning.join(1)
+    try:
+        assert told.is_set()
+        assert not learning.is_alive()
+        assert ending.is_alive()
+    finally:
+        silent.finish(None)
+        ending.join()
+        learning.join()
+    assert inner.is_over
+    machine.barrier()
 
 
 @pytest.mark.parametrize("how", ["around", "rules"])

@@ -30,7 +30,7 @@ async def end_sync(roots: Roots, tunnel: Tunnel | None) -> None:
     """
     if tunnel is None:
         await in_thread(roots.disconnect, name="sync disconnect")
-    elif roots.all():
+    elif await in_thread(roots.all, name="sync list"):
         try:
             await in_thread(
                 lambda: tunnel.run(_STOP_ENGINE, timeout_s=STOP_ENGINE_S), name="engine stop"

@@ -69,6 +69,8 @@ class Roots:
         self._private = private
         self._lock = threading.Lock()
         self._closed = False
+        # Another dictionary with each change, so that it can be looked at without the lock, which
+        # may be held for as long as a silent guest is waited for.
         self._sessions: dict[str, Session] = {}
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._numbers, self._kept, self._ignored, self._pins = self._read()
@@ -177,13 +179,16 @@ class Roots:
 
     def changed(self, root: str) -> None:
         """Learn that the guest's watch has seen something in a root, by its id."""
-        for session in self.all():
+        for session in self._sessions.values():
             if session.root.place.root == root:
                 session.guest_changed()
 
     def disconnect(self) -> None:
-        """Learn that the connection to the guest is another one now."""
-        for session in self.all():
+        """Learn that the connection to the guest is another one now.
+
+        It does not wait for a root that is ending: that one may wait for the connection.
+        """
+        for session in self._sessions.values():
             session.disconnect()
 
     def remove(self, path: str) -> None:
@@ -314,7 +319,7 @@ class Roots:
             pins=[posixpath.relpath(each, path) for each in self._pins if _contains(path, each)],
             writes=writes,
         )
-        self._sessions[path] = session
+        self._sessions = {**self._sessions, path: session}
         return session
 
     def _collect(self, path: str, number: int) -> None:
@@ -347,10 +352,11 @@ class Roots:
         return self._directory / str(number)
 
     def _end(self, path: str) -> None:
-        session = self._sessions.pop(path)
+        session = self._sessions[path]
         # What it has not carried over yet would look like a difference of unknown origin.
         session.ask(fresh=True).done.wait(_LAST_BARRIER_S)
         session.close()
+        self._sessions = {key: each for key, each in self._sessions.items() if key != path}
 
     def _read(self) -> tuple[dict[str, int], set[str], dict[str, list[str]], set[str]]:
         path = self._directory / _FILE
