@@ -13,6 +13,7 @@ import pytest
 from sync_pair import Crash, Pair, scratch
 from sync_trees import read, write
 
+from wherry.sync.core import cycle
 from wherry.sync.core.cycle import Outcome
 from wherry.sync.core.plan import ALONG_BYTES
 from wherry.sync.core.reconcile import GUEST, HOST, Problem
@@ -507,6 +508,38 @@ def test_59_a_crash_at_every_point_ends_in_the_same_trees(place: Path) -> None:
         shutil.rmtree(place / str(moment))
         if not crashed:
             break
+        moment += 1
+    assert moment > 40
+
+
+def test_59_a_crash_between_parts_of_what_is_new_ends_in_the_same_trees(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Much that is new is made in parts, so a directory may be there before all that is in it."""
+    monkeypatch.setattr(cycle, "_BUILT_AT_ONCE", 2)
+    below = {"x": "1", "y": "2", "deeper": {"z": "3", "w": "4"}}
+    tree: dict[str, object] = {"a": {**below, "b": below, "c": below}, "d": below, "e": "5"}
+    moment = 0
+    crashed = True
+    while crashed:
+        pair = Pair(place / str(moment))
+        synchronised(pair, {})
+        write(pair.host, tree)
+        pair.fuse.left = moment
+        try:
+            pair.run()
+            crashed = False
+        except Crash:
+            pass
+        (pair.host / "a" / "b" / "deeper" / "z").unlink()
+        pair.restart()
+        pair.settle()
+        there = read(pair.host)
+        assert pair.trees() == (there, there), moment
+        assert there["a"] == {**below, "b": {**below, "deeper": {"w": "4"}}, "c": below}, moment
+        assert list(pair.conflicts) == [], moment
+        pair.close()
+        shutil.rmtree(place / str(moment))
         moment += 1
     assert moment > 40
 

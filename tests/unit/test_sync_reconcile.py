@@ -9,10 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sync_trees import FIFO, text, tree
 
-from wherry.sync.core.plan import plan
+from wherry.sync.core.plan import parts, plan
 from wherry.sync.core.reconcile import GUEST, HOST, IN_THE_WAY, Agreement, Reconciliation, reconcile
 from wherry.sync.core.traits import Traits
 from wherry_sync.entry import (
+    EMPTY,
     IGNORED,
     Directory,
     Entry,
@@ -25,6 +26,7 @@ from wherry_sync.entry import (
     updated,
     walk,
 )
+from wherry_sync.operation import Operation
 
 UNREADABLE = problem("permission denied")
 MACOS = Traits(case_sensitive=False)
@@ -457,3 +459,16 @@ def test_a_tracked_tree_has_neither_problems_nor_what_is_untracked() -> None:
     assert tracked(tree({"a": IGNORED, "b": UNREADABLE, "c": {"d": FIFO, "e": "1"}})) == tree(
         {"c": {"e": "1"}}
     )
+
+
+def test_what_is_new_is_made_in_parts_that_begin_with_a_directory() -> None:
+    new: list[tuple[str, Entry]] = [
+        ("a", EMPTY), ("a/1", text("1")), ("a/2", text("2")), ("a/b", EMPTY), ("a/b/1", text("3")),
+        ("a/c", EMPTY), ("d", EMPTY), ("d/1", text("4")),
+    ]  # fmt: skip
+    builds = [Operation(path, None, entry) for path, entry in new]
+    found = [[each.path for each in some] for some in parts(builds, 2)]
+    assert found == [["a", "a/1", "a/2"], ["a/b", "a/b/1"], ["a/c", "d", "d/1"]]
+    assert [each for some in parts(builds, 2) for each in some] == builds
+    assert list(parts(builds, 100)) == [builds]
+    assert list(parts([], 2)) == []
