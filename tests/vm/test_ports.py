@@ -435,16 +435,35 @@ def test_a_hundred_stops_and_starts(machine: Sandbox) -> None:
     assert ports(machine) == []
 
 
-@pytest.mark.timeout(900)
-@pytest.mark.parametrize("count", [30, pytest.param(300, marks=pytest.mark.endurance)])
-def test_many_ports_of_one_container(machine: Sandbox, count: int) -> None:
-    """The engine itself takes long: it starts two proxies and some ten iptables for each port."""
+def have_many_ports(machine: Sandbox, count: int, name: str) -> None:
+    """Publish them, reach each by IPv4 and IPv6, and none when the container is gone.
+
+    The engine itself takes long: it starts two proxies and some ten iptables for each port.
+    """
     low, high = 22000, 22000 + count
     machine.docker(
         "run", "-d", "--name", "many", "-p", f"{low}-{high - 1}:{low}-{high - 1}",
-        "busybox", "sleep", "999", timeout=800,
+        "busybox", "sleep", "9999", name=name, timeout=1200,
     )  # fmt: skip
     assert all(answers("127.0.0.1", port) for port in range(low, high))
     assert all(answers("::1", port) for port in range(low, high))
-    machine.docker("rm", "-f", "many", timeout=600)
+    machine.docker("rm", "-f", "many", name=name, timeout=600)
     assert not any(answers("127.0.0.1", port) for port in range(low, high))
+
+
+@pytest.mark.timeout(900)
+def test_many_ports_of_one_container(machine: Sandbox) -> None:
+    have_many_ports(machine, 30, "wherry")
+
+
+@pytest.mark.endurance
+@pytest.mark.timeout(2400)
+def test_three_hundred_ports_of_one_container(machine: Sandbox) -> None:
+    """With the memory that a machine has by default: the engine's proxies need more than 2 GiB."""
+    machine.wherry("start", "roomy", "--cpus", "2", "--memory", "4GiB")
+    try:
+        image = machine.docker("save", "busybox").stdout
+        machine.docker("load", name="wherry-roomy", input=image)
+        have_many_ports(machine, 300, "wherry-roomy")
+    finally:
+        machine.wherry("delete", "--yes", "roomy")
