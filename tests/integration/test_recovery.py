@@ -75,7 +75,8 @@ def test_a_stop_that_cannot_take_the_machine_over_leaves_it_running(host: FakeHo
     host.good("start")
     with engine_hidden(host):
         qemu = kill_service(host)
-        with host.serve(engine_s=3.0):
+        # Long enough for the command to come before it is over, on a busy computer too.
+        with host.serve(engine_s=8.0):
             wait_until(lambda: host.paths.control_socket.exists(), 20, "the service listens")
             done = host.run("stop")
         assert done.status == 1
