@@ -49,6 +49,7 @@ PARTS = ("small", "big", "barrier", "latency", "job", "rest")
 EDITS = 50
 CHANGED = 100
 MB = 1_000_000
+REST_AFTER_S = 60
 
 # Prints a line whenever a file is closed after writing or moved to its name.
 _WATCHER = r"""
@@ -427,7 +428,8 @@ class Bench:
             for index in range(100):
                 (directory / f"{index}.txt").write_bytes(b"%d %d\n" % (number, index))
         took = self.guest.ask(root)
-        time.sleep(20)
+        # What follows a first sync, a look at all of the copy and a flush, takes this long.
+        time.sleep(REST_AFTER_S)
         service = psutil.Process(self.guest.sandbox.status()["service_pid"])
         agent = "ps -eo pid,args | awk '/wherry_guest.agent/ && !/awk/ {print $1; exit}'"
         stat = f"p=$({agent}); cat /proc/$p/stat; grep -E 'VmRSS' /proc/$p/status"
