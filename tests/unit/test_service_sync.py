@@ -5,11 +5,16 @@ from __future__ import annotations
 import asyncio
 import threading
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
 
 from wherry.config.layout import Layout
 from wherry.platform import current
 from wherry.service import shutdown
 from wherry.service.app import Service
+from wherry.vm.driver import Exit
 
 
 class Roots:
@@ -60,3 +65,15 @@ def test_the_last_files_are_brought_beside_the_loop() -> None:
         return roots.called
 
     assert asyncio.run(main()) == [("all", False), ("close", False)]
+
+
+@pytest.mark.parametrize("powered_off", [True, False])
+def test_only_a_guest_that_powered_off_has_ended_in_order(powered_off: bool) -> None:
+    """QEMU may also be killed, or the guest's kernel fail, while that is waited for."""
+
+    async def ended() -> Exit:
+        return Exit(True, "it is gone", powered_off=powered_off)
+
+    driver: Any = SimpleNamespace(expect_shutdown=lambda: None, wait=ended)
+    tunnel: Any = SimpleNamespace(run=lambda command, timeout_s: None)
+    assert asyncio.run(shutdown.power_off(driver, tunnel, 5.0)) is powered_off
