@@ -112,7 +112,9 @@ def _parts(known: Known, trust: str, now_ns: int) -> list[bytes]:
 def decode(data: bytes, trust: str) -> Known | None:
     """Return what is in a file's contents; None if they are no such file's, or not for us."""
     start = len(_MAGIC) + len(hashing.EMPTY_DIGEST)
-    if not data.startswith(_MAGIC) or data[len(_MAGIC) : start] != _digest(data, start):
+    if not data.startswith(_MAGIC) or data[len(_MAGIC) : start] != hashing.digest(
+        memoryview(data)[start:]
+    ):
         return None
     reader = _Reader(data, start)
     try:
@@ -125,12 +127,6 @@ def decode(data: bytes, trust: str) -> Known | None:
     if reader.offset != len(data) or (record and leaf[:1] not in (b"F", b"L")):
         return None
     return node, (record, leaf)
-
-
-def _digest(data: bytes, start: int) -> bytes:
-    state = hashing.new()
-    state.update(memoryview(data)[start:])
-    return state.digest()
 
 
 def _sized(data: bytes) -> bytes:

@@ -76,7 +76,7 @@ def root(sums: bytes) -> bytes:
     return blake2b(sums, digest_size=DIGEST_BYTES, person=_TREE).digest()
 
 
-def digest(data: bytes) -> bytes:
+def digest(data: bytes | memoryview) -> bytes:
     """Return the digest of some bytes."""
     if len(data) <= CHUNK_BYTES:
         return blake2b(data, digest_size=DIGEST_BYTES).digest()

@@ -191,6 +191,22 @@ def test_a_dead_resolver_makes_a_short_name_no_other_one(
         server.close()
 
 
+def test_where_a_domain_s_resolver_fails_a_short_name_is_not_unknown(
+    hosts: dict[str, list[str]], resolver: Resolver
+) -> None:
+    with other_resolver() as corp:
+        corp.refuses = True
+        servers = (Servers((resolver.address,)), Servers((corp.address,), "corp.example"))
+        server = NameServer(lambda: hosts, lambda: Resolvers(servers, ("corp.example",)))
+        server.start()
+        try:
+            assert ask(server, "db.").rcode() == dns.rcode.SERVFAIL
+            resolver.records["db.", "A"] = ["192.0.2.1"]
+            assert texts(ask(server, "db.")) == {"192.0.2.1"}
+        finally:
+            server.close()
+
+
 def test_what_only_one_resolver_knows_is_asked_there_though_it_was_slow_once(
     server: NameServer, resolver: Resolver, upstreams: list[tuple[str, int]]
 ) -> None:

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 from sync_guest import Guest, Stream
-from sync_trees import read
+from sync_trees import read, write
 
 from wherry.core.errors import WherryError
 from wherry.sync import session as session_module
@@ -481,3 +481,18 @@ def test_rounds_that_nobody_waits_for_rest_after_a_long_one(
     assert not (pair.there / "second").exists()
     pair.barrier()
     assert (pair.there / "second").exists()
+
+
+def test_both_sides_hold_the_same_objects_for_what_is_equal(pair: Pair) -> None:
+    """Or a root of many files takes twice the memory."""
+    write(pair.host, {"d": {"a": "a", "b": "b"}, "c": "c"})
+    for _ in range(2):  # the second one has looked at what the first one has made
+        pair.barrier()
+    cycle = pair.session._cycle
+    assert cycle is not None
+    host, guest = cycle._ends
+    assert isinstance(host, LocalEndpoint)
+    assert isinstance(guest, RemoteEndpoint)
+    known, _ = host._scanner.known()
+    assert guest._known is known.entry
+    assert cycle._ancestor is known.entry

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path, PureWindowsPath
+from types import SimpleNamespace
 from typing import Any, cast
 
 import psutil
@@ -22,6 +23,7 @@ from wherry.vm.driver import MachineSpec
 from wherry.vm.image import Image
 from wherry.vm.qemu import probe, programs
 from wherry.vm.qemu.arguments import arguments, processor
+from wherry.vm.qemu.driver import QemuDriver
 from wherry.vm.qemu.qmp import HostForward, host_forwards
 
 X86_BOARD = "q35,hpet=off,vmport=off,smbus=off,sata=off,i8042=off,usb=off"
@@ -414,3 +416,26 @@ def test_forwards_are_read_from_the_monitor() -> None:
     ]
     assert host_forwards("") == []
     assert host_forwards("unknown command: 'info usernet'\r\n") == []
+
+
+@pytest.mark.parametrize(
+    ("reasons", "powered_off"),
+    [(["guest-shutdown"], True), (["guest-reset"], False), (["host-signal"], False), ([], False)],
+)
+def test_only_a_guest_that_shuts_down_by_itself_has_powered_off(
+    reasons: list[str], powered_off: bool, tmp_path: Path, host: Any
+) -> None:
+    """What ends otherwise while that is expected has not written all to its disks, perhaps."""
+
+    async def ended() -> Any:
+        driver = QemuDriver(tmp_path / "qemu.log", host)
+        driver.expect_shutdown()
+        for reason in reasons:
+            driver._on_event("SHUTDOWN", {"reason": reason})
+        return await driver._await_exit(cast("Any", SimpleNamespace(wait=gone)))
+
+    async def gone() -> str:
+        return "QEMU ended"
+
+    found = asyncio.run(ended())
+    assert (found.expected, found.powered_off) == (True, powered_off)

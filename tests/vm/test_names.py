@@ -25,6 +25,13 @@ def host_port() -> Iterator[int]:
         yield port
 
 
+def kill_service(machine: Sandbox) -> None:
+    """Have the next start take the guest over, with other settings perhaps."""
+    pid = machine.status()["service_pid"]
+    if pid is not None:
+        os.kill(pid, signal.SIGKILL)
+
+
 def fetched(machine: Sandbox, name: str, port: int, *options: str) -> str:
     done = machine.docker(
         "run", "--rm", *options, "busybox", "wget", "-T", "20", "-qO-", f"http://{name}:{port}/",
@@ -74,7 +81,7 @@ def test_names_lead_to_the_host_as_long_as_it_answers(
         return b"DNAT --to-destination 10.0.2.2:" in subprocess.check_output(rules)
 
     assert leads()
-    os.kill(machine.status()["service_pid"], signal.SIGKILL)
+    kill_service(machine)
     wait_until(lambda: not leads(), 60, "nothing leads to a server that is gone")
     machine.wherry("start")
     assert leads()
@@ -115,7 +122,7 @@ def test_names_are_those_of_the_host_s_network(
     hosts.write_text("127.0.0.1 localhost\n127.0.0.1 dev.test\n")
     script = 'mount --bind "$1" /etc/resolv.conf && mount --bind "$2" /etc/hosts && shift 2 && "$@"'
     begin = [sys.executable, "-m", "wherry", "start"]
-    os.kill(machine.status()["service_pid"], signal.SIGKILL)
+    kill_service(machine)
     try:
         subprocess.run(
             ["unshare", "--mount", "sh", "-c", script, "-", settings, hosts, *begin],
@@ -146,7 +153,7 @@ def test_names_are_those_of_the_host_s_network(
         changed = machine.docker("run", "--rm", "busybox", "nslookup", "nas.office.test")
         assert b"Address: 192.168.7.7" in changed.stdout
     finally:
-        os.kill(machine.status()["service_pid"], signal.SIGKILL)
+        kill_service(machine)
         machine.wherry("start")
 
 
@@ -186,7 +193,7 @@ def reached_by_ipv6(machine: Sandbox) -> bool:
 def test_the_way_to_the_host_can_be_closed(machine: Sandbox, host_port: int) -> None:
     machine.wherry("config", "set", "network.host_access", "false")
     try:
-        os.kill(machine.status()["service_pid"], signal.SIGKILL)
+        kill_service(machine)
         machine.wherry("start")
         assert "refused" in fetched(machine, "host.docker.internal", host_port)
         assert "refused" in fetched(machine, "10.0.2.2", host_port, "--network", "host")
@@ -197,7 +204,7 @@ def test_the_way_to_the_host_can_be_closed(machine: Sandbox, host_port: int) -> 
         assert b"-A DOCKER-USER -j WHERRY" in rules
     finally:
         machine.wherry("config", "unset", "network.host_access")
-        os.kill(machine.status()["service_pid"], signal.SIGKILL)
+        kill_service(machine)
         machine.wherry("start")
     assert fetched(machine, "host.docker.internal", host_port) == GREETING
     assert reached_by_all(machine)

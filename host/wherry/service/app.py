@@ -100,7 +100,7 @@ class Service:
         self._roots: Roots | None = None
         self._mounts: Mounts | None = None
         self._tidying: asyncio.Task[None] | None = None
-        self._disconnecting: asyncio.Task[None] | None = None
+        self._disconnecting: set[asyncio.Task[None]] = set()
         self._networking = Networking(self._hooks, layout.platform)
         self._stop_asked = False
         self._force = False
@@ -402,7 +402,9 @@ class Service:
             if self._roots is not None:
                 # A stream that is closed may wait for its turn to send.
                 disconnect = in_thread(self._roots.disconnect, name="sync disconnect")
-                self._disconnecting = asyncio.create_task(disconnect, name="sync disconnect")
+                task = asyncio.create_task(disconnect, name="sync disconnect")
+                self._disconnecting.add(task)
+                task.add_done_callback(self._disconnecting.discard)
 
     async def _tear_down(self, *, force: bool, leave: bool = False) -> None:
         """Close everything, the newest first; the guest is shut down unless ``force``.
@@ -447,8 +449,7 @@ class Service:
             self._stages.tell("stop", "end")
         if tunnel is not None:
             await in_thread(tunnel.close, name="tunnel close")
-        if self._disconnecting is not None:
-            await asyncio.gather(self._disconnecting, return_exceptions=True)
+        await asyncio.gather(*self._disconnecting, return_exceptions=True)
         await in_thread(self._ssh_agent.close, name="ssh agent close")
         if driver is not None and leave:
             await driver.release()

@@ -202,11 +202,7 @@ def inspect(stream: Stream, container: str) -> dict[str, Any] | None:
     :param container: its id, a prefix of it, or its name.
     :raises WherryError: the engine does not tell.
     """
-    response, answer = _whole(stream, f"/containers/{quoted(container)}/json")
-    if response.status_code in (400, 404):  # an ambiguous prefix, and none
-        return None
-    found: dict[str, Any] = _json(response, answer)
-    return found
+    return _found(stream, f"/containers/{quoted(container)}/json")
 
 
 def network(stream: Stream, name: str) -> dict[str, Any] | None:
@@ -214,8 +210,12 @@ def network(stream: Stream, name: str) -> dict[str, Any] | None:
 
     :raises WherryError: the engine does not tell.
     """
-    response, answer = _whole(stream, f"/networks/{quoted(name)}")
-    if response.status_code == 404:
+    return _found(stream, f"/networks/{quoted(name)}")
+
+
+def _found(stream: Stream, target: str) -> dict[str, Any] | None:
+    response, answer = _whole(stream, target)
+    if response.status_code in (400, 404):  # an ambiguous prefix, and none
         return None
     found: dict[str, Any] = _json(response, answer)
     return found

@@ -60,6 +60,7 @@ _WORTH = 0.75
 _CHANGED = "it changed meanwhile"
 
 _BUILT_AT_ONCE = 2000
+"""Each takes a kilobyte at either end until it is placed; each part takes a round trip."""
 
 _SAVED_AT_ONCE = 32
 """Files that people and their editors save; more at once is a program's work, for which the way
@@ -75,8 +76,8 @@ class Outcome:
     :ivar problems: paths that are not equal on both sides now, and why.
     :ivar failed: paths at which a side refused what had to be done, and why.
     :ivar requeue: paths that changed under way: another round is due.
-    :ivar stuck: those of them that did so in each round since somebody asked.
     :ivar late: those of them at which nothing was done.
+    :ivar stuck: those that changed under way in each round since somebody asked.
     :ivar halt: why nothing was done, and on which side.
     """
 
@@ -411,9 +412,7 @@ class Cycle:
             yield leaf, mtime_ns, _first(chunks, leaf.size)
 
     def _build(self, side: int, operations: Sequence[Operation]) -> Iterator[Result]:
-        """Have one side make what is new, some thousands at a time, so that it takes no more
-        memory than those.
-        """
+        """Have one side make what is new, in parts."""
         for some in parts(operations, _BUILT_AT_ONCE):
             yield from self._build_some(side, some)
 

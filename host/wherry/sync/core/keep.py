@@ -103,12 +103,10 @@ class Keep:
         :returns: False if they are not the leaf's contents, and nothing was kept.
         :raises OSError: the disk is full, or failed.
         """
-        entry = leaf.hex()
-        for old in self:
-            if old.path == path and old.entry == entry:
-                if not again:
-                    self._renumber(old)
-                return True
+        for old in self._of(path, leaf):
+            if not again:
+                self._renumber(old)
+            return True
         with self._part.open("wb") as file:
             state = new()
             for chunk in chunks:
@@ -160,9 +158,12 @@ class Keep:
 
     def drop(self, path: str, leaf: Leaf) -> None:
         """Remove what was kept of a path, if it was kept."""
-        for kept in self:
-            if (kept.path, kept.entry) == (path, leaf.hex()):
-                self.forget(kept)
+        for kept in self._of(path, leaf):
+            self.forget(kept)
+
+    def _of(self, path: str, leaf: Leaf) -> Iterator[Kept]:
+        entry = leaf.hex()
+        return (kept for kept in self if (kept.path, kept.entry) == (path, entry))
 
     def _renumber(self, old: Kept) -> None:
         kept = self._announce(old.path, old.leaf)
