@@ -40,22 +40,18 @@ Address = tuple[str, int]
 
 SERVER = """
 import socket, threading
-def tcp(connection):
+def tcp(connection, head):
     with connection:
-        while head := connection.recv(1):
-            if head == b"D":
-                left = int.from_bytes(connection.recv(8, socket.MSG_WAITALL), "big")
-                data = memoryview(bytes(1 << 20))
-                while left:
-                    left -= connection.send(data[: min(left, len(data))])
-            elif head == b"U":
-                left = int.from_bytes(connection.recv(8, socket.MSG_WAITALL), "big")
-                buffer = bytearray(1 << 20)
-                while left:
-                    left -= connection.recv_into(buffer, min(left, len(buffer)))
-                connection.sendall(b"k")
-            else:
-                connection.sendall(head)
+        left = int.from_bytes(connection.recv(8, socket.MSG_WAITALL), "big")
+        if head == b"D":
+            data = memoryview(bytes(1 << 20))
+            while left:
+                left -= connection.send(data[: min(left, len(data))])
+        else:
+            buffer = bytearray(1 << 20)
+            while left:
+                left -= connection.recv_into(buffer, min(left, len(buffer)))
+            connection.sendall(b"k")
 def udp():
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as server:
         server.bind(("", 80))
@@ -64,7 +60,14 @@ def udp():
 threading.Thread(target=udp, daemon=True).start()
 with socket.create_server(("", 80), backlog=512) as server:
     while True:
-        threading.Thread(target=tcp, args=[server.accept()[0]], daemon=True).start()
+        connection = server.accept()[0]
+        head = connection.recv(1)
+        if head in (b"D", b"U"):
+            threading.Thread(target=tcp, args=[connection, head], daemon=True).start()
+        else:
+            # A thread for each would cost as much as the way there.
+            connection.sendall(head)
+            connection.close()
 """
 
 

@@ -27,7 +27,7 @@ def test_the_version_is_one_that_was_read() -> None:
 # Methods of ours that paramiko does not know; every other method of ours is an override.
 OURS = {
     FastPacketizer: {
-        "_acknowledge_now", "_fill", "_has_packet", "_next_packet", "_sealed", "_send_laid",
+        "_acknowledge_now", "_fill", "_open", "_next_packet", "_sealed", "_send_laid",
         "_send_sealed", "_take_data", "_want_rekey_in", "send_data", "send_now", "send_packets",
     },
     StreamChannel: {

@@ -211,9 +211,13 @@ class FastPacketizer(Packetizer):  # type: ignore[misc]  # paramiko ships no typ
             return False
         (channel,) = _UINT32.unpack_from(packet, 2)
         parts = [packet[DATA_AT:end]]
-        while self._end > self._start and len(parts) < _PARTS_AT_ONCE and self._has_packet():
+        buffer, stop = self._buffer, self._end
+        while len(parts) < _PARTS_AT_ONCE and (at := self._start) + 4 <= stop:
+            (size,) = _UINT32.unpack_from(buffer, at)
+            if at + 4 + size + TAG_BYTES > stop or not _is_length(size):
+                break
             # The channel's number is encrypted: only a packet that is read tells it.
-            packet = self._next_packet(cipher)
+            packet = self._open(cipher, at, size)
             end = len(packet) - packet[0]
             if (
                 packet[1] != CHANNEL_DATA
@@ -226,14 +230,6 @@ class FastPacketizer(Packetizer):  # type: ignore[misc]  # paramiko ships no typ
         self.on_data(channel, parts)
         return True
 
-    def _has_packet(self) -> bool:
-        """Whether a whole packet is in the buffer."""
-        have = self._end - self._start
-        if have < 4:
-            return False
-        size: int = _UINT32.unpack_from(self._buffer, self._start)[0]
-        return have >= 4 + size + TAG_BYTES
-
     def _next_packet(self, cipher: _Cipher) -> memoryview:
         """Return a packet's plain text: the padding's length, payload, padding.
 
@@ -242,21 +238,17 @@ class FastPacketizer(Packetizer):  # type: ignore[misc]  # paramiko ships no typ
         if self._pushed_back is not None:
             packet, self._pushed_back = self._pushed_back, None
             return packet
-        at = self._start
-        if self._end - at < 4:
-            self._fill(4)
-            at = self._start
-        (size,) = _UINT32.unpack_from(self._buffer, at)
-        stop = at + 4 + size + TAG_BYTES
-        if not BLOCK_BYTES <= size <= MAX_PACKET_BYTES or size % BLOCK_BYTES:
+        self._fill(4)
+        (size,) = _UINT32.unpack_from(self._buffer, self._start)
+        if not _is_length(size):
             raise SSHException(f"the packet's length is {size}")
-        if self._end < stop:
-            self._fill(stop - at)
-            at = self._start
-            stop = at + 4 + size + TAG_BYTES
-        self._start = stop
-        view = self._view
-        body = at + 4
+        self._fill(4 + size + TAG_BYTES)
+        return self._open(cipher, self._start, size)
+
+    def _open(self, cipher: _Cipher, at: int, size: int) -> memoryview:
+        """Take a packet that is whole in the buffer, and return its plain text."""
+        view, body = self._view, at + 4
+        self._start = stop = body + size + TAG_BYTES
         if cipher.decrypt_into is None:
             plain = cipher.decrypt(next(cipher.nonces), view[body:stop], view[at:body])
             packet = memoryview(plain)
@@ -412,6 +404,11 @@ class FastPacketizer(Packetizer):  # type: ignore[misc]  # paramiko ships no typ
             self._bytes_out >= self.REKEY_BYTES or self._packets_out >= self.REKEY_PACKETS
         ) and not self.need_rekey():
             self._trigger_rekey()
+
+
+def _is_length(size: int) -> bool:
+    """Whether a packet's plain text can be of so many bytes."""
+    return BLOCK_BYTES <= size <= MAX_PACKET_BYTES and not size % BLOCK_BYTES
 
 
 def has_room(sock: SharedSocket) -> bool:
