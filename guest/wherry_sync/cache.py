@@ -34,6 +34,7 @@ import time
 
 from wherry_sync import handles, hashing, records
 from wherry_sync.entry import EMPTY, FILE, LINK, MAX_DEPTH, Directory, Leaf
+from wherry_sync.records import Records
 from wherry_sync.scan import Node
 
 TYPE_CHECKING = False
@@ -147,7 +148,8 @@ def _pack(node: Node, parts: list[bytes], before: bytes) -> None:
     children = node.entry.children
     files: list[str] = []
     links: list[str] = []
-    for name, record in node.records.items():
+    known = node.records.unpacked()
+    for name, record in known.items():
         leaf = children.get(name)
         if len(record) == records.STATUS.size and isinstance(leaf, Leaf):
             if leaf[0] == FILE:
@@ -155,15 +157,15 @@ def _pack(node: Node, parts: list[bytes], before: bytes) -> None:
                     files.append(name)
             elif leaf[0] == LINK:
                 links.append(name)
-    directories = [name for name in node.nodes if len(node.records.get(name, b"")) == _INODE_BYTES]
+    directories = [name for name in node.nodes if len(known.get(name, b"")) == _INODE_BYTES]
     names = "\0".join([*files, *links, *directories]).encode()
     parts.append(_COUNTS.pack(len(names), len(files), len(links), len(directories)))
     parts.append(names)
-    parts.extend([node.records[name] for name in files])
-    parts.extend([node.records[name] for name in links])
+    parts.extend([known[name] for name in files])
+    parts.extend([known[name] for name in links])
     parts.extend([children[name] for name in files])  # type: ignore[misc]
     parts.extend([_sized(children[name]) for name in links])  # type: ignore[arg-type]
-    parts.extend([node.records[name] for name in directories])
+    parts.extend([known[name] for name in directories])
     for name in directories:
         _pack(node.nodes[name], parts, before)
 
@@ -214,4 +216,4 @@ class _Reader:
             known[name] = inode
             nodes[name] = child = self.node(depth + 1)
             children[name] = child.entry
-        return Node(Directory(children) if children else EMPTY, known, nodes)
+        return Node(Directory(children) if children else EMPTY, Records(known), nodes)

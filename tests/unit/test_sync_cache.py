@@ -17,6 +17,7 @@ from wherry_sync import cache, hashing, records
 from wherry_sync.entry import Directory, Entry, Leaf, file, problem
 from wherry_sync.ignore import NOTHING, Ignore
 from wherry_sync.local import LocalEndpoint
+from wherry_sync.records import Records
 from wherry_sync.scan import Node
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="directory descriptors")
@@ -138,7 +139,8 @@ def test_what_could_not_be_trusted_in_memory_is_not_kept(place: Place) -> None:
     found = cache.load(os.fspath(place.cache), "boot 1")
     assert found is not None
     # As a scanner has it that read the file within the clock's granularity.
-    found[0].records["f"] = found[0].records["f"][: records.INODE.stop]
+    known = found[0].records.unpacked()
+    found[0].records = Records({**known, "f": known["f"][: records.INODE.stop]})
     cache.save(os.fspath(place.cache), found, "boot 1")
     assert place.read() == (tree(VALUE), 1)
 
@@ -218,11 +220,11 @@ def sample() -> bytes:
     """Return a small file's contents."""
     record = records.STATUS.pack(0o100644, 5, 1, 6, 7)
     leaf = file(False, 1, bytes(32))
-    inner = Node(Directory({"f": leaf}), {"f": record}, {})
+    inner = Node(Directory({"f": leaf}), Records({"f": record}), {})
     children: dict[str, Entry] = {"d": inner.entry, "f": leaf, "l": Leaf(b"Lx")}
     known = {"d": bytes(8), "f": record, "l": record}
     return cache.encode(
-        (Node(Directory(children), known, {"d": inner}), (b"", problem(""))), "t", NOW_NS
+        (Node(Directory(children), Records(known), {"d": inner}), (b"", problem(""))), "t", NOW_NS
     )
 
 
@@ -258,7 +260,7 @@ def test_nonsense_with_a_good_checksum_is_ignored_or_well_formed(
     found = cache.decode(cache._MAGIC + hashing.digest(body) + body, "t")
     if found is not None:
         for node in (found[0], *found[0].nodes.values()):
-            assert node.records.keys() == node.entry.children.keys()
+            assert node.records.unpacked().keys() == node.entry.children.keys()
             assert all(
                 (name in node.nodes) == isinstance(child, Directory)
                 for name, child in node.entry.children.items()
@@ -274,10 +276,10 @@ def test_100_000_entries_are_loaded_within_half_a_second() -> None:
         marks = {f"file-{n}.py": records.STATUS.pack(0o100644, n, 9, n, n) for n in numbers}
         leaves = {f"file-{n}.py": file(False, 9, n.to_bytes(32, "big")) for n in numbers}
         name = f"directory-{number}"
-        nodes[name] = Node(Directory(leaves), marks, {})
+        nodes[name] = Node(Directory(leaves), Records(marks), {})
         children[name] = nodes[name].entry
         known[name] = number.to_bytes(8, "big")
-    before = Node(Directory(children), known, nodes)
+    before = Node(Directory(children), Records(known), nodes)
     data = cache.encode((before, (b"", problem(""))), "t", NOW_NS)
     assert len(data) < 100_000 * 100
     best = 9.0
