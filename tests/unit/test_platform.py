@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import platform
 import resource
 import socket
 import stat
 import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -191,6 +193,34 @@ def test_the_descriptor_limit_is_raised_and_never_lowered(host: Platform) -> Non
             assert host.raise_descriptor_limit(hard + 1) == hard
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+KEEPS = """
+import sys
+from pathlib import Path
+from wherry.platform import current
+
+def resident_mib():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096 >> 20
+
+if sys.argv[1:]:
+    current().give_memory_back()
+bytearray(20 << 20)  # by which glibc learns that such pieces come again, and are to be kept
+before = resident_mib()
+pieces = [bytearray(b"x") * (1 << 20) for _ in range(60)]
+last = bytearray(100_000)
+del pieces
+print(resident_mib() - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="others give it back by themselves")
+def test_memory_that_is_freed_is_given_back() -> None:
+    kept = [
+        int(subprocess.check_output([sys.executable, "-c", KEEPS, *argv])) for argv in ([], ["y"])
+    ]
+    assert kept[0] > 40
+    assert kept[1] < 10
 
 
 @pytest.mark.parametrize("status", [0, 7])

@@ -212,6 +212,12 @@ class Platform(Protocol):
         :returns: how many it may have now; never fewer than before.
         """
 
+    def give_memory_back(self) -> None:
+        """Have this process return large pieces of memory to the system when it frees them.
+
+        Does nothing where that is so anyway, or cannot be had.
+        """
+
     def leash(self, argv: Sequence[str | os.PathLike[str]]) -> list[str | os.PathLike[str]]:
         """Return a command that runs ``argv``, and kills it when its own standard input ends.
 

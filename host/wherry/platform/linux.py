@@ -10,6 +10,12 @@ from wherry.platform import roots
 from wherry.platform.base import ChangeSink, TreeWatcher
 from wherry.platform.posix import Posix
 
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+"""``malloc.h``."""
+
+_LARGE_BYTES = 128 * 1024
+"""From this on a piece of memory is a mapping of its own: glibc's value as it starts."""
+
 
 class Linux(Posix):
     """Linux: KVM, the XDG directories."""
@@ -30,6 +36,17 @@ class Linux(Posix):
         from wherry.platform import listeners
 
         listeners.lengthen(pid, address, port)
+
+    def give_memory_back(self) -> None:
+        """mallopt(3): with a threshold set, glibc no longer raises both up to 32 MiB by itself."""
+        import ctypes  # which a command of the CLI need not pay for
+
+        try:
+            mallopt = ctypes.CDLL(None).mallopt
+        except AttributeError:
+            return  # musl has no such thing
+        for option in (_M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD):
+            mallopt(option, _LARGE_BYTES)
 
     def accelerator_problem(self, accelerator: str) -> str | None:
         """Open /dev/kvm: its permissions, not its existence, decide."""

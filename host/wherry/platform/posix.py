@@ -184,6 +184,9 @@ class Posix:
             return soft
         return wanted
 
+    def give_memory_back(self) -> None:
+        """Only glibc has to be told."""
+
     def leash(self, argv: Sequence[str | os.PathLike[str]]) -> list[str | os.PathLike[str]]:
         """By a shell that waits for the program, and another that waits for the input's end."""
         return ["/bin/sh", "-c", _LEASH, "leash", *argv]

@@ -37,6 +37,7 @@ def main(argv: Sequence[str], bounds: Bounds = DEFAULT_BOUNDS) -> int:
     # paramiko logs each connection at INFO, and failures that we report ourselves.
     logging.getLogger("paramiko").setLevel(logging.CRITICAL)
     current().raise_descriptor_limit(_DESCRIPTORS)
+    current().give_memory_back()
     try:
         # Imported late: the loser of two starts at once should leave quickly.
         from wherry.service.app import Service

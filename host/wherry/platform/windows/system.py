@@ -153,6 +153,9 @@ class Windows:
         """Nothing to do: a process may have millions of handles."""
         return wanted
 
+    def give_memory_back(self) -> None:
+        """The heap does by itself."""
+
     def leash(self, argv: Sequence[str | os.PathLike[str]]) -> list[str | os.PathLike[str]]:
         """By a job object, in a process of its own."""
         return [sys.executable, "-m", "wherry.platform.windows.leash", *argv]
