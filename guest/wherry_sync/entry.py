@@ -46,8 +46,8 @@ class Leaf(bytes):
               drawn from it, least of all that something was deleted
     ========= ===================================================================
 
-    Made of bytes because there are hundreds of thousands: such an object is compact, unknown
-    to the garbage collector, and already in the form that is stored and sent.
+    Made of bytes because there are hundreds of thousands: such an object is compact, and already
+    in the form that is stored and sent.
     """
 
     __slots__ = ()
