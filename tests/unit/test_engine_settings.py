@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 
 from wherry.config import engine_keys
-from wherry.config.engine_keys import MTU, with_defaults
 from wherry.config.layout import Layout, MachinePaths
 from wherry.config.load import edit, load, parse, read_values, split_key
 from wherry.config.model import build
@@ -103,41 +102,11 @@ def test_what_json_cannot_hold_is_refused() -> None:
 
 
 def test_the_proxies_are_a_part_of_it() -> None:
-    assert wanted({"debug": True}, {}) == with_defaults({"debug": True})
+    assert wanted({"debug": True}, {}) == {"debug": True}
     assert wanted({"debug": True}, {"http-proxy": "http://p"}) == {
-        **with_defaults({"debug": True}),
+        "debug": True,
         "proxies": {"http-proxy": "http://p"},
     }
-
-
-MTU_OF_NETWORKS = "com.docker.network.driver.mtu"
-
-
-@pytest.mark.parametrize(
-    ("engine", "mtu", "networks"),
-    [
-        ({}, 65520, {"bridge": {MTU_OF_NETWORKS: "65520"}}),
-        ({"mtu": 1400}, 1400, {"bridge": {MTU_OF_NETWORKS: "1400"}}),
-        (
-            {"default-network-opts": {"bridge": {MTU_OF_NETWORKS: "1380", "x": "y"}}},
-            65520,
-            {"bridge": {MTU_OF_NETWORKS: "1380", "x": "y"}},
-        ),
-        (
-            {"default-network-opts": {"macvlan": {"parent": "eth0"}}},
-            65520,
-            {"bridge": {MTU_OF_NETWORKS: "65520"}, "macvlan": {"parent": "eth0"}},
-        ),
-        ({"default-network-opts": {"bridge": "wrong"}}, 65520, {"bridge": "wrong"}),
-        ({"default-network-opts": "wrong"}, 65520, "wrong"),
-    ],
-)
-def test_packets_are_large_unless_the_user_says_otherwise(
-    engine: dict[str, Any], mtu: Any, networks: Any
-) -> None:
-    """And what is no table is left to the engine, which says so."""
-    found = with_defaults({"debug": True, **engine})
-    assert found == {"debug": True, "mtu": mtu, "default-network-opts": networks}
 
 
 def test_containers_are_spared_what_they_cannot_live_through() -> None:
@@ -191,7 +160,7 @@ def given(settings: EngineSettings) -> Any:
 
 
 def test_a_guest_that_boots_is_given_a_private_file(settings: EngineSettings) -> None:
-    assert given(settings) == with_defaults({"debug": True})
+    assert given(settings) == {"debug": True}
     assert settings.file.stat().st_mode & 0o777 == 0o600
 
 
@@ -199,24 +168,23 @@ def test_a_change_is_applied_and_remembered(settings: EngineSettings, guest: Fak
     settings.warning = "of the boot"
     proxies = {"http-proxy": "http://p:1"}
     done = settings._change({"mtu": 1300}, proxies)
-    keys = ["debug", "default-network-opts", "mtu", "proxies"]
-    assert done == {"keys": keys, "later": [], "note": "a note"}
-    assert guest.has == [{**with_defaults({"mtu": 1300}), "proxies": proxies}]
+    assert done == {"keys": ["debug", "mtu", "proxies"], "later": [], "note": "a note"}
+    assert guest.has == [{"mtu": 1300, "proxies": proxies}]
     assert given(settings) == guest.has[-1]
     assert settings.warning == ""
     # A change of something else leaves the proxies as they are.
     settings._change({"mtu": 1400}, None)
-    assert guest.has[-1] == {**with_defaults({"mtu": 1400}), "proxies": proxies}
+    assert guest.has[-1] == {"mtu": 1400, "proxies": proxies}
     assert settings._change({"mtu": 1400}, None)["keys"] == []
     assert len(guest.has) == 2
     settings._change({"mtu": 1400}, {})
-    assert guest.has[-1] == with_defaults({"mtu": 1400})
+    assert guest.has[-1] == {"mtu": 1400}
 
 
 def test_what_is_refused_changes_nothing(settings: EngineSettings, guest: FakeGuest) -> None:
     with pytest.raises(WherryError, match=r"it says http://\*\*\*@host no"):
         settings._change({"no-such-key": 1}, {})
-    assert given(settings) == with_defaults({"debug": True})
+    assert given(settings) == {"debug": True}
     settings.wait()  # who waits for the engine goes on
 
 
@@ -224,16 +192,13 @@ def test_what_would_stop_containers_waits_for_the_next_start(
     settings: EngineSettings, guest: FakeGuest
 ) -> None:
     guest.containers = True
-    done = settings._change({"debug": True, "bip": "10.1.0.1/24"}, {})
-    assert (done["keys"], done["later"], guest.has) == (["bip"], ["bip"], [])
-    assert given(settings) == with_defaults({"debug": True})
+    done = settings._change({"debug": True, "mtu": 1300}, {})
+    assert (done["keys"], done["later"], guest.has) == (["mtu"], ["mtu"], [])
+    assert given(settings) == {"debug": True}
     done = settings._change({"debug": False, "mtu": 1300}, {})
-    networks = "default-network-opts"
-    assert (done["keys"], done["later"]) == (["debug", networks, "mtu"], ["mtu"])
-    # New networks have it at once.
-    new = {**with_defaults({"debug": False, "mtu": 1300}), "mtu": MTU}
-    assert guest.has == [new]
-    assert given(settings) == new
+    assert (done["keys"], done["later"]) == (["debug", "mtu"], ["mtu"])
+    assert guest.has == [{"debug": False}]
+    assert given(settings) == {"debug": False}
 
 
 @pytest.mark.parametrize("containers", [False, True])
@@ -243,7 +208,7 @@ def test_an_engine_starts_anew_with_what_it_has(
     """What it reads only when it starts is not in its settings: certificates."""
     guest.containers = containers
     assert settings.renew()
-    assert guest.has == [given(settings)] == [with_defaults({"debug": True})]
+    assert guest.has == [given(settings)] == [{"debug": True}]
 
 
 def test_clients_of_the_engine_wait_while_it_starts(

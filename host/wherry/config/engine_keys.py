@@ -46,14 +46,6 @@ _LISTS = frozenset(
 _TEXT_TABLES = frozenset({"log-opts", "default-network-opts"})
 """Tables whose values are texts, also when they look like numbers."""
 
-MTU = 65520
-"""Bytes of the largest packet on the guest's networks, where nothing else is set.
-
-The guest's only link is to QEMU, which makes each connection anew on the host, so no packet goes
-further than that, and their number is what a way out of a container costs. The image lets its
-TCP have segments of that size as well (``/etc/wherry/segments``).
-"""
-
 LIVE = frozenset(
     {
         "authorization-plugins",
@@ -102,22 +94,6 @@ LIVE = frozenset(
 The others, such as those of the bridge and of the storage, are left alone by an engine that
 takes over running containers, or make it lose them.
 """
-
-
-def with_defaults(engine: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a user's settings together with what wherry prefers where they say nothing.
-
-    The engine's ``mtu`` is about the network ``bridge`` alone; a user who sets it means all.
-    """
-    mtu = engine.get("mtu", MTU)
-    bridge: Any = {"com.docker.network.driver.mtu": str(mtu)}
-    networks = engine.get("default-network-opts", {})
-    # What is no table the engine refuses, in its own words.
-    if isinstance(networks, Mapping):
-        theirs = networks.get("bridge", {})
-        bridge = {**bridge, **theirs} if isinstance(theirs, Mapping) else theirs
-        networks = {**networks, "bridge": bridge}
-    return {**engine, "mtu": mtu, "default-network-opts": networks}
 
 
 def check(table: Mapping[str, Any]) -> None:

@@ -12,7 +12,7 @@ import threading
 from collections.abc import Mapping
 from typing import Any
 
-from wherry.config.engine_keys import LIVE, render, with_defaults
+from wherry.config.engine_keys import LIVE, render
 from wherry.config.layout import MachinePaths
 from wherry.config.model import Config
 from wherry.config.proxy import mask
@@ -31,7 +31,7 @@ def wanted(engine: Mapping[str, Any], for_engine: Mapping[str, str]) -> dict[str
 
     :param for_engine: the object ``proxies`` in it.
     """
-    return {**with_defaults(engine), **({"proxies": dict(for_engine)} if for_engine else {})}
+    return {**engine, **({"proxies": dict(for_engine)} if for_engine else {})}
 
 
 def changed(old: Mapping[str, Any], new: Mapping[str, Any]) -> set[str]:
