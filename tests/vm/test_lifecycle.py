@@ -212,6 +212,21 @@ def test_a_second_machine_beside_the_first(machine: Sandbox) -> None:
     assert b"wherry-second" not in contexts
 
 
+def test_a_container_that_starts_with_the_machine_has_its_port(machine: Sandbox) -> None:
+    """No request of a client's brings it up, only its restart policy."""
+    port = free_port()
+    machine.docker(
+        "run", "-d", "--name", "web", "--restart", "always", "-p", f"{port}:80", "busybox",
+        "sh", "-c", "mkdir -p /www; echo back >/www/index.html; exec httpd -f -h /www",
+    )  # fmt: skip
+    machine.wherry("stop")
+    with socket.socket() as probe:
+        assert probe.connect_ex(("127.0.0.1", port)) != 0
+    machine.wherry("start")
+    assert fetch(f"http://127.0.0.1:{port}/") == b"back\n"
+    machine.docker("rm", "-f", "web")
+
+
 def test_stop_is_orderly_and_images_stay(machine: Sandbox) -> None:
     before = machine.docker("images", "-q", "--no-trunc").stdout
     machine.docker("run", "-d", "--name", "writer", "busybox", "sh", "-c",
