@@ -34,7 +34,7 @@ import time
 
 from wherry_sync import handles, hashing, records
 from wherry_sync.entry import EMPTY, FILE, LINK, MAX_DEPTH, Directory, Leaf
-from wherry_sync.records import Records
+from wherry_sync.known import Records
 from wherry_sync.scan import Node
 
 TYPE_CHECKING = False

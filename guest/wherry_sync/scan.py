@@ -35,7 +35,7 @@ from wherry_sync.entry import (
     untracked,
 )
 from wherry_sync.ignore import NOTHING, Ignore
-from wherry_sync.records import NEVER, Notes, Records
+from wherry_sync.known import NEVER, Notes, Records
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

@@ -16,8 +16,8 @@ from wherry.sync.core.rules import parse
 from wherry_sync import cache, hashing, records
 from wherry_sync.entry import Directory, Entry, Leaf, file, problem
 from wherry_sync.ignore import NOTHING, Ignore
+from wherry_sync.known import Records
 from wherry_sync.local import LocalEndpoint
-from wherry_sync.records import Records
 from wherry_sync.scan import Node
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="directory descriptors")

@@ -1,4 +1,4 @@
-"""The records of a directory take little memory and do what a dictionary does."""
+"""What a scanner knows takes little memory, and does what dictionaries do."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import sys
 from hypothesis import given
 from hypothesis import strategies as st
 
-from wherry_sync.records import INODE, NEVER, STATUS, Notes, Records
+from wherry_sync.known import NEVER, Notes, Records
+from wherry_sync.records import INODE, STATUS
 
 NAMES = st.sampled_from(["", "a", "b", "é", "z", "\udce4", "a.txt"])
 RECORDS = st.one_of(
