@@ -123,6 +123,18 @@ def test_a_change_leaves_the_rest_the_same_objects(place: Tree) -> None:
     assert found.files_read == 1
 
 
+def test_a_change_leaves_what_is_known_of_the_files_beside_it(place: Tree) -> None:
+    """Whether contents have changed or not, only the one file is read, also by the next scan."""
+    write(place.path, {"d": {"f": "1", "g": "2", "h": "3"}})
+    place.scan()
+    os.utime(place.path / "d" / "f", ns=(0, 0))
+    assert [place.scan().files_read for _ in range(2)] == [1, 0]
+    (place.path / "d" / "new").write_text("4")
+    assert [place.scan().files_read for _ in range(2)] == [1, 0]
+    (place.path / "d" / "g").unlink()
+    assert place.scan().files_read == 0
+
+
 def test_39_same_size_and_time_restored_is_noticed(place: Tree) -> None:
     path = place.path / "f"
     path.write_text("one")

@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from paramiko.message import Message
 from paramiko.packet import NeedRekeyException, Packetizer
+from paramiko.ssh_exception import SSHException
 
 from wherry.tunnel.packetizer import FastPacketizer
 from wherry.tunnel.packets import SEND_AT_ONCE_BYTES, DataPackets
@@ -200,6 +201,12 @@ def test_a_changed_byte_is_noticed() -> None:
 def test_a_senseless_length_is_refused(size: int) -> None:
     with pytest.raises(Exception, match="length"):
         receiver(Wire(size.to_bytes(4, "big") + bytes(100))).read_message()
+    wire = Wire()
+    sender(wire).send_data(7, memoryview(b"x"), 100)
+    into = receiver(Wire(bytes(wire.sent) + size.to_bytes(4, "big") + bytes(400_000)))
+    into.ready_for_data = lambda: True
+    with pytest.raises(SSHException, match="length"):
+        into.read_message()
 
 
 def test_data_waits_for_paramiko_during_a_key_exchange() -> None:
