@@ -5,11 +5,13 @@ from __future__ import annotations
 import io
 import os
 import signal
+import socket
 import tarfile
 from pathlib import Path
 
 import pytest
 from docker_clients import Clients, write_tree
+from registries import free_port, wait_listening
 from terminal import Terminal
 
 pytestmark = [pytest.mark.vm, pytest.mark.timeout(300)]
@@ -139,6 +141,17 @@ def test_the_mounted_socket_is_the_guest_s_engine(
         image, "docker", "ps", "--format", "{{.Names}}",
     )  # fmt: skip
     assert said == "inner"
+    # A start that wherry sees only as the engine's event.
+    port = free_port()
+    clients.docker(
+        "run", "--rm", "-v", "/var/run/docker.sock:/var/run/docker.sock", image,
+        "docker", "run", "-d", "--name", "outer", "-p", f"127.0.0.1:{port}:80",
+        "busybox", "httpd", "-f", "-p", "80",
+    )  # fmt: skip
+    wait_listening(port)
+    clients.docker("rm", "-f", "outer")
+    with socket.socket() as probe:
+        assert probe.connect_ex(("127.0.0.1", port)) != 0
     clients.docker("rmi", image)
 
 
@@ -146,7 +159,7 @@ def test_a_container_uses_the_keys_of_the_user_s_agent(
     clients: Clients, debian: str, agent: tuple[str, str]
 ) -> None:
     """Every user of it does, and the agent is looked up each time."""
-    socket, fingerprint = agent
+    socket_path, fingerprint = agent
     path = "/run/host-services/ssh-auth.sock"
     clients.docker(
         "run", "-d", "--name", "keys", "-u", "1234:1234", "-v", f"{path}:{path}",
@@ -157,14 +170,14 @@ def test_a_container_uses_the_keys_of_the_user_s_agent(
         done = clients.docker("exec", "keys", "ssh-add", "-l", check=False)
         return (done.stdout + done.stderr).decode()
 
-    clients.machine.wherry("config", "set", "ssh.agent", socket)
+    clients.machine.wherry("config", "set", "ssh.agent", socket_path)
     try:
         assert fingerprint in keys()
         # The socket in the container outlives the service.
         os.kill(clients.machine.status()["service_pid"], signal.SIGKILL)
         clients.machine.wherry("start")
         assert fingerprint in keys()
-        clients.machine.wherry("config", "set", "ssh.agent", f"{socket}.gone")
+        clients.machine.wherry("config", "set", "ssh.agent", f"{socket_path}.gone")
         assert "communication with agent failed" in keys()
     finally:
         clients.machine.wherry("config", "unset", "ssh.agent")

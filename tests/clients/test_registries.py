@@ -59,6 +59,7 @@ def engine(
         "config", "set",
         "engine.insecure-registries", ",".join(insecure),
         "engine.registry-mirrors", f"http://{open_.name}",
+        "engine.host-gateway-ips", "192.0.2.7",
         MTU_KEY, "1380",
         "proxy.http", f"http://someone:s3cret@localhost:{proxy.port}",
         "proxy.https", f"127.0.0.1:{proxy.port}",
@@ -71,8 +72,10 @@ def engine(
         clients.docker("rm", "-f", "lives")
         yield clients
     finally:
-        wherry("config", "unset", "engine.insecure-registries", "engine.registry-mirrors",
-               MTU_KEY, "proxy.http", "proxy.https", "proxy.containers")  # fmt: skip
+        wherry(
+            "config", "unset", "engine.insecure-registries", "engine.registry-mirrors",
+            "engine.host-gateway-ips", MTU_KEY, "proxy.http", "proxy.https", "proxy.containers",
+        )  # fmt: skip
     info = json.loads(clients.said("info", "--format", "{{json .}}"))
     assert not info.get("HTTPProxy")
     assert open_.name not in str(info["RegistryConfig"])
@@ -171,15 +174,33 @@ def test_containers_and_builds_get_the_proxy(
     ).stdout.decode()  # fmt: skip
     machine.docker("network", "rm", "narrow")
     # The default bridge stays as it is while a container lives through the engine's start.
-    started = machine.wherry("shell", "--", "sh", "-c", "xargs -0 </proc/$(pidof dockerd)/cmdline")
-    assert b"dockerd" in started.stdout
-    assert b"mtu" not in started.stdout, "who sets anything of it sets all"
+    started = engine.guest("sh", "-c", "xargs -0 </proc/$(pgrep -x dockerd)/cmdline")
+    assert "dockerd" in started
+    assert "mtu" not in started, "who sets anything of it sets all"
     assert f"https_proxy=http://10.0.2.2:{port}" in seen
     assert "host.docker.internal" in seen[seen.index("no_proxy=") :]
     assert seen.endswith("\n1380\n"), "the settings give networks their MTU"
     write_tree(tmp_path, {"Dockerfile": 'FROM busybox\nRUN echo "through $https_proxy"\n'})
     built = machine.docker("build", "--no-cache", str(tmp_path))
     assert f"through http://10.0.2.2:{port}".encode() in built.stdout + built.stderr
+
+
+def test_host_gateway_is_what_the_settings_say(engine: Clients) -> None:
+    said = engine.said(
+        "run", "--rm", "--add-host", "me:host-gateway", "busybox", "cat", "/etc/hosts"
+    )
+    assert re.search(r"^192\.0\.2\.7\s+me$", said, re.MULTILINE)
+    assert "10.0.2.2" not in said
+
+
+def test_what_cannot_be_searched_says_so(
+    engine: Clients, servers: tuple[Server, Server, Server]
+) -> None:
+    """A registry of today has no search; the engine's own words come through."""
+    done = engine.docker("search", f"{servers[1].name}/app", check=False)
+    assert done.returncode == 1
+    assert done.stderr.startswith(b"Error response from daemon: ")
+    assert b"404" in done.stderr
 
 
 def test_a_mirror_is_asked_first(

@@ -143,6 +143,59 @@ def test_a_port_in_use_refuses_the_start(machine: Machine) -> None:
             machine.send("start")
 
 
+THIEF_S = 0.3
+
+
+def test_nobody_can_take_a_port_between_its_reservation_and_its_use(machine: Machine) -> None:
+    """However often somebody tries, from before the start goes on until it is answered."""
+    port, over = free_port(), threading.Event()
+    tries: list[OSError | None] = []
+    publish(machine, port)
+    starting = machine.send("start")
+    assert starting is not None
+    assert starting.head is not None
+    assert starting.end is not None
+
+    def steal() -> None:
+        while not over.is_set():
+            tries.append(try_bind(Forward("tcp", "127.0.0.1", port)))
+
+    thief = threading.Thread(target=steal)
+    thief.start()
+    try:
+        time.sleep(THIEF_S)
+        machine.engine.running = [runs(machine, port)]
+        starting.head(STARTED)
+        starting.end(True)
+        time.sleep(THIEF_S)
+    finally:
+        over.set()
+        thief.join(20)
+    assert len(tries) > 10
+    assert None not in tries
+    assert machine.networking.describe()[0]["state"] == "open"
+    assert not machine.engine.stopped.is_set()
+
+
+def test_a_port_that_the_engine_chose_and_somebody_took_since_fails_the_start(
+    machine: Machine,
+) -> None:
+    """Which one it chooses is known only when the container runs; it is stopped again."""
+    machine.engine.container["HostConfig"] = {"PortBindings": {"80/tcp": [{"HostPort": ""}]}}
+    machine.engine.running = []
+    starting = machine.send("start")
+    assert starting is not None
+    assert starting.head is not None
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        machine.engine.running = [runs(machine, port)]
+        with pytest.raises(Refusal) as refused:
+            starting.head(STARTED)
+        assert f"endpoint web ({ID}): " in refused.value.message
+        assert f"{port}/tcp: address already in use by" in refused.value.message
+    assert machine.engine.stopped.wait(10)
+
+
 @pytest.mark.parametrize("internal", [[True], [True, False]])
 def test_a_port_in_use_matters_only_where_the_engine_publishes_it(
     machine: Machine, internal: list[bool]

@@ -30,6 +30,19 @@ print(urllib.request.urlopen(sys.argv[1], timeout=20).read().decode().strip())
 """
 
 
+ECHO_LARGE = """
+import hashlib, socket, sys
+with socket.create_server((sys.argv[1], 81)) as server:
+    while True:
+        connection = server.accept()[0]
+        digest = hashlib.sha256()
+        while data := connection.recv(1 << 16):
+            digest.update(data)
+        connection.sendall(digest.hexdigest().encode() + b"\\n" + bytes(int(sys.argv[2])))
+        connection.close()
+"""
+
+
 class Network:
     """Two computers with a cable between them; the first one is where wherry runs."""
 
@@ -151,3 +164,29 @@ def test_the_network_goes_and_comes_back(there: There, network: Network, tmp_pat
     finally:
         server.kill()
         server.wait(10)
+
+
+VPN_MTU = 1280
+LARGE = 3_000_000
+
+
+def test_a_way_with_small_packets_stalls_nothing(there: There, network: Network) -> None:
+    """As a VPN's: much of what containers send is larger, and nobody set anything."""
+    for name in (network.here, network.peer):
+        ip("-n", name, "link", "set", "lan", "mtu", str(VPN_MTU))
+    serve = [sys.executable, "-c", ECHO_LARGE, PEER, str(LARGE)]
+    server = subprocess.Popen(within(network.peer, *serve))
+    script = (
+        f"cat /sys/class/net/eth0/mtu; head -c {LARGE} /dev/urandom >/sent;"
+        f"sha256sum </sent; nc -w 30 {PEER} 81 </sent >/received; head -n 1 /received;"
+        "wc -c </received"
+    )
+    try:
+        done = there.docker("run", "--rm", "busybox", "sh", "-c", script, timeout=120)
+    finally:
+        server.kill()
+        server.wait(10)
+    mtu, sent, _, digest, received = done.stdout.decode().split()
+    assert int(mtu) > VPN_MTU
+    assert digest == sent
+    assert int(received) == len(digest) + 1 + LARGE

@@ -34,6 +34,7 @@ _LISTS = frozenset(
         "dns-opts",
         "dns-search",
         "exec-opts",
+        "host-gateway-ips",
         "insecure-registries",
         "labels",
         "node-generic-resources",
