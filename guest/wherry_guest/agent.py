@@ -14,6 +14,8 @@ from wherry_wire.frames import WireError
 from wherry_wire.messages import (
     ClockReport,
     ClockSet,
+    DatagramsListen,
+    DatagramsListening,
     Done,
     EngineReport,
     EngineSet,
@@ -37,6 +39,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from wherry_guest.datagrams import Datagrams
     from wherry_guest.sync import Roots
 
 
@@ -48,6 +51,7 @@ class Agent:
         self._hello: Hello | None = None
         self._reporting = _thread.allocate_lock()
         self._roots: Roots | None = None
+        self._datagrams: Datagrams | None = None
         self._held = sockets.Held()
         self.leads_names = 0
         """The host's port that queries of names go to; 0 if they do not."""
@@ -64,6 +68,7 @@ class Agent:
         session.answer(PortsHold, self.hold_ports)
         session.answer(PowerOff, self.power_off, slow=True)
         session.answer(SyncListen, self.listen)
+        session.answer(DatagramsListen, self.listen_datagrams)
 
     @property
     def _settings(self) -> Hello:
@@ -177,6 +182,14 @@ class Agent:
 
             self._roots = Roots(self._session.send)
         return self._roots.listen(request)
+
+    def listen_datagrams(self, request: DatagramsListen) -> DatagramsListening:
+        """Be ready for the connections of UDP ports."""
+        if self._datagrams is None:
+            from wherry_guest.datagrams import Datagrams
+
+            self._datagrams = Datagrams()
+        return self._datagrams.listen(request)
 
     def power_off(self, request: PowerOff) -> Done:
         """Begin to shut the guest down."""

@@ -7,7 +7,6 @@ tree, roots that contain each other share their files.
 
 from __future__ import annotations
 
-import _thread
 import fcntl
 import json
 import os
@@ -78,31 +77,21 @@ class Roots:
 
     def __init__(self, send: Callable[[Message, int], None]) -> None:
         self._send = send
-        self._listener: socket.socket | None = None
+        self._path = ""
 
     def listen(self, request: SyncListen) -> SyncListening:
         """Begin to listen; again and again it is the same socket."""
-        path = _SOCKET % os.getpid()
-        if self._listener is None:
+        if not self._path:
             for part in ("tree", "stage"):
                 os.makedirs(f"{request.directory}/{part}", 0o755, exist_ok=True)
             watcher = Watcher(
                 f"{request.directory}/tree",
                 lambda root: self._send(SyncChanged(root=root), 0),
             )
-            self._listener = listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-            os.makedirs(os.path.dirname(path), 0o700, exist_ok=True)
-            # An earlier agent may have had our number.
-            _remove(path)
-            listener.bind(path)
-            listener.listen(16)
-            _thread.start_new_thread(self._accept, (listener, request.directory, watcher))
-        return SyncListening(socket=path)
-
-    def _accept(self, listener: socket.socket, directory: str, watcher: Watcher) -> None:
-        while True:
-            connection, _ = listener.accept()
-            _thread.start_new_thread(serve, (connection, directory, watcher))
+            path = _SOCKET % os.getpid()
+            system.listen(path, lambda each: serve(each, request.directory, watcher))
+            self._path = path
+        return SyncListening(socket=self._path)
 
 
 def serve(connection: socket.socket, directory: str, watcher: Watcher) -> None:

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import _thread
 import fcntl
 import os
+import socket
 import struct
 import time
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 # _IOWR('X', 121, struct fstrim_range) of linux/fs.h, the same number on x86-64 and arm64.
 _FITRIM = 0xC0185879
@@ -123,3 +129,24 @@ def power_off() -> None:
 def _read(path: str) -> str:
     with open(path, encoding="ascii") as file:
         return file.read()
+
+
+def listen(path: str, serve: Callable[[socket.socket], None]) -> None:
+    """Have each connection to a socket of ours served in a thread; for the agent's life.
+
+    :raises OSError: it cannot be made.
+    """
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    os.makedirs(os.path.dirname(path), 0o700, exist_ok=True)
+    try:
+        os.unlink(path)  # an earlier agent may have had our number
+    except FileNotFoundError:
+        pass
+    listener.bind(path)
+    listener.listen(16)
+
+    def accept() -> None:
+        while True:
+            _thread.start_new_thread(serve, (listener.accept()[0],))
+
+    _thread.start_new_thread(accept, ())

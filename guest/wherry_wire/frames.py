@@ -17,6 +17,9 @@ MAX_PAYLOAD_BYTES = 256 * 1024
 BULK = 0x80
 """The first type whose payload is not JSON."""
 
+DATAGRAM = 0x90
+"""A datagram; the id is its client's number (:class:`~wherry_wire.messages.DatagramsTo`)."""
+
 _HEADER = struct.Struct(">IBBI")
 
 

@@ -260,6 +260,29 @@ class PortsHold(Message):
     ports: str  # lines of protocol and port, separated by a blank
 
 
+class DatagramsListen(Message):
+    """Request: be ready for connections that carry datagrams."""
+
+    TYPE = 0x3A
+
+
+class DatagramsListening(Message):
+    """Reply to :class:`DatagramsListen`."""
+
+    TYPE = 0x3B
+
+    socket: str  # its path; one connection for each published port
+
+
+class DatagramsTo(Message):
+    """Such a connection's first frame: where in the guest its datagrams go."""
+
+    TYPE = 0x3C
+
+    address: str  # of IPv6
+    port: int
+
+
 class NetworkSet(Message):
     """Request: what leads from the guest to the host; answered by :class:`Done`."""
 

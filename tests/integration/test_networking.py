@@ -77,11 +77,13 @@ class Machine:
         self.monitor, self.engine, self.hooks = Monitor(), Engine(), Hooks()
         self.networking = Networking(self.hooks, current())
         self.loop = asyncio.new_event_loop()
-        self.thread = threading.Thread(target=self.loop.run_forever)
+        self.thread = threading.Thread(target=self.loop.run_forever, daemon=True)
         self.thread.start()
         driver: Any = SimpleNamespace(monitor=self, identity=None, host_forwards=self.forwards)
         guest: Any = SimpleNamespace(
-            hold_ports=lambda ports: None, listeners=lambda names: self.listeners
+            hold_ports=lambda ports: None,
+            listeners=lambda names: self.listeners,
+            open_datagrams=None,
         )
         self.listeners: list[tuple[str, str, str, int]] = []
         self.await_(self.networking.start(driver, self.engine, guest, None))  # type: ignore[arg-type]

@@ -49,6 +49,7 @@ class Kept:
             current(),
             {},
             open_guest=open_guest,
+            open_datagrams=lambda: open_guest("", 0),
             prepare=prepare,
         )
 

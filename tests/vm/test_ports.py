@@ -196,6 +196,25 @@ def test_ports_of_ipv6_addresses_alone(machine: Sandbox) -> None:
     assert {each["kind"] for each in ports(machine)} == {"tunnel"}
 
 
+def test_udp_of_ipv6_addresses_alone(machine: Sandbox) -> None:
+    one, all_ = free_port(socket.SOCK_DGRAM), free_port(socket.SOCK_DGRAM)
+    machine.docker(
+        "run", "-d", "--name", "udp", "-p", f"[::1]:{one}:7/udp", "-p", f"[::]:{all_}:7/udp",
+        "busybox", "sleep", "999",
+    )  # fmt: skip
+    run_inside(machine, "udp", ECHO)
+    assert echo("::1", one, b"one") == b"one"
+    assert echo("::1", all_, b"x" * 1400) == b"x" * 1400
+    assert {each["kind"] for each in ports(machine)} == {"tunnel"}
+    # A new agent: what the port's connection led to is gone.
+    machine.wherry("shell", "--", "pkill", "-f", "sshd-session", check=False)
+    assert echo("::1", one, b"again") == b"again"
+    machine.docker("rm", "-f", "udp")
+    for port in (one, all_):
+        with socket.socket(socket.AF_INET6, socket.SOCK_DGRAM) as free:
+            free.bind(("::1", port))
+
+
 def test_udp_both_ways_on_both_loopbacks(machine: Sandbox) -> None:
     everywhere, here = free_port(socket.SOCK_DGRAM), free_port(socket.SOCK_DGRAM)
     machine.docker(

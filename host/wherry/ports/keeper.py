@@ -19,6 +19,7 @@ from wherry.platform.base import Platform
 from wherry.ports.conflicts import explain, try_bind
 from wherry.ports.datagrams import DatagramRelay
 from wherry.ports.desired import ALL_IPV6, Forward, Owner, Wanted, sibling
+from wherry.ports.guest_datagrams import GuestDatagramRelay
 from wherry.ports.qemu import QemuForwards
 from wherry.ports.reconcile import Route, reconcile
 from wherry.ports.streams import StreamRelays, to_local
@@ -52,6 +53,7 @@ class PortKeeper:
 
     :param present: forwards that exist already, in a QEMU that an earlier service left.
     :param open_guest: connects to an address and port in the guest, through the tunnel.
+    :param open_datagrams: connects to the agent in the guest, for datagrams.
     :param prepare: makes an address of the host one that the guest takes packets for.
     """
 
@@ -62,15 +64,17 @@ class PortKeeper:
         present: Mapping[Forward, Route],
         *,
         open_guest: Callable[[str, int], Stream],
+        open_datagrams: Callable[[], Stream],
         prepare: Callable[[str], Awaitable[None]],
     ) -> None:
         self._qemu = qemu
         self._platform = platform
         self._open_guest = open_guest
+        self._open_datagrams = open_datagrams
         self._prepare = prepare
         self._present: dict[Forward, Route] = dict(present)
         self._streams = StreamRelays()
-        self._datagrams: dict[Forward, DatagramRelay] = {}
+        self._datagrams: dict[Forward, DatagramRelay | GuestDatagramRelay] = {}
         self._running: Wanted = {}
         self._listening: Wanted = {}
         self._reserved: dict[object, Wanted] = {}
@@ -229,12 +233,16 @@ class PortKeeper:
                     self._streams.add(
                         forward, lambda: self._open_guest(guest, forward.port), pushes=True
                     )
-            elif route.kind == "relay":
-                relay = DatagramRelay(forward, ("127.0.0.1", forward.port))
+            else:
+                relay: DatagramRelay | GuestDatagramRelay
+                if route.kind == "relay":
+                    relay = DatagramRelay(forward, ("127.0.0.1", forward.port))
+                else:
+                    await self._prepare_guest(forward)
+                    inside = (route.guest, forward.port)
+                    relay = GuestDatagramRelay(forward, inside, self._open_datagrams)
                 relay.start()
                 self._datagrams[forward] = relay
-            else:
-                return f"{forward}: UDP on an IPv6 address alone is not supported"
         except OSError as error:
             absent = error.errno in (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL)
             if absent and forward.address == ALL_IPV6:

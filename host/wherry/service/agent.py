@@ -17,6 +17,8 @@ from wherry_wire.frames import Decoder, WireError
 from wherry_wire.messages import (
     ClockReport,
     ClockSet,
+    DatagramsListen,
+    DatagramsListening,
     Done,
     EngineReport,
     EngineSet,
@@ -221,6 +223,13 @@ class AgentClient:
             lost.
         """
         return self._request(SyncListen(directory=directory), SyncListening, timeout_s).socket
+
+    def listen_datagrams(self, *, timeout_s: float = REQUEST_TIMEOUT_S) -> str:
+        """Have the agent listen for UDP ports; return its socket's path in the guest.
+
+        :raises WherryError: the agent could not, did not answer in time, or is lost.
+        """
+        return self._request(DatagramsListen(), DatagramsListening, timeout_s).socket
 
     def listeners(
         self, containers: Iterable[str], *, timeout_s: float = REQUEST_TIMEOUT_S

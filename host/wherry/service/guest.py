@@ -130,6 +130,13 @@ class Guest:
         """
         return self._tunnel.open_unix(self._awaited().listen_sync(SYNC_DIRECTORY))
 
+    def open_datagrams(self) -> Stream:
+        """Open a connection for a UDP port.
+
+        :raises WherryError: there is no agent, and none comes in time.
+        """
+        return self._tunnel.open_unix(self._awaited().listen_datagrams())
+
     def hold_ports(self, ports: Iterable[tuple[str, int]]) -> None:
         """See :meth:`AgentClient.hold_ports`.
 

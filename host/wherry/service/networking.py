@@ -124,6 +124,7 @@ class Networking:
             self._platform,
             {forward: route for forward, route in await self._forwarded()},
             open_guest=tunnel.begin_tcp,
+            open_datagrams=guest.open_datagrams,
             prepare=self._take_address,
         )
         self._choices = Choices(guest.hold_ports)
