@@ -42,11 +42,13 @@ class Guest:
 
     def __init__(self) -> None:
         self.refuses = False
+        self.asked = 0
         self.opened = 0
         self._ends: list[socket.socket] = []
         self._threads: list[threading.Thread] = []
 
     def open(self) -> SocketStream:
+        self.asked += 1
         if self.refuses:
             raise TunnelError("there is no guest")
         self.opened += 1
@@ -104,6 +106,8 @@ def relay(guest: Guest, port: int) -> Iterator[Forward]:
     finally:
         made.close()
     assert try_bind(forward) is None
+    assert len(made._numbers) == len(made._clients)
+    wait_until(guest.all_ended, 10, "its connections end with it")
 
 
 def client(forward: Forward) -> socket.socket:
@@ -171,6 +175,26 @@ def test_more_clients_than_are_remembered(
         assert psutil.Process().num_fds() <= before + len(clients) + 6 + 4
 
 
+def test_who_goes_on_talking_is_not_the_one_forgotten(
+    guest: Guest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (guest_datagrams, datagrams):
+        monkeypatch.setattr(module, "_CLIENTS", 4)
+    with socket.socket(socket.AF_INET6, UDP) as server, contextlib.ExitStack() as stack:
+        server.bind(("::1", 0))
+        server.settimeout(5)
+        forward = stack.enter_context(relay(guest, server.getsockname()[1]))
+        steady = stack.enter_context(client(forward))
+        seen = set()
+        for _ in range(10):
+            steady.send(b"steady")
+            seen.add(server.recvfrom(100)[1])
+            other = stack.enter_context(client(forward))
+            other.send(b"other")
+            assert server.recvfrom(100)[0] == b"other"
+        assert len(seen) == 1
+
+
 def test_who_was_silent_is_forgotten_and_answered_again(
     guest: Guest, echo: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -196,6 +220,17 @@ def test_a_lost_connection_is_made_again(
         guest.refuses = False
         assert answered(sock, b"three")
     assert guest.opened == 2
+
+
+def test_a_guest_that_is_away_is_not_asked_for_each_datagram(guest: Guest, echo: int) -> None:
+    guest.refuses = True
+    with relay(guest, echo) as forward, client(forward) as sock:
+        for _ in range(50):
+            sock.send(b"x")
+        assert not answered(sock, b"x", tries=1)
+        assert guest.asked == 1
+        guest.refuses = False
+        assert answered(sock, b"x")
 
 
 def test_where_nobody_listens_nothing_comes_and_nothing_ends(guest: Guest) -> None:
@@ -278,7 +313,9 @@ def test_the_agent_listens_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     monkeypatch.setattr(datagrams, "_SOCKET", f"{tmp_path}/agent/d-%d")
     agent = datagrams.Datagrams()
     path = agent.listen(DatagramsListen()).socket
+    made = Path(path).stat().st_ino
     assert agent.listen(DatagramsListen()).socket == path
+    assert Path(path).stat().st_ino == made
     for _ in range(2):
         with socket.socket(socket.AF_UNIX) as connection:
             connection.settimeout(5)

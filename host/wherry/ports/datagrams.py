@@ -55,6 +55,8 @@ class DatagramRelay:
         self._closing = True
         self._alarm.send(b"x")
         self._thread.join(_JOIN_S)
+        for each in (self._listener, self._wake, self._alarm):
+            each.close()
 
     def _run(self) -> None:
         try:
@@ -72,8 +74,6 @@ class DatagramRelay:
             for sock, _ in self._clients.values():
                 sock.close()
             self._selector.close()
-            for each in (self._listener, self._wake, self._alarm):
-                each.close()
 
     def _from_clients(self) -> None:
         for _ in range(_BURST):

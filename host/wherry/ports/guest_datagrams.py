@@ -71,6 +71,8 @@ class GuestDatagramRelay:
             stream.close()
         self._alarm.send(b"x")
         self._thread.join(_JOIN_S)
+        for each in (self._listener, self._wake, self._alarm):
+            each.close()
 
     def _run(self) -> None:
         selector = selectors.DefaultSelector()
@@ -84,8 +86,6 @@ class GuestDatagramRelay:
             _logger.exception("a relay of datagrams failed")
         finally:
             selector.close()
-            for each in (self._listener, self._wake, self._alarm):
-                each.close()
 
     def _from_clients(self) -> None:
         for _ in range(_BURST):
