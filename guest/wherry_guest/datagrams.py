@@ -22,12 +22,19 @@ if TYPE_CHECKING:
 
 _SOCKET = "/run/wherry/datagrams-%d.sock"
 _CLIENTS = 256
+_ALL_CLIENTS = 512
+"""Of all ports together: half of the descriptors that the agent may have."""
+
 _IDLE_S = 120.0
 """As long as the kernel remembers a UDP stream (``nf_conntrack_udp_timeout_stream``)."""
 
 _LARGEST_BYTES = 65535
 _READ_BYTES = 256 * 1024
 _BURST = 64
+
+
+_sockets: set[socket.socket] = set()
+"""Those of all ports' clients."""
 
 
 class Datagrams:
@@ -37,7 +44,7 @@ class Datagrams:
         self._path = ""
 
     def listen(self, request: DatagramsListen) -> DatagramsListening:
-        """Begin to listen; again and again it is the same socket."""
+        """Begin to listen; later calls return the same socket."""
         if not self._path:
             path = _SOCKET % os.getpid()
             system.listen(path, serve)
@@ -52,7 +59,7 @@ def serve(connection: socket.socket) -> None:
         try:
             relay.run()
         except (OSError, WireError):
-            pass  # the host is gone, or does not speak as we do; both end the connection
+            pass  # the host is gone, or broke the protocol; both end the connection
         finally:
             relay.close()
 
@@ -102,8 +109,10 @@ class _Relay:
         if known is not None:
             made = known[0]
         else:
-            if len(self._clients) >= _CLIENTS:
+            if self._clients and (len(self._clients) >= _CLIENTS or len(_sockets) >= _ALL_CLIENTS):
                 self._drop(next(iter(self._clients)))
+            if len(_sockets) >= _ALL_CLIENTS:
+                raise OSError("other ports have too many clients")
             made = socket.socket(socket.AF_INET6, socket.SOCK_DGRAM)
             try:
                 made.setblocking(False)
@@ -111,6 +120,7 @@ class _Relay:
             except BaseException:
                 made.close()
                 raise
+            _sockets.add(made)
             self._poll.register(made, select.POLLIN)
             self._numbers[made.fileno()] = number
         self._clients[number] = (made, time.monotonic())
@@ -139,4 +149,5 @@ class _Relay:
         made, _ = self._clients.pop(number)
         self._poll.unregister(made)
         del self._numbers[made.fileno()]
+        _sockets.discard(made)
         made.close()

@@ -80,7 +80,7 @@ class Roots:
         self._path = ""
 
     def listen(self, request: SyncListen) -> SyncListening:
-        """Begin to listen; again and again it is the same socket."""
+        """Begin to listen; later calls return the same socket."""
         if not self._path:
             for part in ("tree", "stage"):
                 os.makedirs(f"{request.directory}/{part}", 0o755, exist_ok=True)

@@ -7,6 +7,7 @@ import fcntl
 import os
 import socket
 import struct
+import sys
 import time
 
 TYPE_CHECKING = False
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 # _IOWR('X', 121, struct fstrim_range) of linux/fs.h, the same number on x86-64 and arm64.
 _FITRIM = 0xC0185879
 _MS_BIND = 4096  # mount(2)
+_PAUSE_S = 0.05
 _FSTRIM_RANGE = struct.Struct("=QQQ")  # start, len, minlen
 
 
@@ -132,9 +134,9 @@ def _read(path: str) -> str:
 
 
 def listen(path: str, serve: Callable[[socket.socket], None]) -> None:
-    """Have each connection to a socket of ours served in a thread; for the agent's life.
+    """Have each connection to a socket of ours served in a thread, for the agent's life.
 
-    :raises OSError: it cannot be made.
+    :raises OSError: the socket cannot be made.
     """
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     os.makedirs(os.path.dirname(path), 0o700, exist_ok=True)
@@ -147,6 +149,15 @@ def listen(path: str, serve: Callable[[socket.socket], None]) -> None:
 
     def accept() -> None:
         while True:
-            _thread.start_new_thread(serve, (listener.accept()[0],))
+            connection = None
+            try:
+                connection = listener.accept()[0]
+                _thread.start_new_thread(serve, (connection,))
+            except (OSError, RuntimeError) as error:
+                # Out of descriptors or threads: some connection will end.
+                print(f"a connection cannot be served: {error}", file=sys.stderr)
+                if connection is not None:
+                    connection.close()
+                time.sleep(_PAUSE_S)
 
     _thread.start_new_thread(accept, ())

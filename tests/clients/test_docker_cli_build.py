@@ -152,7 +152,7 @@ def test_buildkit_uses_the_keys_of_the_user_s_agent(
         {"Dockerfile": f"FROM {debian}\nRUN --mount=type=ssh ssh-add -l\n"},
     )
     done = clients.docker(
-        "buildx", "build", "--ssh", "default", "--no-cache", tmp_path / "context",
+        "build", "--ssh", "default", "--no-cache", tmp_path / "context",
         env={"SSH_AUTH_SOCK": socket},
     )  # fmt: skip
     assert fingerprint.encode() in done.stderr

@@ -9,13 +9,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from docker_clients import Clients, wait_for
+from docker_clients import Clients
 from downloads import FOREIGN, foreign_busybox
 
 pytestmark = [pytest.mark.vm, pytest.mark.timeout(300)]
 
 MACHINES = {"amd64": "x86_64", "arm64": "aarch64"}
-SERVICE = "/usr/lib/wherry/services/dockerd"
 
 DOCKERFILE = """
 FROM scratch
@@ -56,19 +55,14 @@ def test_a_foreign_image_is_built_and_run(clients: Clients, context: Path) -> No
 def containerd_store(clients: Clients) -> Iterator[None]:
     """The engine with containerd's image store, which a build for two platforms needs."""
 
-    def use(store: str, command: str) -> None:
-        clients.machine.wherry("shell", "--", "sh", "-c", f"{command}; s6-svc -r {SERVICE}")
-        driver = ("info", "-f", "{{.Driver}}")
-        wait_for(
-            lambda: clients.docker(*driver, check=False).stdout.decode().strip() == store,
-            f"the engine has come back with {store}",
-            timeout_s=300,
-        )
+    def use(store: str, *change: str) -> None:
+        clients.machine.wherry("config", *change)
+        assert clients.said("info", "-f", "{{.Driver}}") == store
 
-    settings = '{"features": {"containerd-snapshotter": true}}'
-    use("overlayfs", f"echo '{settings}' >/etc/docker/daemon.json")
+    key = "engine.features.containerd-snapshotter"
+    use("overlayfs", "set", key, "true")
     yield
-    use("overlay2", "rm /etc/docker/daemon.json")
+    use("overlay2", "unset", key)
 
 
 @pytest.mark.endurance

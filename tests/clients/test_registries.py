@@ -10,27 +10,31 @@ import base64
 import json
 import os
 import re
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import trustme
 from docker_clients import Clients, write_tree
-from registries import PASSWORD, USER, Cutter, Server, registry, tinyproxy
+from registries import PASSWORD, USER, Cutter, Server, free_port, registry, tinyproxy
 
 pytestmark = [pytest.mark.vm, pytest.mark.timeout(900)]
 
 BEHIND_PROXY = "registry.test"
+AROUND_PROXY = "around.test"
 LAYER_BYTES = 3 << 20
 MTU_KEY = 'engine.default-network-opts.bridge."com.docker.network.driver.mtu"'
 
 
 @pytest.fixture(scope="module")
-def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Server, Server, Server]]:
+def servers(
+    tmp_path_factory: pytest.TempPathFactory, authority: trustme.CA
+) -> Iterator[tuple[Server, Server, Server]]:
     """A registry with TLS and a password, one that is open, and a proxy."""
     directory = tmp_path_factory.mktemp("registries")
     with (
-        registry(directory / "private", trustme.CA()) as private,
+        registry(directory / "private", authority) as private,
         registry(directory / "open") as open_,
         tinyproxy(directory / "proxy", BEHIND_PROXY) as proxy,
     ):
@@ -50,11 +54,15 @@ def engine(
     all_clients: Clients, servers: tuple[Server, Server, Server], cutter: Cutter
 ) -> Iterator[Clients]:
     """The engine, that knows the servers; a container has lived through its becoming so."""
-    private, open_, proxy = servers
+    _, open_, proxy = servers
     clients, wherry = all_clients, all_clients.machine.wherry
-    clients.docker("run", "-d", "--name", "lives", "-p", "0:80", "busybox", "sleep", "3600")
+    port = free_port()
+    clients.docker(
+        "run", "-d", "--name", "lives", "-p", f"{port}:80", "busybox",
+        "sh", "-c", "mkdir /www; echo here >/www/index.html; exec httpd -f -h /www",
+    )  # fmt: skip
     started = clients.said("inspect", "lives", "--format", "{{.State.StartedAt}}")
-    insecure = [private.name, open_.name, cutter.name, f"{BEHIND_PROXY}:{private.port}"]
+    insecure = [open_.name, cutter.name, f"{BEHIND_PROXY}:{open_.port}"]
     done = wherry(
         "config", "set",
         "engine.insecure-registries", ",".join(insecure),
@@ -63,18 +71,22 @@ def engine(
         MTU_KEY, "1380",
         "proxy.http", f"http://someone:s3cret@localhost:{proxy.port}",
         "proxy.https", f"127.0.0.1:{proxy.port}",
+        "proxy.no_proxy", AROUND_PROXY,
         "proxy.containers", "true",
     )  # fmt: skip
     try:
         assert b"containers went on" in done.stderr
         assert clients.said("inspect", "lives", "--format", "{{.State.StartedAt}}") == started
         assert clients.said("exec", "lives", "echo", "alive") == "alive"
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=20) as answer:
+            assert answer.read() == b"here\n"
         clients.docker("rm", "-f", "lives")
         yield clients
     finally:
         wherry(
             "config", "unset", "engine.insecure-registries", "engine.registry-mirrors",
-            "engine.host-gateway-ips", MTU_KEY, "proxy.http", "proxy.https", "proxy.containers",
+            "engine.host-gateway-ips", MTU_KEY, "proxy.http", "proxy.https", "proxy.no_proxy",
+            "proxy.containers",
         )  # fmt: skip
     info = json.loads(clients.said("info", "--format", "{{json .}}"))
     assert not info.get("HTTPProxy")
@@ -142,6 +154,26 @@ def test_a_pull_through_a_proxy(engine: Clients, servers: tuple[Server, Server, 
     assert re.search(rf"CONNECT {target} HTTP/1.1", proxy.said())
     # What is on this computer itself needs none.
     assert f"CONNECT {private.name}" not in proxy.said()
+
+
+def test_a_pull_without_tls_through_a_proxy(
+    engine: Clients, servers: tuple[Server, Server, Server]
+) -> None:
+    _, open_, proxy = servers
+    engine.docker("tag", "busybox", f"{open_.name}/plain:1")
+    engine.docker("push", f"{open_.name}/plain:1")
+    target = f"{BEHIND_PROXY}:{open_.port}"
+    engine.docker("pull", f"{target}/plain:1")
+    assert f"GET http://{target}/v2/plain/" in proxy.said()
+    engine.docker("rmi", f"{open_.name}/plain:1", f"{target}/plain:1")
+
+
+def test_what_needs_no_proxy_by_the_settings_is_not_asked_of_it(
+    engine: Clients, servers: tuple[Server, Server, Server]
+) -> None:
+    done = engine.docker("pull", f"{AROUND_PROXY}/app:1", check=False)
+    assert b"no such host" in done.stderr
+    assert AROUND_PROXY not in servers[2].said()
 
 
 def test_the_proxy_s_password_is_shown_nowhere(engine: Clients) -> None:
@@ -264,7 +296,9 @@ def test_what_the_engine_refuses_changes_nothing(engine: Clients) -> None:
 
 
 @pytest.mark.endurance
-def test_what_it_refuses_when_it_starts_is_taken_back(engine: Clients) -> None:
+def test_what_it_refuses_when_it_starts_is_taken_back(
+    engine: Clients, servers: tuple[Server, Server, Server]
+) -> None:
     """dockerd finds some mistakes only then; its containers live through both starts."""
     machine = engine.machine
     config = machine.home / "machines" / "default" / "config.toml"
@@ -275,6 +309,12 @@ def test_what_it_refuses_when_it_starts_is_taken_back(engine: Clients) -> None:
     assert done.returncode == 1
     assert b"opening seccomp profile (/no/such) failed" in done.stderr
     assert config.read_text() == before
+    # On the old ones, all of them, and with nothing of the new.
+    info = json.loads(engine.said("info", "--format", "{{json .}}"))
+    assert info["HttpProxy"].endswith(f":{servers[2].port}")
+    assert info["RegistryConfig"]["Mirrors"] == [f"http://{servers[1].name}/"]
+    assert f"{servers[1].name}" in info["RegistryConfig"]["IndexConfigs"]
+    assert not [each for each in info["SecurityOptions"] if "/no/such" in each]
     assert engine.said("inspect", "lives", "--format", "{{.State.StartedAt}}") == started
     assert engine.said("exec", "lives", "echo", "alive") == "alive"
     engine.docker("rm", "-f", "lives")

@@ -10,6 +10,7 @@ import contextlib
 import os
 import random
 import socket
+import subprocess
 import sys
 import threading
 import time
@@ -28,6 +29,7 @@ if sys.platform != "linux":
 from wherry.core.errors import TunnelError
 from wherry.ports import guest_datagrams
 from wherry.ports.conflicts import try_bind
+from wherry.ports.datagrams import DatagramRelay
 from wherry.ports.desired import Forward
 from wherry.ports.guest_datagrams import GuestDatagramRelay
 from wherry_guest import datagrams, system
@@ -106,7 +108,7 @@ def relay(guest: Guest, port: int) -> Iterator[Forward]:
     finally:
         made.close()
     assert try_bind(forward) is None
-    assert len(made._numbers) == len(made._clients)
+    assert len(made._by_number) == len(made._clients)
     wait_until(guest.all_ended, 10, "its connections end with it")
 
 
@@ -198,14 +200,56 @@ def test_who_goes_on_talking_is_not_the_one_forgotten(
 def test_who_was_silent_is_forgotten_and_answered_again(
     guest: Guest, echo: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(datagrams, "_IDLE_S", 0.2)
+    monkeypatch.setattr(datagrams, "_IDLE_S", 1.0)
     with relay(guest, echo) as forward, client(forward) as sock:
-        sock.send(b"x")
-        assert sock.recv(10) == b"x!"
-        with_socket = psutil.Process().num_fds()
-        wait_until(lambda: psutil.Process().num_fds() < with_socket, 10, "it is forgotten")
-        sock.send(b"y")
-        assert sock.recv(10) == b"y!"
+        for data in (b"x", b"y"):
+            sock.send(data)
+            assert sock.recv(10) == data + b"!"
+            wait_until(lambda: not datagrams._sockets, 10, "it is forgotten")
+
+
+def test_who_listens_only_is_not_forgotten(guest: Guest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A subscriber says something once; others come and go."""
+    for module in (guest_datagrams, datagrams):
+        monkeypatch.setattr(module, "_CLIENTS", 4)
+    with socket.socket(socket.AF_INET6, UDP) as server, contextlib.ExitStack() as stack:
+        server.bind(("::1", 0))
+        server.settimeout(5)
+        forward = stack.enter_context(relay(guest, server.getsockname()[1]))
+        subscriber = stack.enter_context(client(forward))
+        subscriber.send(b"subscribe")
+        _, address = server.recvfrom(100)
+        for number in range(10):
+            other = stack.enter_context(client(forward))
+            other.send(b"other")
+            assert server.recvfrom(100)[0] == b"other"
+            server.sendto(b"%d" % number, address)
+            assert subscriber.recv(100) == b"%d" % number
+
+
+def test_no_client_s_number_is_another_s_soon(guest: Guest, echo: int) -> None:
+    """An answer that comes late finds its client or nobody."""
+    with relay(guest, echo) as forward, contextlib.ExitStack() as stack:
+        steady = stack.enter_context(client(forward))
+        for number in range(400):
+            steady.send(b"steady")
+            assert steady.recv(100) == b"steady!"
+            with client(forward) as other:
+                other.send(b"%d" % number)
+                assert other.recv(100) == b"%d!" % number
+
+
+def test_all_ports_together_take_no_more_than_the_agent_has(
+    echo: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(datagrams, "_ALL_CLIENTS", 6)
+    with contextlib.ExitStack() as stack:
+        for round in range(3):
+            forward = stack.enter_context(relay(Guest(), echo))
+            for _ in range(5):
+                sock = stack.enter_context(client(forward))
+                assert answered(sock, b"x", tries=2) is (round < 2)
+            assert len(datagrams._sockets) <= 6
 
 
 def test_a_lost_connection_is_made_again(
@@ -231,6 +275,161 @@ def test_a_guest_that_is_away_is_not_asked_for_each_datagram(guest: Guest, echo:
         assert guest.asked == 1
         guest.refuses = False
         assert answered(sock, b"x")
+
+
+@pytest.mark.parametrize("noise", [b"", b"\xff" * 100])
+def test_a_guest_that_ends_each_connection_is_not_asked_again_at_once(noise: bytes) -> None:
+    forward = Forward("udp", "::1", free_port(UDP))
+    asked = []
+
+    def open_() -> SocketStream:
+        ours, theirs = socket.socketpair()
+        theirs.sendall(noise)
+        theirs.close()
+        asked.append(ours)
+        return SocketStream(ours)
+
+    made = GuestDatagramRelay(forward, ("::1", 7), open_)
+    made.start()
+    try:
+        with client(forward) as sock:
+            end = time.monotonic() + 1.5
+            while time.monotonic() < end:
+                sock.send(b"x")
+                time.sleep(0.001)
+        assert 1 <= len(asked) <= 3
+    finally:
+        made.close()
+
+
+def test_while_a_connection_is_opened_nothing_waits_for_it() -> None:
+    """A close does not, and what is opened too late is closed again."""
+    forward = Forward("udp", "::1", free_port(UDP))
+    opened, ours, theirs = threading.Event(), *socket.socketpair()
+
+    def open_() -> SocketStream:
+        opened.wait(20)
+        return SocketStream(ours)
+
+    made = GuestDatagramRelay(forward, ("::1", 7), open_)
+    made.start()
+    with client(forward) as sock, theirs:
+        sock.send(b"x")
+        wait_until(lambda: made._reader is not None, 10, "it is being opened")
+        begun = time.monotonic()
+        made.close()
+        assert time.monotonic() - begun < 2
+        assert try_bind(forward) is None
+        opened.set()
+        theirs.settimeout(5)
+        assert theirs.recv(1) == b""
+
+
+def test_what_comes_while_a_connection_is_opened_arrives(echo: int, guest: Guest) -> None:
+    forward = Forward("udp", "::1", free_port(UDP))
+    opened = threading.Event()
+
+    def open_() -> SocketStream:
+        opened.wait(20)
+        return guest.open()
+
+    made = GuestDatagramRelay(forward, ("::1", echo), open_)
+    made.start()
+    try:
+        with client(forward) as sock:
+            for number in range(10):
+                sock.send(b"%d" % number)
+            wait_until(lambda: len(made._waiting) == 10, 10, "they wait")
+            opened.set()
+            assert {sock.recv(10) for _ in range(10)} == {b"%d!" % each for each in range(10)}
+    finally:
+        made.close()
+
+
+def test_a_guest_that_takes_nothing_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(guest_datagrams, "_SEND_S", 0.3)
+    forward = Forward("udp", "::1", free_port(UDP))
+    streams: list[Full] = []
+
+    class Full(SocketStream):
+        """What is never read: a window that stays full after the first bytes."""
+
+        def __init__(self, sock: socket.socket) -> None:
+            super().__init__(sock)
+            self.sent = 0
+            streams.append(self)
+
+        def sendall(
+            self, data: memoryview | bytes, waiting: Callable[[], None] | None = None
+        ) -> None:
+            self.sent += len(data)
+            while self.sent > 2000:
+                assert waiting is not None
+                waiting()
+                time.sleep(0.01)
+
+    ends: list[socket.socket] = []
+
+    def open_() -> SocketStream:
+        ours, theirs = socket.socketpair()
+        ends.append(theirs)
+        return Full(ours)
+
+    made = GuestDatagramRelay(forward, ("::1", 7), open_)
+    made.start()
+    try:
+        with client(forward) as sock:
+
+            def again() -> bool:
+                sock.send(bytes(1000))
+                return len(streams) > 1
+
+            wait_until(again, 20, "it is given up for another one")
+    finally:
+        made.close()
+        for each in ends:
+            each.close()
+
+
+@pytest.fixture
+def other_ipv6() -> Iterator[str]:
+    if os.geteuid() != 0:
+        pytest.skip("only root gives this computer an address")
+    address = "fd77:6865:7272::2"
+    change = ("ip", "-6", "address")
+    subprocess.run([*change, "add", f"{address}/128", "dev", "lo"], check=True)
+    try:
+        yield address
+    finally:
+        subprocess.run([*change, "delete", f"{address}/128", "dev", "lo"], check=True)
+
+
+@pytest.mark.parametrize("through_guest", [False, True])
+def test_answers_come_from_the_address_that_was_asked(
+    guest: Guest, echo: int, other_ipv6: str, through_guest: bool
+) -> None:
+    """The system would choose ::1 for a client on ::1."""
+    forward = Forward("udp", "::", free_port(UDP))
+    made: GuestDatagramRelay | DatagramRelay
+    with socket.socket(socket.AF_INET, UDP) as server:
+        if through_guest:
+            made = GuestDatagramRelay(forward, ("::1", echo), guest.open)
+        else:
+            server.bind(("127.0.0.1", 0))
+            made = DatagramRelay(forward, server.getsockname())
+        made.start()
+        try:
+            with socket.socket(socket.AF_INET6, UDP) as sock:
+                sock.bind(("::1", 0))
+                sock.settimeout(5)
+                for asked in (other_ipv6, "::1", other_ipv6):
+                    sock.sendto(b"x", (asked, forward.port))
+                    if not through_guest:
+                        server.sendto(b"x!", server.recvfrom(10)[1])
+                    data, address = sock.recvfrom(10)
+                    assert (data, address[0]) == (b"x!", asked)
+        finally:
+            made.close()
 
 
 def test_where_nobody_listens_nothing_comes_and_nothing_ends(guest: Guest) -> None:
@@ -324,5 +523,47 @@ def test_the_agent_listens_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
             connection.sendall(pack(to, 0) + Frame(DATAGRAM, 9, b"x").encode())
             (frame,) = Decoder().feed(connection.recv(1000))
             assert frame == Frame(DATAGRAM, 9, b"x!")
-    # Who had the path before is gone.
-    system.listen(path, lambda connection: connection.close())
+    # Each has a thread: one that stays is in nobody's way. Who had the path before is gone.
+    held = threading.Event()
+    system.listen(path, lambda connection: held.wait(20) and connection.close())
+    with socket.socket(socket.AF_UNIX) as one, socket.socket(socket.AF_UNIX) as two:
+        for each in (one, two):
+            each.settimeout(5)
+            each.connect(path)
+        held.set()
+        assert (one.recv(1), two.recv(1)) == (b"", b"")
+
+
+def test_the_agent_goes_on_accepting_when_it_could_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As when it has no descriptor left, or no memory for a thread."""
+    start, accept = system._thread.start_new_thread, socket.socket.accept
+    failures = {"thread": 2, "accept": 2}
+
+    def start_new_thread(function: Callable[..., object], arguments: tuple[object, ...]) -> int:
+        if arguments and failures["thread"]:
+            failures["thread"] -= 1
+            raise RuntimeError("can't start new thread")
+        return start(function, arguments)
+
+    def accept_one(listener: socket.socket) -> tuple[socket.socket, object]:
+        if failures["accept"]:
+            failures["accept"] -= 1
+            raise OSError("too many open files")
+        return accept(listener)
+
+    def serve(connection: socket.socket) -> None:
+        with connection:
+            connection.sendall(b"here")
+
+    monkeypatch.setattr(system._thread, "start_new_thread", start_new_thread)
+    monkeypatch.setattr(socket.socket, "accept", accept_one)
+    path = f"{tmp_path}/s.sock"
+    system.listen(path, serve)
+    for answer in (b"", b"", b"here"):
+        with socket.socket(socket.AF_UNIX) as connection:
+            connection.settimeout(5)
+            connection.connect(path)
+            assert connection.recv(10) == answer
+    assert capsys.readouterr().err.count("a connection cannot be served: ") == 4

@@ -108,6 +108,27 @@ def test_long_answers_are_cut_by_udp_and_whole_by_tcp(
     assert texts(ask(server, "many.example.", tcp=True)) == set(many)
 
 
+@pytest.mark.parametrize("ours", [False, True])
+def test_a_client_gets_as_much_by_udp_as_it_says_that_it_takes(
+    server: NameServer, resolver: Resolver, hosts: dict[str, list[str]], ours: bool
+) -> None:
+    """RFC 6891, 6.2.3: from the host's resolver as from its hosts file."""
+    many = [f"192.0.2.{number}" for number in range(1, 101)]
+    if ours:
+        hosts["many.example"] = many
+    else:
+        resolver.records["many.example.", "A"] = many
+    for payload, whole in ((4096, True), (1232, False), (0, False)):
+        query = dns.message.make_query("many.example.", "A", payload=payload, use_edns=payload > 0)
+        reply = dns.query.udp(query, "127.0.0.1", timeout=15, port=server.port)
+        assert bool(reply.flags & dns.flags.TC) is not whole
+        if whole:
+            assert texts(reply) == set(many)
+        assert len(reply.to_wire(max_size=65535)) <= max(payload, 512)
+    assert texts(ask(server, "many.example.", tcp=True)) == set(many)
+    assert resolver.asked == ([] if ours else ["many.example."] * 4)
+
+
 @contextmanager
 def silence() -> Iterator[socket.socket]:
     """What takes queries and never answers."""

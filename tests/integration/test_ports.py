@@ -17,6 +17,7 @@ from typing import Any
 import psutil
 import pytest
 from fake_monitor import Monitor, free_port
+from sandbox import wait_until
 
 from wherry.core.errors import TunnelError, WherryError
 from wherry.platform import current
@@ -24,6 +25,7 @@ from wherry.ports.choices import Choices
 from wherry.ports.conflicts import explain, find_holder, in_use, try_bind
 from wherry.ports.datagrams import DatagramRelay
 from wherry.ports.desired import Choice, Forward, Owner
+from wherry.ports.guest_datagrams import GuestDatagramRelay
 from wherry.ports.keeper import PortKeeper, PortTaken
 from wherry.ports.qemu import QemuForwards
 from wherry.ports.streams import StreamRelays, to_local
@@ -140,6 +142,53 @@ def test_a_forward_that_died_is_made_again() -> None:
         kept.monitor.sockets.pop(f"tcp:0.0.0.0:{port}").close()
         await kept.keeper.verify(kept.forwards)
         assert kept.monitor.forwards() == [Forward("tcp", "0.0.0.0", port)]
+
+    in_a_loop(body)
+
+
+@pytest.mark.parametrize("protocol", ["tcp", "udp"])
+@pytest.mark.parametrize("beside_ipv4", [False, True])
+def test_a_relay_that_died_is_made_again(
+    monkeypatch: pytest.MonkeyPatch, protocol: str, beside_ipv4: bool
+) -> None:
+    """Of an error of ours, which is logged."""
+    kind = socket.SOCK_STREAM if protocol == "tcp" else socket.SOCK_DGRAM
+
+    async def body(kept: Kept) -> None:
+        port = free_port(kind)
+        addresses = ("0.0.0.0", "::") if beside_ipv4 else ("::",)
+        wanted = {Forward(protocol, each, port): WEB for each in addresses}
+        await kept.keeper.update(wanted)
+        await kept.keeper.verify(kept.forwards)
+
+        def threads() -> list[str]:
+            names = ("ports-accept", f"port-{port}")
+            return [each.name for each in threading.enumerate() if each.name in names]
+
+        def fail(*_: object) -> None:
+            raise RuntimeError("made for this test")
+
+        with monkeypatch.context() as patch:
+            for owner, name in (
+                (StreamRelays, "_accept"),
+                (DatagramRelay, "_from_clients"),
+                (GuestDatagramRelay, "_from_clients"),
+            ):
+                patch.setattr(owner, name, fail)
+            before = len(threads())
+            with socket.socket(socket.AF_INET6, kind) as client:
+                client.connect(("::1", port))
+                with contextlib.suppress(OSError):
+                    client.send(b"x")
+                await asyncio.to_thread(
+                    wait_until, lambda: len(threads()) < before, 10, "it has died"
+                )
+        await kept.keeper.verify(kept.forwards)
+        assert len(threads()) == before
+        assert try_bind(Forward(protocol, "::", port)) is not None
+        assert all(each.kind and not each.problem for each in kept.keeper.published())
+        await kept.keeper.update({})
+        assert try_bind(Forward(protocol, "::", port)) is None
 
     in_a_loop(body)
 

@@ -58,8 +58,8 @@ class Resolver:
             reply.set_rcode(dns.rcode.NXDOMAIN)
         elif found:
             reply.answer.append(dns.rrset.from_text_list(asked.name, 60, "IN", kind, found))
-        answer = reply.to_wire()
-        if not whole and len(answer) > 512:
+        answer = reply.to_wire(max_size=65535)
+        if not whole and len(answer) > max(512, query.payload):
             reply.answer.clear()
             reply.flags |= dns.flags.TC
             answer = reply.to_wire()

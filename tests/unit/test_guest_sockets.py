@@ -30,6 +30,9 @@ def test_the_kernel_s_tables_are_understood() -> None:
     assert sockets.parse(TABLE, "0A") == [("0.0.0.0", 22, "240"), ("127.0.0.1", 8080, "241")]
     assert sockets.parse(TABLE_6, "0A") == [("::1", 8082, "1898")]
     assert sockets.parse("", "0A") == []
+    # UDP has its own state for what is bound and not connected.
+    datagrams = TABLE.replace(" 0A ", " 07 ")
+    assert [port for _, port, _ in sockets.parse(datagrams, "07")] == [22, 8080]
 
 
 def test_a_process_s_sockets_are_found() -> None:

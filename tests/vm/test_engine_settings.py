@@ -22,10 +22,11 @@ def test_settings_through_starts_of_the_machine(machine: Sandbox) -> None:
     )
     try:
         set_ = machine.wherry(
-            "config", "set", "engine.bip", "172.30.0.1/24", "engine.debug", "true"
-        )
+            "config", "set", "engine.bip", "172.30.0.1/24", "engine.mtu", "1400",
+            "engine.debug", "true",
+        )  # fmt: skip
         assert b"the engine has started anew with it; containers went on" in set_.stderr.lower()
-        assert b"would have to be stopped for: bip" in set_.stderr
+        assert b"would have to be stopped for: bip, mtu" in set_.stderr
         assert b"true" in machine.docker("info", "--format", "{{.Debug}}").stdout
         assert "172.30.0.1" not in bridge(machine)
         by_hand = """echo '{"mtu": 1234}' >/etc/docker/daemon.json"""
@@ -37,6 +38,8 @@ def test_settings_through_starts_of_the_machine(machine: Sandbox) -> None:
         kept = machine.wherry("shell", "--", "cat", "/etc/docker/daemon.json.by-hand").stdout
         assert kept.strip() == b'{"mtu": 1234}'
         assert "172.30.0.1" in bridge(machine)
+        width = ("run", "--rm", "busybox", "cat", "/sys/class/net/eth0/mtu")
+        assert machine.docker(*width).stdout == b"1400\n"
         # The engine left its containers alone when it started anew, but not at the end.
         said = machine.docker("run", "--rm", "-v", "said:/v", "busybox", "cat", "/v/said").stdout
         assert said == b"asked\n"

@@ -146,19 +146,32 @@ def test_a_disk_with_foreign_contents_is_refused_and_kept(small: Sandbox, tmp_pa
 
 
 @pytest.mark.slow
-def test_an_arm64_guest_boots_in_emulation(sandbox: Sandbox) -> None:
-    """The other architecture comes from the same recipe and answers as well."""
+def test_an_arm64_guest_boots_in_emulation(machine: Sandbox, tmp_path: Path) -> None:
+    """The other architecture comes from the same recipe, answers, and runs this one's programs."""
     platform = current()
     other = "aarch64" if platform.architecture() == "x86_64" else "x86_64"
     images = [each for each in installed(Layout.current(platform)) if each.architecture == other]
     if not images:
-        sandbox.wherry("image", "build", "--arch", other, timeout=600)
+        machine.wherry("image", "build", "--arch", other, timeout=600)
         images = [
             each for each in installed(Layout.current(platform)) if each.architecture == other
         ]
-    sandbox.wherry("start", "other", "--image", images[0].name, "--cpus", "2", "--memory", "2GiB")
+    machine.wherry("start", "other", "--image", images[0].name, "--cpus", "2", "--memory", "2GiB")
     try:
-        said = sandbox.docker("info", "--format", "{{.Architecture}}", name="wherry-other").stdout
+        said = machine.docker("info", "--format", "{{.Architecture}}", name="wherry-other").stdout
         assert said.decode().strip() == other
+        native = machine.wherry("shell", "--", "cat", "/usr/bin/busybox").stdout
+        (tmp_path / "busybox").write_bytes(native)
+        (tmp_path / "busybox").chmod(0o755)
+        (tmp_path / "Dockerfile").write_text(
+            "FROM scratch\nCOPY busybox /bin/busybox\n"
+            'RUN ["/bin/busybox", "sh", "-c", "/bin/busybox uname -m >/machine"]\n'
+            'CMD ["/bin/busybox", "sh", "-c", "/bin/busybox cat /machine; /bin/busybox uname -m"]\n'
+        )
+        foreign = f"--platform=linux/{'amd64' if other == 'aarch64' else 'arm64'}"
+        context = ("build", "-q", foreign, "-t", "foreign", str(tmp_path))
+        machine.docker(*context, name="wherry-other")
+        said = machine.docker("run", "--rm", foreign, "foreign", name="wherry-other").stdout
+        assert said.decode().split() == [platform.architecture()] * 2
     finally:
-        sandbox.wherry("delete", "--yes", "other")
+        machine.wherry("delete", "--yes", "other")

@@ -152,6 +152,11 @@ def test_the_network_goes_and_comes_back(there: There, network: Network, tmp_pat
         wait_until(asks_out, 60, "containers reach the network")
         network.unplug()
         assert fetch(network.here, "127.0.0.1:8001") == "web"
+        assert fetch(network.here, "[::1]:8003") == "web"
+        names = there.docker("exec", "web", "nslookup", "host.docker.internal", timeout=20)
+        assert b"Address: 10.0.2.2" in names.stdout
+        # It fails, if it does, in the time that clients wait.
+        there.docker("exec", "web", "nslookup", "nobody.example", check=False, timeout=30)
         assert fetch(network.here, "127.0.0.1:8003") == "web"
         assert not asks_out()
         # The machine is as usable as before, for new containers too.
@@ -161,6 +166,7 @@ def test_the_network_goes_and_comes_back(there: There, network: Network, tmp_pat
         wait_until(all_reachable, 30, "all is reachable again")
         wait_until(asks_out, 30, "containers reach the network again")
         assert fetch(network.peer, f"{ADDRESS}:8004") == "web"
+        assert fetch(network.here, "[::1]:8004") == "web"
     finally:
         server.kill()
         server.wait(10)

@@ -5,6 +5,7 @@ The tests run in this order on the one machine of the run; each leaves it runnin
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import signal
@@ -14,11 +15,17 @@ import subprocess
 import threading
 import time
 import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
 import pytest
+import trustme
+from registry import tls_registry
 from sandbox import Sandbox, wait_until
+
+from wherry.service.trust import FIRMWARE_BYTES
 
 pytestmark = [pytest.mark.vm, pytest.mark.timeout(600)]
 
@@ -212,7 +219,9 @@ def test_a_second_machine_beside_the_first(machine: Sandbox) -> None:
     assert b"wherry-second" not in contexts
 
 
-def test_a_container_that_starts_with_the_machine_has_its_port(machine: Sandbox) -> None:
+def test_a_container_that_starts_with_the_machine_has_its_port(
+    machine: Sandbox, tmp_path: Path
+) -> None:
     """No request of a client's brings it up, only its restart policy."""
     port = free_port()
     machine.docker(
@@ -222,9 +231,28 @@ def test_a_container_that_starts_with_the_machine_has_its_port(machine: Sandbox)
     machine.wherry("stop")
     with socket.socket() as probe:
         assert probe.connect_ex(("127.0.0.1", port)) != 0
-    machine.wherry("start")
-    assert fetch(f"http://127.0.0.1:{port}/") == b"back\n"
-    machine.docker("rm", "-f", "web")
+    with many_authorities(machine) as authority, tls_registry(tmp_path, authority) as registry:
+        machine.wherry("start")
+        assert fetch(f"http://127.0.0.1:{port}/") == b"back\n"
+        machine.docker("rm", "-f", "web")
+        # The engine's first request already.
+        name = f"{registry}/team/tool:1"
+        machine.docker("tag", "busybox", name)
+        machine.docker("push", "-q", name)
+        machine.docker("rmi", name)
+
+
+@contextmanager
+def many_authorities(machine: Sandbox) -> Iterator[trustme.CA]:
+    """More than go to the guest by its firmware; one of them."""
+    trusted = machine.home / "certs.d"
+    trusted.mkdir(exist_ok=True)
+    found = [trustme.CA() for _ in range(60)]
+    pem = b"".join(each.cert_pem.bytes() for each in found)
+    assert len(gzip.compress(pem)) > FIRMWARE_BYTES
+    (trusted / "many.pem").write_bytes(pem)
+    yield found[-1]
+    (trusted / "many.pem").unlink()
 
 
 def test_stop_is_orderly_and_images_stay(machine: Sandbox) -> None:

@@ -61,10 +61,15 @@ def test_the_host_by_host_gateway(machine: Sandbox, host_port: int) -> None:
 
 def test_the_host_in_a_build(machine: Sandbox, host_port: int, tmp_path: Path) -> None:
     (tmp_path / "Dockerfile").write_text(
-        f"FROM busybox\nRUN wget -T 20 -qO /said http://host.docker.internal:{host_port}/\n"
+        f"FROM busybox\nRUN wget -T 20 -qO /said http://host.docker.internal:{host_port}/ &&"
+        f" wget -T 20 -qO /again http://gateway.docker.internal:{host_port}/ &&"
+        f" wget -T 20 -qO /third http://me:{host_port}/\n"
     )
-    machine.docker("build", "-q", "--no-cache", "-t", "asked", str(tmp_path))
-    assert machine.docker("run", "--rm", "asked", "cat", "/said").stdout == GREETING.encode()
+    machine.docker(
+        "build", "-q", "--no-cache", "--add-host", "me:host-gateway", "-t", "asked", str(tmp_path)
+    )
+    said = machine.docker("run", "--rm", "asked", "cat", "/said", "/again", "/third").stdout
+    assert said.decode() == 3 * GREETING
     machine.docker("rmi", "asked")
 
 
@@ -152,7 +157,21 @@ def test_names_are_those_of_the_host_s_network(
         settings.write_text("nameserver 127.0.0.78\n")
         changed = machine.docker("run", "--rm", "busybox", "nslookup", "nas.office.test")
         assert b"Address: 192.168.7.7" in changed.stdout
+        # In a network of the user's the engine's own server, which asks ours, is between.
+        settings.write_text("search office.test\nnameserver 127.0.0.77\n")
+        machine.docker("network", "create", "own")
+        asked = machine.docker(
+            "run", "--rm", "--network", "own", "busybox", "sh", "-c",
+            "cat /etc/resolv.conf; nslookup -type=a nas; nslookup 10.9.8.7;"
+            f"printf '{query}' | nc -w 5 127.0.0.11 53 | wc -c",
+            check=False,
+        ).stdout.decode()  # fmt: skip
+        assert "nameserver 127.0.0.11" in asked
+        assert "Address: 10.9.8.7" in asked
+        assert "name = nas.office.test" in asked
+        assert int(asked.split()[-1]) > 16 * len(office.records["many.office.test.", "A"])
     finally:
+        machine.docker("network", "rm", "own", check=False)
         kill_service(machine)
         machine.wherry("start")
 

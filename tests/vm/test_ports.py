@@ -5,7 +5,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import os
+import shlex
+import signal
 import socket
+import subprocess
 import sys
 import urllib.request
 from collections.abc import Iterator
@@ -16,7 +20,10 @@ import psutil
 import pytest
 from sandbox import Sandbox, wait_until
 
+from wherry.config.layout import Layout
 from wherry.platform import current
+from wherry.ports.conflicts import try_bind
+from wherry.ports.desired import Forward
 from wherry.vm.image import Image
 
 pytestmark = [pytest.mark.vm, pytest.mark.timeout(300)]
@@ -27,7 +34,7 @@ FROM_INSIDE = """
 import socket, sys
 engine = socket.socket(socket.AF_UNIX)
 engine.connect("/run/docker.sock")
-engine.sendall(f"POST /containers/{sys.argv[1]}/start HTTP/1.0\\r\\n\\r\\n".encode())
+engine.sendall(f"POST /containers/{sys.argv[1]} HTTP/1.0\\r\\n\\r\\n".encode())
 print(engine.recv(100).split()[1].decode())
 """
 
@@ -80,6 +87,20 @@ def echo(address: str, port: int, data: bytes) -> bytes:
                 client.send(data)
                 return client.recv(65536)
     pytest.fail(f"no answer from {address}:{port}")
+
+
+def silent(address: str, port: int) -> bool:
+    """Whether a datagram has no answer there."""
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    with socket.socket(family, socket.SOCK_DGRAM) as client:
+        client.settimeout(0.5)
+        client.connect((address, port))
+        try:
+            client.send(b"x")
+            client.recv(65536)
+        except OSError:
+            return True
+        return False
 
 
 def ports(machine: Sandbox) -> list[dict[str, Any]]:
@@ -207,7 +228,11 @@ def test_udp_of_ipv6_addresses_alone(machine: Sandbox) -> None:
     assert echo("::1", all_, b"x" * 1400) == b"x" * 1400
     assert {each["kind"] for each in ports(machine)} == {"tunnel"}
     # A new agent: what the port's connection led to is gone.
+    agents = machine.wherry("logs").stdout.count(b"agent ready")
     machine.wherry("shell", "--", "pkill", "-f", "sshd-session", check=False)
+    wait_until(
+        lambda: machine.wherry("logs").stdout.count(b"agent ready") > agents, 60, "another agent"
+    )
     assert echo("::1", one, b"again") == b"again"
     machine.docker("rm", "-f", "udp")
     for port in (one, all_):
@@ -225,13 +250,63 @@ def test_udp_both_ways_on_both_loopbacks(machine: Sandbox) -> None:
     assert echo("127.0.0.1", everywhere, b"four") == b"four"
     assert echo("::1", everywhere, b"six") == b"six"
     assert echo("127.0.0.1", here, b"x" * 1400) == b"x" * 1400
+    assert silent(own_address(), here)
+    assert silent("::1", here)
+
+
+@pytest.fixture
+def other_ipv6() -> Iterator[str]:
+    """An address of this computer's that is not ::1."""
+    if sys.platform != "linux" or os.geteuid() != 0:
+        pytest.skip("only root gives this computer an address")
+    address = "fd77:6865:7272::1"
+    change = ("ip", "-6", "address")
+    subprocess.run([*change, "add", f"{address}/128", "dev", "lo"], check=True)
+    try:
+        yield address
+    finally:
+        subprocess.run([*change, "delete", f"{address}/128", "dev", "lo"], check=True)
+
+
+def test_a_port_of_an_ipv6_address_of_this_computer(machine: Sandbox, other_ipv6: str) -> None:
+    """There and nowhere else, and one of ::1 not there."""
+    port, here = free_port(), free_port()
+    datagrams = free_port(socket.SOCK_DGRAM)
+    web(
+        machine, "web", f"[{other_ipv6}]:{port}:80", f"[::1]:{here}:80",
+        f"[{other_ipv6}]:{datagrams}:7/udp",
+    )  # fmt: skip
+    run_inside(machine, "web", ECHO)
+    assert fetch(other_ipv6, port) == "web"
+    assert not answers("::1", port)
+    assert not answers("127.0.0.1", port)
+    assert fetch("::1", here) == "web"
+    assert not answers(other_ipv6, here)
+    assert echo(other_ipv6, datagrams, b"x") == b"x"
+    assert silent("::1", datagrams)
+
+
+def test_a_client_that_never_reads_stalls_nobody_else(machine: Sandbox) -> None:
+    """Neither through QEMU nor through the tunnel nor through our relay."""
+    port, six = free_port(), free_port()
+    web(machine, "web", f"{port}:80", f"[::1]:{six}:80")
+    machine.docker("exec", "web", "sh", "-c", "head -c 50000000 /dev/zero >/www/large")
+    with contextlib.ExitStack() as stack:
+        for address, number in (("127.0.0.1", port), ("::1", port), ("::1", six)):
+            deaf = stack.enter_context(socket.create_connection((address, number), 20))
+            deaf.sendall(b"GET /large HTTP/1.0\r\n\r\n")
+        for _ in range(3):
+            assert fetch("127.0.0.1", port) == "web"
+            assert fetch("::1", port) == "web"
+            assert fetch("::1", six) == "web"
 
 
 def test_ports_that_the_engine_chooses(machine: Sandbox) -> None:
     low = 21000
     machine.docker(
         "run", "-d", "--name", "web", "-p", "80", "-p", f"127.0.0.1:{low}-{low + 9}:80",
-        "-p", f"{low + 20}-{low + 22}:90-92", "busybox", "sh", "-c", SERVE.format("web", 80),
+        "-p", f"{low + 20}-{low + 22}:90-92", "-p", "7/udp", "-P", "--expose", "85",
+        "busybox", "sh", "-c", SERVE.format("web", 80),
     )  # fmt: skip
     said = machine.docker("port", "web").stdout.decode().split("\n")
     chosen = {line.split(" -> ")[1].rpartition(":")[2] for line in said if line.startswith("80/")}
@@ -241,6 +316,11 @@ def test_ports_that_the_engine_chooses(machine: Sandbox) -> None:
     for port_number in range(low + 20, low + 23):
         assert answers("127.0.0.1", port_number)
     assert f"127.0.0.1:{low}" in "".join(said)
+    (exposed,) = {line.rpartition(":")[2] for line in said if line.startswith("85/")}
+    assert answers("127.0.0.1", int(exposed))
+    (datagrams,) = {line.rpartition(":")[2] for line in said if line.startswith("7/udp")}
+    run_inside(machine, "web", ECHO)
+    assert echo("127.0.0.1", int(datagrams), b"x") == b"x"
 
 
 def test_the_engine_chooses_around_what_this_computer_has(machine: Sandbox) -> None:
@@ -323,9 +403,58 @@ def test_an_address_that_this_computer_does_not_have(machine: Sandbox) -> None:
 def test_a_container_that_is_started_from_inside_the_guest(machine: Sandbox) -> None:
     port = free_port()
     machine.docker("create", "--name", "web", "-p", f"{port}:80", "busybox", "sleep", "99")
-    done = machine.wherry("shell", "--", "python3", "-c", FROM_INSIDE, "web")
+    done = machine.wherry("shell", "--", "python3", "-c", FROM_INSIDE, "web/start")
     assert done.stdout == b"204\n"
     wait_until(lambda: answers("127.0.0.1", port), 20, "its port is open")
+    machine.wherry("shell", "--", "python3", "-c", FROM_INSIDE, "web/stop?t=0")
+    wait_until(lambda: not answers("127.0.0.1", port), 20, "its port is closed")
+
+
+def test_a_container_that_ends_or_leaves_its_network_has_no_port(machine: Sandbox) -> None:
+    """Nothing that is asked of wherry waits for it."""
+    ends, leaves = free_port(), free_port()
+    machine.docker("run", "-d", "-p", f"{ends}:80", "busybox", "sleep", "3")
+    machine.docker("run", "-d", "--name", "web", "-p", f"{leaves}:80", "busybox", "sleep", "99")
+    assert answers("127.0.0.1", leaves)
+    machine.docker("network", "disconnect", "bridge", "web")
+    wait_until(lambda: not answers("127.0.0.1", leaves), 20, "it has left its network")
+    wait_until(lambda: not answers("127.0.0.1", ends), 20, "the other one has ended")
+
+
+def ask_qemu(machine: Sandbox, line: str) -> str:
+    """Have QEMU's human monitor do something (QMP, human-monitor-command)."""
+    path = Layout(machine.home, current()).machine("default").qmp_socket
+    with socket.socket(socket.AF_UNIX) as monitor:
+        monitor.settimeout(20)
+        monitor.connect(str(path))
+        stream = monitor.makefile("rwb", buffering=0)
+        stream.readline()
+        for command in (
+            {"execute": "qmp_capabilities"},
+            {"execute": "human-monitor-command", "arguments": {"command-line": line}},
+        ):
+            stream.write(json.dumps(command).encode() + b"\n")
+            while "return" not in (answer := json.loads(stream.readline())):
+                assert "error" not in answer, answer
+        return str(answer["return"])
+
+
+def test_what_happened_while_nobody_looked_is_found(machine: Sandbox, tmp_path: Path) -> None:
+    stopped, lost = free_port(), free_port()
+    web(machine, "one", f"{stopped}:80")
+    web(machine, "two", f"127.0.0.1:{lost}:80")
+    config = tmp_path / "config"
+    config.write_bytes(machine.wherry("ssh-config").stdout)
+    os.kill(machine.status()["service_pid"], signal.SIGKILL)
+    inside = shlex.join(["python3", "-c", FROM_INSIDE, "one/stop?t=0"])
+    subprocess.run(["ssh", "-F", str(config), "wherry-default", inside], check=True, timeout=60)
+    assert "removed" in ask_qemu(machine, f"hostfwd_remove net0 tcp:127.0.0.1:{lost}")
+    assert answers("127.0.0.1", stopped)
+    assert not answers("127.0.0.1", lost)
+    machine.wherry("start")
+    wait_until(lambda: not answers("127.0.0.1", stopped), 30, "what was stopped is closed")
+    wait_until(lambda: answers("127.0.0.1", lost), 30, "what was lost is there again")
+    assert fetch("127.0.0.1", lost) == "two"
 
 
 def test_a_port_that_becomes_free_is_taken_later(machine: Sandbox) -> None:
@@ -335,7 +464,7 @@ def test_a_port_that_becomes_free_is_taken_later(machine: Sandbox) -> None:
         machine.docker(
             "create", "--name", "web", "-p", f"127.0.0.1:{port}:80", "busybox", "sleep", "99"
         )
-        machine.wherry("shell", "--", "python3", "-c", FROM_INSIDE, "web")
+        machine.wherry("shell", "--", "python3", "-c", FROM_INSIDE, "web/start")
         wait_until(lambda: ports(machine) != [], 20, "it is wanted")
         (found,) = ports(machine)
         assert found["state"] == "failed"
@@ -355,11 +484,25 @@ def test_what_a_container_on_the_host_s_network_listens_on(machine: Sandbox) -> 
     assert answers("127.0.0.1", here)
     assert not answers("::1", here)
     assert {each["host_network"] for each in ports(machine)} == {True}
+    # Datagrams and IPv6 alone, by a program that is the container's by its cgroup.
+    # Not one that the system would choose: those are of programs that ask.
+    six, low = free_port(), (Forward("udp", "0.0.0.0", each) for each in range(20000, 30000))
+    datagrams = next(each.port for each in low if try_bind(each) is None)
+    id = machine.docker("inspect", "-f", "{{.Id}}", "host").stdout.decode().strip()
+    join = f"echo 0 >/sys/fs/cgroup/docker/{id}/cgroup.procs"
+    serve = f"{join}; exec timeout 100 python3 -c {shlex.quote(ECHO.replace('7', str(datagrams)))}"
+    start = f"setsid sh -c {shlex.quote(serve)} </dev/null >/dev/null 2>&1 &"
+    machine.wherry("shell", "--", "sh", "-c", start)
+    machine.docker("exec", "host", "httpd", "-p", f"[::1]:{six}")
+    wait_until(lambda: len(ports(machine)) == 5, 30, "these are seen too")
+    assert echo("127.0.0.1", datagrams, b"x") == b"x"
+    assert answers("::1", six)
+    assert not answers("127.0.0.1", six)
     with socket.create_server(("127.0.0.1", 0)) as taken:
         # One that this computer has cannot be reached there, and that is all.
         port = taken.getsockname()[1]
         machine.docker("exec", "host", "httpd", "-p", str(port))
-        wait_until(lambda: len(ports(machine)) == 5, 30, "it is seen")
+        wait_until(lambda: len(ports(machine)) == 7, 30, "it is seen")
         assert {each["state"] for each in ports(machine) if each["port"] == port} == {"failed"}
         machine.docker("start", "host")
         assert state(machine, "host") == "running"
@@ -444,7 +587,18 @@ def test_a_cut_connection_changes_no_port(machine: Sandbox) -> None:
 def test_a_hundred_stops_and_starts(machine: Sandbox) -> None:
     port = free_port()
     machine.docker("create", "--name", "web", "-p", f"{port}:80", "busybox", "sleep", "999")
-    for _ in range(100):
+
+    def holds() -> list[int]:
+        """Descriptors and threads of the service, descriptors of QEMU, the engine's proxies."""
+        status = machine.status()
+        service, qemu = (psutil.Process(status[name]) for name in ("service_pid", "qemu_pid"))
+        proxies = machine.wherry("shell", "--", "pgrep", "-c", "docker-proxy", check=False).stdout
+        return [service.num_fds(), service.num_threads(), qemu.num_fds(), int(proxies)]
+
+    before: list[int] = []
+    for number in range(100):
+        if number == 10:
+            before = holds()
         machine.docker("start", "web")
         assert answers("127.0.0.1", port)
         assert answers("::1", port)
@@ -452,6 +606,8 @@ def test_a_hundred_stops_and_starts(machine: Sandbox) -> None:
         assert not answers("127.0.0.1", port)
         assert not answers("::1", port)
     assert ports(machine) == []
+    # The service's workers come and go by a few.
+    assert all(now <= then + 5 for now, then in zip(holds(), before, strict=True))
 
 
 def have_many_ports(machine: Sandbox, count: int, name: str) -> None:

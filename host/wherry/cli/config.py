@@ -167,7 +167,8 @@ def _apply(
     if _DEFAULT_SOCKET in rest:
         # Within the lock: no stop may come between.
         _apply_default_socket(where, paths, wanted.default_socket, running=running)
-    if _CERTIFICATES in rest and running:
+    if running and (_CERTIFICATES in rest or rest != set(keys)):
+        # What is about the engine may be about a registry whose authority came with it.
         _apply_certificates(where, paths)
     if running and rest - _AT_ONCE:
         click.echo(f"It takes effect at the next start: wherry restart {paths.name}", err=True)

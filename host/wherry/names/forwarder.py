@@ -125,7 +125,7 @@ class NameServer:
 
     def _receive(self, query: bytes, client: Address) -> None:
         """Answer what we know here: queries that wait for a resolver are not in its way."""
-        known = answer(query, self._hosts())
+        known = answer(query, self._hosts(), stream=False)
         if known is not None:
             self._udp.sendto(known, client)
         else:
@@ -160,7 +160,7 @@ class NameServer:
         with self._held(connection):
             connection.settimeout(_CLIENT_S)
             while not self._closing and (query := _receive(connection)):
-                known = answer(query, self._hosts())
+                known = answer(query, self._hosts(), stream=True)
                 reply = known or self._resolve(query, self._ask_tcp, stream=True)
                 if reply is None:
                     return

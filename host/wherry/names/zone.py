@@ -48,11 +48,13 @@ def is_query(wire: bytes) -> bool:
     return _query(wire) is not None
 
 
-def answer(query: bytes, hosts: Hosts) -> bytes | None:
+def answer(query: bytes, hosts: Hosts, *, stream: bool) -> bytes | None:
     """Return the answer to a query about a name or address that ``hosts`` has; else None.
 
     A name without an address of the kind that is asked for has an empty answer, so that
     no client asks elsewhere (RFC 2308 §2.2).
+
+    :param stream: whether it may be longer than one datagram to this client.
     """
     asked = question(query)
     if asked is None:
@@ -77,7 +79,7 @@ def answer(query: bytes, hosts: Hosts) -> bytes | None:
             owner = message.question[0].name
             records = dns.rrset.from_text_list(owner, _TTL_S, dns.rdataclass.IN, kind, found)
             reply.answer.append(records)
-        return reply.to_wire()
+        return _wire(reply, message, stream=stream)
     except (dns.exception.DNSException, ValueError):
         return None
 
@@ -107,8 +109,7 @@ def completed(query: bytes, name: str) -> bytes | None:
 def alias(query: bytes, reply: bytes, *, stream: bool) -> bytes | None:
     """Return the answer to a query that another name's reply is: its name is that one's alias.
 
-    :param stream: whether it has room for more than the client takes in one datagram
-        (RFC 6891 §6.2.5).
+    :param stream: whether it may be longer than one datagram to this client.
     :returns: None if the reply is none.
     """
     try:
@@ -119,8 +120,7 @@ def alias(query: bytes, reply: bytes, *, stream: bool) -> bytes | None:
             short, whole = asked.question[0].name, found.question[0].name
             link = dns.rrset.from_text(short, _TTL_S, "IN", "CNAME", whole.to_text())
             answer.answer = [link, *found.answer]
-        room = _LARGEST_BYTES if stream else max(_SMALLEST_BYTES, asked.payload)
-        return answer.to_wire(max_size=room, prefer_truncation=True)
+        return _wire(answer, asked, stream=stream)
     except (dns.exception.DNSException, ValueError, IndexError):
         return None
 
@@ -161,6 +161,15 @@ def _query(wire: bytes) -> dns.message.Message | None:
         return None
     # One question is all that a query may have (RFC 9619).
     return message if len(message.question) == 1 and not message.flags & dns.flags.QR else None
+
+
+def _wire(reply: dns.message.Message, query: dns.message.Message, *, stream: bool) -> bytes:
+    """Return a reply's bytes: by UDP no more than the client takes, and marked if cut.
+
+    What that is EDNS tells (RFC 6891 §6.2.5).
+    """
+    room = _LARGEST_BYTES if stream else max(_SMALLEST_BYTES, query.payload)
+    return reply.to_wire(max_size=room, prefer_truncation=True)
 
 
 def _names_of(reverse: str, hosts: Hosts) -> list[str]:

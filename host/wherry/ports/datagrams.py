@@ -12,16 +12,14 @@ import socket
 import threading
 import time
 from collections import OrderedDict
-from typing import Any
 
-from wherry.ports.conflicts import open_socket
+from wherry.ports.datagram_listener import LARGEST_BYTES, Client, DatagramListener
 from wherry.ports.desired import Forward
 
 _CLIENTS = 256
 _IDLE_S = 120.0
 """As long as the guest's kernel remembers a UDP stream (``nf_conntrack_udp_timeout_stream``)."""
 
-_LARGEST_BYTES = 65535
 _BURST = 64
 _JOIN_S = 5.0
 
@@ -36,15 +34,19 @@ class DatagramRelay:
 
     def __init__(self, forward: Forward, address: tuple[str, int]) -> None:
         self._address = address
-        self._listener = open_socket(forward)
-        self._listener.setblocking(False)
-        self._clients: OrderedDict[Any, tuple[socket.socket, float]] = OrderedDict()
+        self._listener = DatagramListener(forward)
+        self._clients: OrderedDict[Client, tuple[socket.socket, float]] = OrderedDict()
         self._wake, self._alarm = socket.socketpair()
         self._selector = selectors.DefaultSelector()
-        self._selector.register(self._listener, selectors.EVENT_READ)
+        self._selector.register(self._listener.socket, selectors.EVENT_READ)
         self._selector.register(self._wake, selectors.EVENT_READ)
         self._closing = False
         self._thread = threading.Thread(target=self._run, name=f"port-{forward.port}", daemon=True)
+
+    @property
+    def alive(self) -> bool:
+        """Whether it relays."""
+        return self._thread.is_alive()
 
     def start(self) -> None:
         """Begin to relay."""
@@ -62,7 +64,7 @@ class DatagramRelay:
         try:
             while not self._closing:
                 for key, _ in self._selector.select(_IDLE_S / 4):
-                    if key.fileobj is self._listener:
+                    if key.fileobj is self._listener.socket:
                         self._from_clients()
                     elif key.data is not None:
                         self._to_client(key.fileobj, key.data)  # type: ignore[arg-type]
@@ -78,7 +80,7 @@ class DatagramRelay:
     def _from_clients(self) -> None:
         for _ in range(_BURST):
             try:
-                data, client = self._listener.recvfrom(_LARGEST_BYTES)
+                data, client = self._listener.receive()
             except BlockingIOError:
                 return
             except OSError:
@@ -88,7 +90,7 @@ class DatagramRelay:
             except OSError:
                 pass  # lost, as datagrams may be
 
-    def _towards_guest(self, client: Any) -> socket.socket:
+    def _towards_guest(self, client: Client) -> socket.socket:
         known = self._clients.pop(client, None)
         if known is None:
             if len(self._clients) >= _CLIENTS:
@@ -106,18 +108,18 @@ class DatagramRelay:
         self._clients[client] = (sock, time.monotonic())
         return sock
 
-    def _to_client(self, sock: socket.socket, client: Any) -> None:
+    def _to_client(self, sock: socket.socket, client: Client) -> None:
         if self._clients.get(client, (None,))[0] is not sock:
             return  # dropped while this event waited
         for _ in range(_BURST):
             try:
-                data = sock.recv(_LARGEST_BYTES)
+                data = sock.recv(LARGEST_BYTES)
             except BlockingIOError:
                 break
             except OSError:
                 break
             try:
-                self._listener.sendto(data, client)
+                self._listener.answer(data, client)
             except OSError:
                 pass  # the client is gone, or slow
         self._clients[client] = (sock, time.monotonic())
@@ -131,7 +133,7 @@ class DatagramRelay:
                 return
             self._drop(client)
 
-    def _drop(self, client: Any) -> None:
+    def _drop(self, client: Client) -> None:
         sock, _ = self._clients.pop(client)
         self._selector.unregister(sock)
         sock.close()

@@ -2,7 +2,7 @@
 
 A stream of the tunnel carries the datagrams of one port to the agent, each in a frame with
 a number for its client (``wherry_guest.datagrams``). It is opened for the first datagram,
-and for the next one after it was lost.
+and again for one that comes after it was lost; those that come meanwhile wait a little.
 """
 
 from __future__ import annotations
@@ -12,22 +12,27 @@ import selectors
 import socket
 import threading
 import time
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable
-from typing import Any
 
-from wherry.core.errors import WherryError
-from wherry.ports.conflicts import open_socket
+from wherry.core.errors import TunnelError, WherryError
+from wherry.ports.datagram_listener import Client, DatagramListener
 from wherry.ports.desired import Forward
 from wherry.tunnel.stream import Stream
 from wherry_wire.frames import DATAGRAM, Decoder, Frame, WireError
 from wherry_wire.messages import DatagramsTo, pack
 
 _CLIENTS = 256
-_LARGEST_BYTES = 65535
 _READ_BYTES = 256 * 1024
 _BURST = 64
+_WAITING = 64
+"""Datagrams that wait for a stream; the oldest make room."""
+
+_FRESH_S = 5.0
+"""Who asks by UDP has asked again by then."""
+
 _RETRY_S = 1.0
+_SEND_S = 5.0
 _JOIN_S = 5.0
 
 _logger = logging.getLogger(__name__)
@@ -36,8 +41,11 @@ _logger = logging.getLogger(__name__)
 class GuestDatagramRelay:
     """Relays datagrams between the clients of one port and an IPv6 address of the guest's.
 
+    One thread receives from clients, and never waits for the guest for longer than
+    ``_SEND_S`` seconds; each stream has one that opens it and reads from it.
+
     :param address: in the guest, with the port.
-    :param open_stream: makes a connection to the agent.
+    :param open_stream: makes a connection to the agent; may wait.
     :raises OSError: the port cannot be bound.
     """
 
@@ -46,120 +54,164 @@ class GuestDatagramRelay:
     ) -> None:
         self._address = address
         self._open_stream = open_stream
-        self._listener = open_socket(forward)
-        self._listener.setblocking(False)
-        self._clients: OrderedDict[Any, int] = OrderedDict()
-        self._numbers: dict[int, Any] = {}
-        self._last = 0
+        self._listener = DatagramListener(forward)
         self._lock = threading.Lock()
+        self._clients: OrderedDict[Client, int] = OrderedDict()
+        """Numbers; the one that was silent for longest first."""
+        self._by_number: dict[int, Client] = {}
+        self._last = 0
+        self._waiting: deque[tuple[float, bytes]] = deque(maxlen=_WAITING)
         self._stream: Stream | None = None
+        self._reader: threading.Thread | None = None
         self._retry_at = 0.0
         self._wake, self._alarm = socket.socketpair()
         self._closing = False
         self._thread = threading.Thread(target=self._run, name=f"port-{forward.port}", daemon=True)
+
+    @property
+    def alive(self) -> bool:
+        """Whether it relays."""
+        return self._thread.is_alive()
 
     def start(self) -> None:
         """Begin to relay."""
         self._thread.start()
 
     def close(self) -> None:
-        """Stop listening and end the threads."""
+        """Stop listening and end the threads; one that opens a stream ends when it has."""
         with self._lock:
             self._closing = True
-            stream = self._stream
+            stream, reader = self._stream, self._reader
         if stream is not None:
             stream.close()
+            if reader is not None:
+                reader.join(_JOIN_S)
         self._alarm.send(b"x")
         self._thread.join(_JOIN_S)
         for each in (self._listener, self._wake, self._alarm):
             each.close()
 
     def _run(self) -> None:
-        selector = selectors.DefaultSelector()
         try:
-            selector.register(self._listener, selectors.EVENT_READ)
-            selector.register(self._wake, selectors.EVENT_READ)
-            while not self._closing:
-                selector.select()
-                self._from_clients()
+            with selectors.DefaultSelector() as selector:
+                selector.register(self._listener.socket, selectors.EVENT_READ)
+                selector.register(self._wake, selectors.EVENT_READ)
+                while not self._closing:
+                    selector.select()
+                    self._from_clients()
         except Exception:
             _logger.exception("a relay of datagrams failed")
-        finally:
-            selector.close()
 
     def _from_clients(self) -> None:
         for _ in range(_BURST):
             if self._closing:
                 return
             try:
-                data, client = self._listener.recvfrom(_LARGEST_BYTES)
+                data, client = self._listener.receive()
             except BlockingIOError:
                 return
             except OSError:
                 continue  # an ICMP error of an earlier datagram
-            try:
-                stream = self._towards_guest()
-                if stream is not None:
-                    stream.sendall(Frame(DATAGRAM, self._number(client), data).encode())
-            except WherryError as error:
-                # This one is lost, as datagrams may be.
-                _logger.info("datagrams do not reach the guest: %s", error)
-                self._lost(self._stream)
-                self._retry_at = time.monotonic() + _RETRY_S
+            frame = Frame(DATAGRAM, self._number(client), data).encode()
+            with self._lock:
+                stream = self._stream
+                if stream is None:
+                    self._waiting.append((time.monotonic(), frame))
+                    self._ask_for_stream()
+            if stream is not None:
+                self._send(stream, frame)
 
-    def _number(self, client: Any) -> int:
-        number = self._clients.get(client)
-        if number is None:
-            if len(self._clients) >= _CLIENTS:
-                _, oldest = self._clients.popitem(last=False)
-                del self._numbers[oldest]
-            # No number comes again before the guest has forgotten its client.
-            self._last = number = self._last % (1 << 31) + 1
-            self._clients[client] = number
-            self._numbers[number] = client
-        self._clients.move_to_end(client)
-        return number
-
-    def _towards_guest(self) -> Stream | None:
-        """Return the stream; None when it cannot be opened again yet."""
-        if self._stream is not None:
-            return self._stream
-        if time.monotonic() < self._retry_at:
-            return None
-        stream = self._open_stream()
+    def _number(self, client: Client) -> int:
+        """Return a client's number, which no other one has had for long."""
         with self._lock:
-            if self._closing:
+            number = self._clients.get(client)
+            if number is None:
+                if len(self._clients) >= _CLIENTS:
+                    _, oldest = self._clients.popitem(last=False)
+                    del self._by_number[oldest]
+                self._last = number = self._last % (1 << 31) + 1
+                self._clients[client] = number
+                self._by_number[number] = client
+            self._clients.move_to_end(client)
+            return number
+
+    def _client(self, number: int) -> Client | None:
+        with self._lock:
+            client = self._by_number.get(number)
+            if client is not None:
+                self._clients.move_to_end(client)
+            return client
+
+    def _ask_for_stream(self) -> None:
+        """Have a stream opened, unless one is, or was just now; with the lock held."""
+        now = time.monotonic()
+        if self._closing or self._reader is not None or now < self._retry_at:
+            return
+        self._retry_at = now + _RETRY_S
+        reader = threading.Thread(target=self._connect, name=self._thread.name, daemon=True)
+        try:
+            reader.start()
+        except RuntimeError as error:
+            _logger.warning("datagrams do not reach the guest: %s", error)
+            return
+        self._reader = reader
+
+    def _connect(self) -> None:
+        """Open a stream, send what waited for it, and read from it to its end."""
+        stream: Stream | None = None
+        try:
+            stream = self._open_stream()
+            address, port = self._address
+            head = pack(DatagramsTo(address=address, port=port), 0)
+            with self._lock:
+                if self._closing:
+                    return
+                self._stream = stream
+                # Nobody else sends yet: what comes now waits for the lock.
+                oldest = time.monotonic() - _FRESH_S
+                waited = [frame for since, frame in self._waiting if since >= oldest]
+                self._waiting.clear()
+                stream.sendall(head + b"".join(waited), _in_time())
+            self._to_clients(stream)
+        except (WherryError, WireError) as error:
+            if not self._closing:
+                _logger.info("datagrams do not reach the guest: %s", error)
+        except Exception:
+            _logger.exception("a relay of datagrams failed")
+        finally:
+            with self._lock:
+                self._stream = self._reader = None
+            if stream is not None:
                 stream.close()
-                return None
-            self._stream = stream
-        address, port = self._address
-        stream.sendall(pack(DatagramsTo(address=address, port=port), 0))
-        threading.Thread(
-            target=self._to_clients, args=(stream,), name=self._thread.name, daemon=True
-        ).start()
-        return stream
+
+    def _send(self, stream: Stream, frame: bytes) -> None:
+        try:
+            stream.sendall(frame, _in_time())
+        except WherryError as error:
+            # This one is lost, as datagrams may be; half of it may be on its way.
+            if not self._closing:
+                _logger.info("datagrams do not reach the guest: %s", error)
+            stream.close()
 
     def _to_clients(self, stream: Stream) -> None:
         decoder = Decoder()
-        try:
-            while data := stream.recv(_READ_BYTES):
-                for frame in decoder.feed(data):
-                    client = self._numbers.get(frame.id)
-                    if frame.type != DATAGRAM or client is None:
-                        continue
-                    try:
-                        self._listener.sendto(frame.payload, client)
-                    except OSError:
-                        pass  # the client is gone, or slow
-        except (WherryError, WireError) as error:
-            if not self._closing:
-                _logger.info("datagrams do not come from the guest: %s", error)
-        finally:
-            self._lost(stream)
+        while data := stream.recv(_READ_BYTES):
+            for frame in decoder.feed(data):
+                client = self._client(frame.id) if frame.type == DATAGRAM else None
+                if client is None:
+                    continue
+                try:
+                    self._listener.answer(frame.payload, client)
+                except OSError:
+                    pass  # the client is gone, or slow
 
-    def _lost(self, stream: Stream | None) -> None:
-        with self._lock:
-            if self._stream is stream:
-                self._stream = None
-        if stream is not None:
-            stream.close()
+
+def _in_time() -> Callable[[], None]:
+    """Return what ends a sending that takes too long."""
+    end = time.monotonic() + _SEND_S
+
+    def waiting() -> None:
+        if time.monotonic() > end:
+            raise TunnelError(f"the guest takes no datagrams for {_SEND_S:g} s")
+
+    return waiting

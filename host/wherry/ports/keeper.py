@@ -164,7 +164,7 @@ class PortKeeper:
                 await self._apply()
 
     async def verify(self, ask: Callable[[], Awaitable[Iterable[Forward]]]) -> None:
-        """Make again what QEMU no longer has, and try again what could not be made.
+        """Make again what QEMU no longer has, or we, and try again what could not be made.
 
         What it has and should not, as after an answer of its that was lost, is removed.
 
@@ -179,7 +179,17 @@ class PortKeeper:
             for forward in has - ours:
                 log.warning("port %s was forwarded for nobody", forward)
                 await self._qemu.remove(forward)
+            for forward in self._present.keys() - ours - self._relayed():
+                log.warning("port %s was no longer relayed", forward)
+                await self._remove(forward)
+            if not self._streams.alive:
+                await in_thread(self._streams.close, name="stream relays close")
+                self._streams = StreamRelays()
             await self._apply()
+
+    def _relayed(self) -> set[Forward]:
+        datagrams = {each for each, relay in self._datagrams.items() if relay.alive}
+        return datagrams | self._streams.forwards()
 
     def _wanted(self) -> Wanted:
         published: Wanted = {}

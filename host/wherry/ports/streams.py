@@ -49,6 +49,16 @@ class StreamRelays:
         self._thread = threading.Thread(target=self._run, name="ports-accept", daemon=True)
         self._thread.start()
 
+    @property
+    def alive(self) -> bool:
+        """Whether it accepts; after an error of ours it does no more."""
+        return self._thread.is_alive()
+
+    def forwards(self) -> set[Forward]:
+        """Return what it listens for."""
+        with self._lock:
+            return set(self._listeners) if self.alive else set()
+
     def add(self, forward: Forward, open_stream: OpenStream, *, pushes: bool) -> None:
         """Listen, and relay each connection to a stream of its own.
 
