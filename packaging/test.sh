@@ -27,4 +27,25 @@ prepare_docker_cli
 prepare_clients
 
 cd "$top"
-exec python -m pytest "$@"
+if [ $# -gt 0 ]; then
+    exec python -m pytest "$@"
+fi
+
+# Two runs side by side: one with a machine, which is emulated and leaves the other processors
+# to those without; these say what they have to say when the first has ended.
+work=$(mktemp -d)
+others=
+finish() {
+    [ -z "$others" ] || kill "$others" 2>/dev/null || true
+    rm -rf "$work"
+}
+trap finish EXIT
+python -m pytest -p no:cacheprovider tests/unit tests/integration >"$work/others" 2>&1 &
+others=$!
+status=0
+python -m pytest tests/vm tests/clients || status=$?
+say "The tests without a machine"
+wait "$others" || status=$?
+others=
+cat "$work/others"
+exit "$status"

@@ -247,7 +247,7 @@ def many_authorities(machine: Sandbox) -> Iterator[trustme.CA]:
     """More than go to the guest by its firmware; one of them."""
     trusted = machine.home / "certs.d"
     trusted.mkdir(exist_ok=True)
-    found = [trustme.CA() for _ in range(60)]
+    found = [trustme.CA() for _ in range(100)]
     pem = b"".join(each.cert_pem.bytes() for each in found)
     assert len(gzip.compress(pem)) > FIRMWARE_BYTES
     (trusted / "many.pem").write_bytes(pem)
