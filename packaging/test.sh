@@ -31,12 +31,16 @@ if [ $# -gt 0 ]; then
     exec python -m pytest "$@"
 fi
 
-# Two runs side by side: one with a machine, which is emulated and leaves the other processors
-# to those without; these say what they have to say when the first has ended.
+# Two runs side by side: one with a machine, and one without, which waits for much and says what
+# it has to say when the first has ended. Neither is killed: what tests have made, they remove.
 work=$(mktemp -d)
 others=
 finish() {
-    [ -z "$others" ] || kill "$others" 2>/dev/null || true
+    if [ -n "$others" ]; then
+        kill -INT "$others" 2>/dev/null || true
+        wait "$others" || true
+        cat "$work/others"
+    fi
     rm -rf "$work"
 }
 trap finish EXIT

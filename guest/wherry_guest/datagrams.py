@@ -8,6 +8,7 @@ the way back; the one that was silent for longest makes room for a new one.
 from __future__ import annotations
 
 import os
+import resource
 import select
 import socket
 import time
@@ -22,8 +23,11 @@ if TYPE_CHECKING:
 
 _SOCKET = "/run/wherry/datagrams-%d.sock"
 _CLIENTS = 256
-_ALL_CLIENTS = 512
-"""Of all ports together: half of the descriptors that the agent may have."""
+_ALL_CLIENTS = 4096
+"""Of all ports together."""
+
+_DESCRIPTORS = 4 * _ALL_CLIENTS
+"""There are to be enough for all else."""
 
 _IDLE_S = 120.0
 """As long as the kernel remembers a UDP stream (``nf_conntrack_udp_timeout_stream``)."""
@@ -46,6 +50,8 @@ class Datagrams:
     def listen(self, request: DatagramsListen) -> DatagramsListening:
         """Begin to listen; later calls return the same socket."""
         if not self._path:
+            limit = max(_DESCRIPTORS, *resource.getrlimit(resource.RLIMIT_NOFILE))
+            resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
             path = _SOCKET % os.getpid()
             system.listen(path, serve)
             self._path = path

@@ -297,7 +297,6 @@ def test_what_the_engine_refuses_changes_nothing(engine: Clients) -> None:
     assert engine.guest("pgrep", "-x", "dockerd") == started
 
 
-@pytest.mark.endurance
 def test_what_it_refuses_when_it_starts_is_taken_back(
     engine: Clients, servers: tuple[Server, Server, Server]
 ) -> None:

@@ -325,6 +325,35 @@ def test_while_a_connection_is_opened_nothing_waits_for_it() -> None:
         assert theirs.recv(1) == b""
 
 
+def test_a_close_waits_for_no_guest_that_takes_nothing() -> None:
+    """Not for the first bytes on a new connection either."""
+    forward = Forward("udp", "::1", free_port(UDP))
+    sending, closed, ends = threading.Event(), threading.Event(), socket.socketpair()
+
+    class Stuck(SocketStream):
+        def sendall(
+            self, data: memoryview | bytes, waiting: Callable[[], None] | None = None
+        ) -> None:
+            sending.set()
+            closed.wait(20)
+            raise TunnelError("it was closed")
+
+        def close(self) -> None:
+            closed.set()
+            super().close()
+
+    made = GuestDatagramRelay(forward, ("::1", 7), lambda: Stuck(ends[0]))
+    made.start()
+    with client(forward) as sock, ends[1]:
+        for _ in range(10):
+            sock.send(b"x")
+        assert sending.wait(10)
+        begun = time.monotonic()
+        made.close()
+        assert time.monotonic() - begun < 2
+        assert try_bind(forward) is None
+
+
 def test_what_comes_while_a_connection_is_opened_arrives(echo: int, guest: Guest) -> None:
     forward = Forward("udp", "::1", free_port(UDP))
     opened = threading.Event()
@@ -397,7 +426,7 @@ def other_ipv6() -> Iterator[str]:
         pytest.skip("only root gives this computer an address")
     address = "fd77:6865:7272::2"
     change = ("ip", "-6", "address")
-    subprocess.run([*change, "add", f"{address}/128", "dev", "lo"], check=True)
+    subprocess.run([*change, "replace", f"{address}/128", "dev", "lo"], check=True)
     try:
         yield address
     finally:

@@ -160,6 +160,18 @@ def test_a_relay_that_died_is_made_again(
         wanted = {Forward(protocol, each, port): WEB for each in addresses}
         await kept.keeper.update(wanted)
         await kept.keeper.verify(kept.forwards)
+        live = None
+        if protocol == "tcp" and beside_ipv4:
+            listener = kept.monitor.sockets[f"tcp:0.0.0.0:{port}"]
+
+            def accepted() -> socket.socket:
+                listener.settimeout(10)
+                return listener.accept()[0]
+
+            live = socket.create_connection(("::1", port), 10)
+            served = await asyncio.to_thread(accepted)
+            live.sendall(b"before")
+            assert await asyncio.to_thread(served.recv, 10) == b"before"
 
         def threads() -> list[str]:
             names = ("ports-accept", f"port-{port}")
@@ -183,8 +195,21 @@ def test_a_relay_that_died_is_made_again(
                 await asyncio.to_thread(
                     wait_until, lambda: len(threads()) < before, 10, "it has died"
                 )
+        if protocol == "tcp":
+            # One that is added meanwhile is served as well.
+            late = {Forward("tcp", "::", free_port()): WEB}
+            await kept.keeper.update(wanted | late)
         await kept.keeper.verify(kept.forwards)
         assert len(threads()) == before
+        if live is not None:
+            live.sendall(b"after")
+            assert await asyncio.to_thread(served.recv, 10) == b"after"
+            new = socket.create_connection(("::1", port), 10)
+            serves = await asyncio.to_thread(accepted)
+            new.sendall(b"new")
+            assert await asyncio.to_thread(serves.recv, 10) == b"new"
+            for each in (live, served, new, serves):
+                each.close()
         assert try_bind(Forward(protocol, "::", port)) is not None
         assert all(each.kind and not each.problem for each in kept.keeper.published())
         await kept.keeper.update({})

@@ -85,5 +85,18 @@ def test_an_authority_of_the_user_s(machine: Sandbox, stranger: trustme.CA, tmp_
         assert b"The engine has started anew" in done.stderr
         assert done.stderr.count(b"broken.pem is left out") == 1
         assert travels(machine, registry) == ""
+    # One that came since, with what is changed for its registry: the engine starts once.
+    (trusted / "stranger.crt").unlink()
+    another = trustme.CA()
+    another.cert_pem.write_to_path(trusted / "another.crt")
+    (tmp_path / "another").mkdir()
+    with tls_registry(tmp_path / "another", another) as registry:
+        dockerd = ("shell", "--", "pgrep", "-x", "dockerd")
+        pid = machine.wherry(*dockerd).stdout
+        done = machine.wherry("config", "set", "engine.debug", "true")
+        assert done.stderr.count(b"started anew") == 1
+        assert machine.wherry(*dockerd).stdout != pid
+        assert travels(machine, registry) == ""
+    machine.wherry("config", "unset", "engine.debug")
     assert started() == before
     machine.docker("rm", "-f", container)

@@ -167,8 +167,7 @@ def _apply(
     if _DEFAULT_SOCKET in rest:
         # Within the lock: no stop may come between.
         _apply_default_socket(where, paths, wanted.default_socket, running=running)
-    if running and (_CERTIFICATES in rest or rest != set(keys)):
-        # What is about the engine may be about a registry whose authority came with it.
+    if _CERTIFICATES in rest and running:
         _apply_certificates(where, paths)
     if running and rest - _AT_ONCE:
         click.echo(f"It takes effect at the next start: wherry restart {paths.name}", err=True)
@@ -243,6 +242,7 @@ class _Engine:
                 )
             if self._done["note"]:
                 click.echo(f"wherry: warning: {self._done['note']}", err=True)
+            _tell_certificates(self._done["certificates"], restart)
 
 
 def _apply_default_socket(
@@ -272,9 +272,12 @@ def _apply_certificates(where: Layout, paths: MachinePaths) -> None:
     except WherryError as error:
         click.echo(f"wherry: warning: {error}", err=True)
         return
+    _tell_certificates(done, f"wherry restart {paths.name}")
+
+
+def _tell_certificates(done: Mapping[str, Any], restart: str) -> None:
     for problem in done["problems"]:
         click.echo(f"wherry: warning: {problem}", err=True)
-    restart = f"wherry restart {paths.name}"
     if done["restarted"]:
         click.echo("The engine has started anew to trust them; containers went on.", err=True)
     elif done["changed"]:

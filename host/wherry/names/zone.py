@@ -166,7 +166,7 @@ def _query(wire: bytes) -> dns.message.Message | None:
 def _wire(reply: dns.message.Message, query: dns.message.Message, *, stream: bool) -> bytes:
     """Return a reply's bytes: by UDP no more than the client takes, and marked if cut.
 
-    What that is EDNS tells (RFC 6891 §6.2.5).
+    What that is EDNS tells (RFC 6891 §6.2.3).
     """
     room = _LARGEST_BYTES if stream else max(_SMALLEST_BYTES, query.payload)
     return reply.to_wire(max_size=room, prefer_truncation=True)

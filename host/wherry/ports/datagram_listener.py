@@ -31,7 +31,7 @@ class DatagramListener:
     def __init__(self, forward: Forward) -> None:
         self.socket = open_socket(forward)
         self.socket.setblocking(False)
-        # Windows has the option, but Python there no way to what it tells.
+        # On Windows Python cannot receive what it tells.
         self._tells = forward.address == ALL_IPV6 and hasattr(self.socket, "recvmsg")
         if self._tells:
             self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_RECVPKTINFO, 1)
@@ -74,5 +74,5 @@ def _answering(info: bytes) -> bytes:
     asked = ipaddress.IPv6Address(info[:_ADDRESS_BYTES])
     if asked.is_multicast:
         return b""
-    # Of the interface only a link's own addresses have need; others may be answered by any way.
+    # Only link-local addresses need the interface; answers from others may take any route.
     return info if asked.is_link_local else info[:_ADDRESS_BYTES] + bytes(4)

@@ -61,7 +61,9 @@ class GuestDatagramRelay:
         self._by_number: dict[int, Client] = {}
         self._last = 0
         self._waiting: deque[tuple[float, bytes]] = deque(maxlen=_WAITING)
+        self._opened: Stream | None = None
         self._stream: Stream | None = None
+        """The one that is opened, when nothing waits for it any more."""
         self._reader: threading.Thread | None = None
         self._retry_at = 0.0
         self._wake, self._alarm = socket.socketpair()
@@ -81,7 +83,7 @@ class GuestDatagramRelay:
         """Stop listening and end the threads; one that opens a stream ends when it has."""
         with self._lock:
             self._closing = True
-            stream, reader = self._stream, self._reader
+            stream, reader = self._opened, self._reader
         if stream is not None:
             stream.close()
             if reader is not None:
@@ -162,16 +164,19 @@ class GuestDatagramRelay:
         try:
             stream = self._open_stream()
             address, port = self._address
-            head = pack(DatagramsTo(address=address, port=port), 0)
+            next_ = pack(DatagramsTo(address=address, port=port), 0)
             with self._lock:
                 if self._closing:
                     return
-                self._stream = stream
-                # Nobody else sends yet: what comes now waits for the lock.
-                oldest = time.monotonic() - _FRESH_S
-                waited = [frame for since, frame in self._waiting if since >= oldest]
-                self._waiting.clear()
-                stream.sendall(head + b"".join(waited), _in_time())
+                self._opened = stream
+            while next_:
+                stream.sendall(next_, _in_time())
+                with self._lock:
+                    oldest = time.monotonic() - _FRESH_S
+                    next_ = b"".join(frame for since, frame in self._waiting if since >= oldest)
+                    self._waiting.clear()
+                    if not next_:
+                        self._stream = stream
             self._to_clients(stream)
         except (WherryError, WireError) as error:
             if not self._closing:
@@ -180,7 +185,7 @@ class GuestDatagramRelay:
             _logger.exception("a relay of datagrams failed")
         finally:
             with self._lock:
-                self._stream = self._reader = None
+                self._opened = self._stream = self._reader = None
             if stream is not None:
                 stream.close()
 

@@ -182,9 +182,6 @@ class PortKeeper:
             for forward in self._present.keys() - ours - self._relayed():
                 log.warning("port %s was no longer relayed", forward)
                 await self._remove(forward)
-            if not self._streams.alive:
-                await in_thread(self._streams.close, name="stream relays close")
-                self._streams = StreamRelays()
             await self._apply()
 
     def _relayed(self) -> set[Forward]:

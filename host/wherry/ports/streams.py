@@ -39,25 +39,25 @@ class StreamRelays:
     def __init__(self) -> None:
         self._workers = Workers("port")
         self._relays = Relays(self._workers, limit=CONNECTION_LIMIT)
+        self._lock = threading.Lock()
+        self._listeners: dict[Forward, socket.socket] = {}
+        self._closing = False
+        self._begin()
+
+    def _begin(self) -> None:
+        """Have a thread that accepts; what an earlier one accepted goes on."""
         self._selector = selectors.DefaultSelector()
         self._wake, self._alarm = socket.socketpair()
         self._selector.register(self._wake, selectors.EVENT_READ)
         self._jobs: queue.SimpleQueue[Callable[[], object]] = queue.SimpleQueue()
-        self._lock = threading.Lock()
-        self._listeners: dict[Forward, socket.socket] = {}
-        self._closing = False
+        self._accepting = True
         self._thread = threading.Thread(target=self._run, name="ports-accept", daemon=True)
         self._thread.start()
 
-    @property
-    def alive(self) -> bool:
-        """Whether it accepts; after an error of ours it does no more."""
-        return self._thread.is_alive()
-
     def forwards(self) -> set[Forward]:
-        """Return what it listens for."""
+        """Return what it listens for; after an error of ours nothing, until the next ``add``."""
         with self._lock:
-            return set(self._listeners) if self.alive else set()
+            return set(self._listeners)
 
     def add(self, forward: Forward, open_stream: OpenStream, *, pushes: bool) -> None:
         """Listen, and relay each connection to a stream of its own.
@@ -69,6 +69,8 @@ class StreamRelays:
         listener = open_socket(forward)
         listener.setblocking(False)
         with self._lock:
+            if not self._accepting and not self._closing:
+                self._begin()
             self._listeners[forward] = listener
         self._do(
             partial(self._selector.register, listener, selectors.EVENT_READ, (open_stream, pushes))
@@ -122,10 +124,12 @@ class StreamRelays:
             _logger.exception("the relay of ports failed")
         finally:
             with self._lock:
+                self._accepting = False
                 listeners = list(self._listeners.values())
                 self._listeners.clear()
-            self._selector.close()
-            for each in (*listeners, self._wake, self._alarm):
+                selector, ends = self._selector, (self._wake, self._alarm)
+            selector.close()
+            for each in (*listeners, *ends):
                 each.close()
 
     def _accept(self, listener: socket.socket, open_stream: OpenStream, pushes: bool) -> None:

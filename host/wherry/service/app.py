@@ -28,6 +28,7 @@ from wherry.core.bridge import in_thread, post
 from wherry.core.errors import NotRunning, TunnelError, WherryError
 from wherry.service import console, engine, shutdown, space, state, status, syncing
 from wherry.service.boot import Boot, end_orphan
+from wherry.service.changes import Changes
 from wherry.service.default_socket import DefaultSocket
 from wherry.service.engine_settings import EngineSettings
 from wherry.service.guest import Guest
@@ -126,6 +127,13 @@ class Service:
             except NotImplementedError:
                 pass  # Windows: the control socket is the only way
         self._save()
+        changes = Changes(
+            self._paths.name,
+            self._trust,
+            self._engine_settings,
+            self._running_tunnel,
+            lambda: self._boot.image or {},
+        )
         control = ControlServer(
             self._layout.platform.listen_local(self._paths.control_socket),
             {
@@ -136,8 +144,8 @@ class Service:
                 "wait_stopped": self._on_wait_stopped,
                 "events": self._on_events,
                 "ports": self._on_ports,
-                "engine_settings": self._engine_settings.on_change,
-                "certificates": self._on_certificates,
+                "engine_settings": changes.on_engine_settings,
+                "certificates": changes.on_certificates,
                 **syncing.handlers(self._running_roots),
             },
             loop,
@@ -495,20 +503,8 @@ class Service:
     async def _on_ports(self, params: Mapping[str, Any], emit: Emit) -> list[dict[str, Any]]:
         return self._networking.describe()
 
-    async def _on_certificates(self, params: Mapping[str, Any], emit: Emit) -> dict[str, Any]:
-        """Take what is trusted now, after a change."""
-        tunnel, image = self._tunnel, self._boot.image or {}
-        if self._record.state is not State.RUNNING or tunnel is None:
-            raise NotRunning(f"machine {self._paths.name} is not running yet")
-        applied = await in_thread(lambda: self._trust.apply(tunnel, image), name="certificates")
-        restarted = applied.changed and await in_thread(
-            self._engine_settings.renew, name="engine restart"
-        )
-        return {
-            "problems": list(applied.problems),
-            "changed": applied.changed,
-            "restarted": restarted,
-        }
+    def _running_tunnel(self) -> Tunnel | None:
+        return self._tunnel if self._record.state is State.RUNNING else None
 
     async def _on_wait_running(self, params: Mapping[str, Any], emit: Emit) -> dict[str, Any]:
         self._ssh_agent.follow(str(params.get("ssh_auth_sock", "")))
