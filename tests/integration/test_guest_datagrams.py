@@ -529,6 +529,8 @@ def test_a_guest_that_answers_for_nobody_or_with_noise_reaches_no_client() -> No
                 frames += decoder.feed(theirs.recv(1000))
             theirs.sendall(Frame(DATAGRAM, frames[1].id + 1, b"wrong").encode())
             theirs.sendall(pack(Done(), frames[1].id))
+            # Longer than any datagram: this one cannot be sent, and no other one is lost.
+            theirs.sendall(Frame(DATAGRAM, frames[1].id, bytes(70_000)).encode())
             theirs.sendall(Frame(DATAGRAM, frames[1].id, b"right").encode())
             assert sock.recv(100) == b"right"
             theirs.sendall(b"\xff" * 100)
