@@ -27,7 +27,7 @@ _ALL_CLIENTS = 4096
 """Of all ports together."""
 
 _DESCRIPTORS = 4 * _ALL_CLIENTS
-"""There are to be enough for all else."""
+"""Leaves enough for all else."""
 
 _IDLE_S = 120.0
 """As long as the kernel remembers a UDP stream (``nf_conntrack_udp_timeout_stream``)."""
