@@ -166,7 +166,7 @@ def test_a_pull_without_tls_asks_a_proxy(
     target = f"{BEHIND_PROXY}:{open_.port}"
     done = engine.docker("pull", f"{target}/plain:1", check=False)
     assert b"manifest unknown" in done.stderr
-    assert f"GET http://{target}/v2/plain/manifests/1 " in proxy.said()
+    assert f" http://{target}/v2/plain/manifests/1 " in proxy.said()
     engine.docker("rmi", f"{open_.name}/plain:1")
 
 
