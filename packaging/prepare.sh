@@ -124,8 +124,11 @@ prepare_docker_cli() {
         return
     fi
     clients=$(image_directory)/clients
-    [ -x "$clients/docker" ] ||
-        die "there is no docker CLI on PATH, and the guest image has none: wherry image build --force makes one that has"
+    if [ ! -x "$clients/docker" ]; then
+        say "Building the guest image anew, as this one came without a docker CLI"
+        wherry image build --force >&2
+        clients=$(image_directory)/clients
+    fi
     plugins=$clients/cli-plugins
     PATH=$clients:$PATH
 }

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Everything the tests need, then every test. Arguments go to pytest, for example:
+# Everything the tests need, then every test but those marked endurance. Arguments go to pytest, for example:
 #   packaging/test.sh tests/unit          packaging/test.sh -m 'not vm'
 # Those of Windows run under Wine, and only when they are asked for:
 #   packaging/test.sh -m windows          packaging/test.sh -m windows -k pipes

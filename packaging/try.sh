@@ -21,19 +21,23 @@ wherry start
 DOCKER_HOST=$(wherry status --json | python3 -c 'import json, sys; print(json.load(sys.stdin)["docker_host"])')
 export DOCKER_HOST
 
-say "docker build"
-cp -R "$top/packaging/demo/." "$scratch"
-# The guest has a static busybox, so the demo needs no registry.
-wherry shell -- cat /usr/bin/busybox >"$scratch/busybox"
-chmod +x "$scratch/busybox"
-docker build -t wherry-demo "$scratch"
+ask() { curl -sS --fail --max-time 60 "$@" "http://localhost:$port/cgi-bin/hello"; }
 
-say "docker run"
-docker rm -f wherry-demo >/dev/null 2>&1 || true
-docker run -d --name wherry-demo -p "$port:80" wherry-demo
+if [ "$(docker inspect -f '{{.State.Running}}' wherry-demo 2>/dev/null)" != true ] || ! ask >/dev/null 2>&1; then
+    say "docker build"
+    cp -R "$top/packaging/demo/." "$scratch"
+    # The guest has a static busybox, so the demo needs no registry.
+    wherry shell -- cat /usr/bin/busybox >"$scratch/busybox"
+    chmod +x "$scratch/busybox"
+    docker build -t wherry-demo "$scratch"
+
+    say "docker run"
+    docker rm -f wherry-demo >/dev/null 2>&1 || true
+    docker run -d --name wherry-demo -p "$port:80" wherry-demo
+fi
 
 say "http://localhost:$port/"
-curl -sS --fail --retry 20 --retry-all-errors --retry-delay 1 --max-time 60 "http://localhost:$port/cgi-bin/hello"
+ask --retry 20 --retry-all-errors --retry-delay 1
 
 cat >&2 <<END
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from wherry.core.errors import WherryError
 from wherry.core.files import sha256
 from wherry.core.processes import run
-from wherry_images.lock import LockedPackage
+from wherry_images.lock import UPDATE_LOCK, LockedPackage
 
 DEFAULT_MIRROR = "http://deb.debian.org/debian"
 KEYRING = "/usr/share/keyrings/debian-archive-keyring.gpg"
@@ -168,7 +168,11 @@ def fetch(
     with ThreadPoolExecutor(PARALLEL_DOWNLOADS) as pool:
         lost = [package for part in pool.map(fetch_some, parts) for package in part]
     if lost:
-        raise WherryError(lost_message(lost, mirror), hint="run the build with --update-lock")
+        raise WherryError(lost_message(lost, mirror), hint=UPDATE_LOCK)
+
+
+_GONE = re.compile(r"\b(404 +Not Found|410 +Gone)\b")
+"""How apt reports that a server no longer has a file; its other words may hold numbers too."""
 
 
 def lost_message(lost: Iterable[LockedPackage], mirror: str) -> str:
@@ -195,7 +199,7 @@ def _fetch_one(package: LockedPackage, cache: Path, mirror: str) -> bool:
             break
         except WherryError as error:
             partial.unlink(missing_ok=True)
-            if "404" in error.message:
+            if _GONE.search(error.message):
                 return False
             if not left:
                 raise

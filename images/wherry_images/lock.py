@@ -14,6 +14,8 @@ from pathlib import Path
 
 from wherry.core.errors import WherryError
 
+UPDATE_LOCK = "choose newer packages: python -m wherry_images build --update-lock --output DIR"
+
 
 @dataclass(frozen=True, order=True)
 class LockedPackage:
@@ -54,13 +56,11 @@ def read_lock(path: Path) -> Lock:
         packages = tuple(LockedPackage(**entry) for entry in document["packages"])
         return Lock(epoch=int(document["epoch"]), packages=packages)
     except FileNotFoundError as error:
-        raise WherryError(
-            f"there is no lock file {path}", hint="run the build with --update-lock"
-        ) from error
+        raise WherryError(f"there is no lock file {path}", hint=UPDATE_LOCK) from error
     except (tomllib.TOMLDecodeError, KeyError, TypeError, ValueError) as error:
         raise WherryError(
             f"the lock file {path} cannot be read: {error}",
-            hint="restore it from git or run the build with --update-lock",
+            hint=f"restore it from git, or {UPDATE_LOCK}",
         ) from error
 
 

@@ -63,6 +63,12 @@ def test_the_fast_cipher_is_agreed_on(connection: Connection) -> None:
     assert connection.cipher == "aes128-gcm@openssh.com"
 
 
+def test_small_packets_wait_for_no_others(connection: Connection) -> None:
+    """Each new channel would take 40 ms more (tcp(7), TCP_NODELAY)."""
+    sock = connection._transport.sock
+    assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+
+
 def test_run(connection: Connection) -> None:
     done = connection.run("cat; echo error >&2; exit 3", b"input", timeout_s=WAIT_S)
     assert (done.status, done.stdout, done.stderr) == (3, b"input", b"error\n")

@@ -150,16 +150,23 @@ def test_fetching_names_every_package_the_archive_lost(
         )
     assert str(caught.value) == (
         "http://m.example/debian no longer has these locked packages: a 1, b 2; "
-        "run the build with --update-lock"
+        "choose newer packages: python -m wherry_images build --update-lock --output DIR"
     )
 
 
+@pytest.mark.parametrize(
+    "said",
+    [
+        "Could not resolve m.example",
+        "E: Failed to fetch http://m.example/debian/pool/x404.deb  503  Service Unavailable",
+    ],
+)
 def test_a_network_failure_is_not_taken_for_a_lost_package(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: str
 ) -> None:
-    helper = fake_apt_helper(tmp_path, 'echo "Could not resolve m.example" >&2; exit 100')
+    helper = fake_apt_helper(tmp_path, f'echo "{said}" >&2; exit 100')
     monkeypatch.setattr(archive, "APT_HELPER", helper)
-    with pytest.raises(WherryError, match="Could not resolve"):
+    with pytest.raises(WherryError, match="Could not resolve|503"):
         archive.fetch(
             [package("a")], tmp_path / "cache", mirror="http://m.example/debian", progress=print
         )

@@ -46,6 +46,12 @@ def spec(architecture: str, accelerator: str, directory: str = "/m") -> MachineS
     )
 
 
+def test_the_guest_is_told_of_a_new_disk_alone() -> None:
+    used, new = (arguments(replace(spec("x86_64", "kvm"), new_disk=each)) for each in (False, True))
+    assert "wherry.new_disk" not in " ".join(used)
+    assert "quiet wherry.new_disk console=ttyS0" in new
+
+
 def test_paths_of_windows_are_passed_as_they_are() -> None:
     home = PureWindowsPath(r"C:\Users\A, B\wherry")
     argv = arguments(

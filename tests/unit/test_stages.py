@@ -56,6 +56,19 @@ def test_who_listens_late_hears_of_the_stage_under_way() -> None:
     asyncio.run(work())
 
 
+@pytest.mark.parametrize(("own", "said"), [("do this", "do this"), ("", "do that")])
+def test_a_failure_says_what_to_do_next(own: str, said: str) -> None:
+    async def fails() -> None:
+        raise WherryError("it broke", hint=own)
+
+    async def work() -> None:
+        with pytest.raises(StageError) as caught:
+            await Stages().run("boot", fails, timeout_s=5, hint="do that")
+        assert str(caught.value) == f"boot: it broke; {said}"
+
+    asyncio.run(work())
+
+
 def test_a_stage_without_an_end_is_ended_by_its_bound() -> None:
     async def work() -> None:
         cancelled = asyncio.Event()

@@ -89,6 +89,12 @@ def test_a_guest_waits_for_space_on_the_computers_disk(small: Sandbox, place: Pa
     said = small.wherry("shell", "--", "timeout", "100", "sh", "-c", check, check=False).stdout
     big = (b"0123456789\n" * (64 << 20))[: 64 << 20]
     assert said.decode().split() == [hashlib.sha256(big).hexdigest(), "-", "0"]
+    # What it frees, the computer gets back.
+    taken = data_disk(small).stat().st_blocks * 512
+    small.wherry("shell", "--", "sh", "-c", "sync; fstrim /data")
+    wait_until(
+        lambda: data_disk(small).stat().st_blocks * 512 < taken - (32 << 20), 30, "it is smaller"
+    )
     assert small.status()["qemu_pid"] == qemu
 
 
@@ -107,10 +113,19 @@ def test_a_damaged_disk_is_mended_and_kept_by_another_image(
     manifest = json.loads((copy / "manifest.json").read_text())
     manifest["version"] = "2030.01.01"
     (copy / "manifest.json").write_text(json.dumps(manifest))
+    small.wherry("config", "set", "disk", "1536MiB")
 
     small.wherry("start")
 
     assert small.status()["image"]["version"] == "2030.01.01"
+    # The file system grows with the disk, after the start if need be.
+    size = ("shell", "--", "stat", "-f", "-c", "%b %S", "/data")
+
+    def bytes_() -> int:
+        blocks, each = map(int, small.wherry(*size).stdout.split())
+        return blocks * each
+
+    wait_until(lambda: bytes_() > 1400 << 20, 30, "the file system has grown")
     assert small.wherry("shell", "--", "cat", "/data/kept").stdout == b"precious\n"
     small.wherry("stop")
     with raw_disk(small, tmp_path) as raw:
@@ -128,12 +143,16 @@ def test_a_disk_that_only_a_person_can_mend_is_left_alone(small: Sandbox, tmp_pa
         assert b"precious" in subprocess.check_output(["debugfs", "-R", "cat /kept", raw])
 
 
-def test_a_disk_with_foreign_contents_is_refused_and_kept(small: Sandbox, tmp_path: Path) -> None:
+@pytest.mark.parametrize("offset", [0, 2 << 20])
+def test_a_disk_with_foreign_contents_is_refused_and_kept(
+    small: Sandbox, tmp_path: Path, offset: int
+) -> None:
     """A disk that is not ours may be the user's only copy of something."""
     content = b"not a file system of ours".ljust(1 << 20, b"\x5a")
     with raw_disk(small, tmp_path) as raw, raw.open("r+b") as file:
         file.truncate(0)
         file.truncate(1 << 30)
+        file.seek(offset)
         file.write(content)
 
     done = small.wherry("start", check=False)
@@ -142,6 +161,7 @@ def test_a_disk_with_foreign_contents_is_refused_and_kept(small: Sandbox, tmp_pa
     assert b"data disk" in done.stderr
     assert done.stderr.count(b"\n") == 1
     with raw_disk(small, tmp_path) as raw, raw.open("rb") as file:
+        file.seek(offset)
         assert file.read(len(content)) == content
 
 

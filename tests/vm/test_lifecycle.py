@@ -25,6 +25,8 @@ import trustme
 from registry import tls_registry
 from sandbox import Sandbox, wait_until
 
+from wherry.config.layout import Layout
+from wherry.platform import current
 from wherry.service.trust import FIRMWARE_BYTES
 
 pytestmark = [pytest.mark.vm, pytest.mark.timeout(600)]
@@ -69,8 +71,11 @@ def test_only_the_user_can_reach_the_engine(machine: Sandbox) -> None:
     path = Path(machine.status()["docker_host"].removeprefix("unix://"))
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
-    qmp = path.with_name("qmp.sock")
+    # Whoever could connect to QEMU's monitor would have the whole machine.
+    qmp = Layout(machine.home, current()).machine("default").qmp_socket
+    assert qmp.is_socket()
     assert stat.S_IMODE(qmp.parent.stat().st_mode) == 0o700
+    assert qmp.stat().st_uid == qmp.parent.stat().st_uid == os.getuid()
 
 
 def test_the_engine_has_no_tcp_port(machine: Sandbox) -> None:

@@ -82,6 +82,11 @@ class MachinePaths:
         return self.directory / "keys"
 
     @property
+    def new_disk(self) -> Path:
+        """There until the guest has made a file system on the data disk."""
+        return self.directory / "data.new"
+
+    @property
     def state(self) -> Path:
         return self.directory / "state.json"
 

@@ -50,6 +50,8 @@ from wherry.vm.qemu.driver import QemuDriver
 
 log = logging.getLogger(__name__)
 
+_LOG_HINT = "see: wherry logs"
+
 _LINGER_S = 5.0
 """How long a failed start is kept for the command that began it to ask."""
 
@@ -304,11 +306,13 @@ class Service:
             "names",
             lambda: boot.unless_exit(driver, in_thread(guest.settle, name="names")),
             timeout_s=bounds.names_s,
+            hint=_LOG_HINT,
         )
         await stages.run(
             "files",
             lambda: boot.unless_exit(driver, self._share_files(bounds.files_s)),
             timeout_s=bounds.files_s + 1,
+            hint="see: wherry sync status, and: wherry logs",
         )
         await stages.run(
             "ports",
@@ -316,6 +320,7 @@ class Service:
                 driver, self._networking.start(driver, tunnel, guest, address)
             ),
             timeout_s=bounds.ports_s,
+            hint=_LOG_HINT,
         )
         self._space = asyncio.create_task(
             space.keep_running(driver, paths.directory, self._on_paused), name="space"

@@ -41,6 +41,7 @@ anything, and another try is as good as the first."""
 _QUIT_S = 10.0
 _ENGINE_RETRY_S = 0.1
 _CONSOLE_HINT = "see: wherry logs --source console"
+_BUSY_HINT = "the computer may be busy: repeat the command"
 
 
 class Boot:
@@ -78,6 +79,7 @@ class Boot:
         """The settings that the VM runs with."""
         self.driver: QemuDriver | None = None
         self.adopted = False
+        self._new_disk = False
         """Whether the VM was there before us: containers may run in it."""
 
     @property
@@ -117,6 +119,7 @@ class Boot:
                 "adopt",
                 lambda: driver.adopt(paths.qmp_socket, orphan, timeout_s=self._bounds.adopt_s),
                 timeout_s=self._bounds.adopt_s + 1,
+                hint="end it: wherry stop --force, then: wherry start",
             )
         except StageError as error:
             if await in_thread(lambda: find(orphan), name="find QEMU") is not None:
@@ -172,6 +175,7 @@ class Boot:
             "image",
             lambda: in_thread(lambda: image.verify(chosen), name="verify image"),
             timeout_s=bounds.image_s,
+            hint=_BUSY_HINT,
         )
         await self._choose_accelerator(config, chosen, tools)
         await stages.run(
@@ -181,6 +185,11 @@ class Boot:
                 name="check disk",
             ),
             timeout_s=bounds.disk_s,
+            hint=_BUSY_HINT,
+        )
+        self._new_disk = await in_thread(
+            lambda: disk.may_format(paths.data_disk, paths.new_disk, qemu_img=tools.img),
+            name="new disk",
         )
         self._engine_settings.write(config)
         # No file is one that changes no default.
@@ -199,9 +208,12 @@ class Boot:
                         timeout_s=bounds.machine_s,
                     ),
                     timeout_s=bounds.machine_s + 5,
+                    hint="see: wherry logs",
                 )
                 self._launched()
                 await self._await_ssh(driver)
+                # The guest has mounted it by now.
+                paths.new_disk.unlink(missing_ok=True)
                 break
             except StageError as error:
                 if not tries_left or not await self._mend(error, config, chosen, tools):
@@ -219,6 +231,7 @@ class Boot:
                 "accelerator",
                 lambda: probe.choose(tools, chosen, layout.platform, layout.accelerators),
                 timeout_s=self._bounds.accelerator_s,
+                hint="choose one: wherry start --accel tcg",
             )
             self.accelerator, self.warning = verdict.accelerator, verdict.warning
         if self.warning:
@@ -309,6 +322,7 @@ class Boot:
             memory_bytes=config.memory_bytes,
             accelerator=self.accelerator or "tcg",
             data_disk=paths.data_disk,
+            new_disk=self._new_disk,
             console_log=paths.console_log,
             qmp_socket=paths.qmp_socket,
             firmware_files={

@@ -102,6 +102,7 @@ def create(layout: Layout, name: str, changes: Mapping[str, Any]) -> MachinePath
             raise UsageError(problem.message, hint=problem.hint)
         make_keys(half.keys)
         disk.create(half.data_disk, config.disk_bytes, qemu_img=qemu_img)
+        half.new_disk.touch()
         staged.rename(paths.directory)
     except OSError as error:
         raise WherryError(

@@ -84,7 +84,7 @@ class Stages:
     ) -> T:
         """Run one stage.
 
-        :param hint: what to do when it runs out of time.
+        :param hint: what to do when it runs out of time, or fails and does not say it itself.
         :raises StageError: it failed, or took more than ``timeout_s`` seconds.
         """
         self.tell(name, "begin")
@@ -96,7 +96,7 @@ class Stages:
         except StageError:
             raise
         except WherryError as error:
-            raise StageError(name, error.message, hint=error.hint) from error
+            raise StageError(name, error.message, hint=error.hint or hint) from error
         except OSError as error:
             raise StageError(name, str(error), hint=hint) from error
         self.tell(name, "end")

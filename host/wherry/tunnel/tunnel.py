@@ -101,7 +101,10 @@ class Tunnel:
                 if left <= 0:
                     cause = self._error
                     reason = f": {cause.message}" if cause is not None else ""
-                    raise TunnelError(f"there is no connection to the guest{reason}") from cause
+                    hint = cause.hint if cause is not None else ""
+                    raise TunnelError(
+                        f"there is no connection to the guest{reason}", hint=hint
+                    ) from cause
                 # A connection may be closed before its end was told: then look again soon.
                 self._news.wait(left if connection is None else min(left, 0.05))
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from wherry.config.units import format_size, parse_size
 from wherry.core.errors import WherryError
+from wherry.core.files import write_atomic
 from wherry.core.processes import Argument, run
 
 _CREATE_TIMEOUT_S = 60.0
@@ -45,6 +46,28 @@ def create(path: Path, size: int, *, qemu_img: Path) -> None:
             f"the data disk {path} cannot be made: {_last(error)}",
             hint="free some space, or set WHERRY_HOME to another disk",
         ) from error
+
+
+def may_format(path: Path, mark: Path, *, qemu_img: Path) -> bool:
+    """Return whether the guest may make a file system on a disk.
+
+    Only on one that was made for it and never used since. What was put in its place, by hand
+    or from a backup, the guest cannot tell from an empty one in all cases.
+
+    :param mark: a file that is there, and empty, since the disk was made; it goes when there
+        is a file system. In between it says that one is being made.
+    :raises WherryError: the disk cannot be read.
+    """
+    if not mark.exists():
+        return False
+    if not mark.read_bytes():
+        argv: list[Argument] = [qemu_img, "map", "-U", "-f", "qcow2", "--output=json", path]
+        extents = json.loads(run(argv, timeout_s=_INFO_TIMEOUT_S).stdout)
+        if any(each["data"] for each in extents):
+            mark.unlink()
+            return False
+        write_atomic(mark, b"being formatted\n")
+    return True
 
 
 def virtual_size(path: Path, *, qemu_img: Path) -> int:

@@ -38,6 +38,8 @@ class MachineSpec:
     qmp_socket: Path
     firmware_files: Mapping[str, Path] = field(default_factory=dict)
     """Files the guest reads through fw_cfg, by their name below ``opt/wherry/``."""
+    new_disk: bool = False
+    """Whether the guest may make a file system on the data disk."""
 
 
 @dataclass(frozen=True)

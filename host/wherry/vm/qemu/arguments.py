@@ -114,7 +114,7 @@ def arguments(spec: MachineSpec) -> list[str]:
         memory_bytes=spec.memory_bytes,
         kernel=spec.image.kernel,
         initrd=spec.image.initrd,
-        cmdline=spec.image.cmdline,
+        cmdline=spec.image.cmdline + (" wherry.new_disk" if spec.new_disk else ""),
     )
     result += [
         "-name", f"wherry-{spec.name}",
