@@ -49,6 +49,8 @@ def rename_exclusive(old_fd: int, old: str, new_fd: int, new: str) -> bool:
 def exchange(old_fd: int, old: str, new_fd: int, new: str) -> bool:
     """Let two names swap what they stand for, at once.
 
+    On Linux, who watches their directories is told of ``old``'s move first, then of ``new``'s.
+
     :returns: False if this cannot be had here, and nothing was done.
     :raises OSError: it failed.
     """

@@ -42,6 +42,10 @@ class Moves:
     def displace(self, fd: int, name: str, path: str, before: Leaf, status: os.stat_result) -> str:
         """Take a file or link out of the tree; return its name in the stage.
 
+        It is moved, so those who watch hear that it has left (``IN_MOVED_FROM``). They would
+        hear of a deletion if it were unlinked in the tree, but that takes whatever has the name
+        at that moment, and what somebody had just renamed to it could not be put back.
+
         :param status: of what was checked.
         :raises Stale: it is not that any more, and still in the tree.
         """
@@ -90,10 +94,18 @@ class Moves:
     def _exchange(self, made: str, fd: int, name: str) -> None:
         """Swap a file in the stage with one in the tree.
 
+        The name in the tree comes first, for those who watch its directory. Linux tells of an
+        exchange as of two moves, that of the first name before that of the second
+        (``vfs_rename`` in ``fs/namei.c``): they hear that the old file has left the name, and
+        then that ours has come to it. The other way round, the last they hear is that the name
+        has gone. The order decides nothing else: both names change at once before anybody is
+        told, so a name that is looked up is there all the time, and what has been displaced is
+        in the stage to be looked at.
+
         Where the filesystem cannot, the displaced file is held by a second name; that misses
         a file that is itself replaced between the two steps.
         """
-        if kernel.exchange(self._stage.fd, made, fd, name):
+        if kernel.exchange(fd, name, self._stage.fd, made):
             return
         held = self._stage.name("t")
         os.link(name, held, src_dir_fd=fd, dst_dir_fd=self._stage.fd, follow_symlinks=False)
