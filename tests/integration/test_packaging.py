@@ -310,7 +310,7 @@ def test_on_a_mac_all_comes_from_homebrew_and_the_release_once(mac: Computer, re
     images = Path(mac.env["WHERRY_HOME"], "images")
     assert (images / f"2026.1.1-abc-{HERE}").is_dir()
     assert "Fetching" not in mac.try_it()
-    assert steps(mac.log) == DEMO
+    assert mac.log == ["wherry start", "curl", "curl"]
 
 
 def test_without_an_address_the_failure_says_what_to_set(mac: Computer) -> None:

@@ -401,7 +401,7 @@ def test_a_guest_with_another_key_is_not_trusted(host: FakeHost) -> None:
     host.behave(host_key=str(other))
     with host.serve(tunnel_s=3.0) as service:
         wait_until(lambda: host.paths.control_socket.exists(), 20, "the service listens")
-        failed(host.run("start"), status=1, says="tunnel: ", next_step="wherry logs")
+        failed(host.run("start"), status=1, says="tunnel: ", next_step="start it again")
         service.wait(20)
     assert "key" in host.status()["reason"]
     host.at_rest()

@@ -65,7 +65,7 @@ def test_the_fast_cipher_is_agreed_on(connection: Connection) -> None:
 
 def test_small_packets_wait_for_no_others(connection: Connection) -> None:
     """Each new channel would take 40 ms more (tcp(7), TCP_NODELAY)."""
-    sock = connection._transport.sock
+    sock = connection._transport.sock._sock
     assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
 
 

@@ -166,7 +166,7 @@ def test_a_network_failure_is_not_taken_for_a_lost_package(
 ) -> None:
     helper = fake_apt_helper(tmp_path, f'echo "{said}" >&2; exit 100')
     monkeypatch.setattr(archive, "APT_HELPER", helper)
-    with pytest.raises(WherryError, match="Could not resolve|503"):
+    with pytest.raises(WherryError, match=r"Could not resolve|503"):
         archive.fetch(
             [package("a")], tmp_path / "cache", mirror="http://m.example/debian", progress=print
         )
