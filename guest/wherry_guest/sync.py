@@ -358,10 +358,19 @@ class _Root:
         self._link.send(wire.rows((digest,) for digest in refused))
         return Done()
 
-    def _stage_local(self, request: SyncStageLocal) -> SyncYes:
-        leaf = wire.parse_leaf(bytes.fromhex(request.leaf))
-        path = wire.parse_path(request.path.encode())
-        return SyncYes(done=self._end.stage_local(leaf, path))
+    def _stage_local(self, request: SyncStageLocal) -> Done:
+        wanted = [
+            (wire.parse_path(path), wire.parse_leaf(leaf)) for leaf, path in self._link.rows(2)
+        ]
+        taken = self._end.stage_local(wanted)
+        self._link.send(
+            wire.rows(
+                (wire.pack_number(number),)
+                for number, (_, leaf) in enumerate(wanted)
+                if leaf.digest not in taken
+            )
+        )
+        return Done()
 
     def _sums(self, request: SyncSums) -> Done:
         path, leaf = wire.parse_path(request.path.encode()), _file(request.leaf)

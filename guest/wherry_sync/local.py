@@ -262,13 +262,17 @@ class LocalEndpoint:
         self._stage.grown[leaf.digest] = (base.digest, base.size if grown else 0)
         return True
 
-    def stage_local(self, leaf: Leaf, path: str) -> bool:
-        """Take contents from this tree, if they are still at the path."""
-        try:
-            self._stage.receive(leaf, *self.read(path))
-        except (Damaged, Gone):
-            return False
-        return True
+    def stage_local(self, wanted: Sequence[tuple[str, Leaf]]) -> set[bytes]:
+        """Take contents from this tree; return the digests of those still at their paths."""
+        taken = set()
+        for path, leaf in wanted:
+            self._progress()
+            try:
+                self._stage.receive(leaf, *self.read(path))
+            except (Damaged, Gone):
+                continue
+            taken.add(leaf.digest)
+        return taken
 
     def read_all(
         self, wanted: Sequence[tuple[str, Leaf]]

@@ -16,6 +16,7 @@ SyncRead        paths                                        (contents)
 SyncSums                                                     pieces of the sums
 SyncReadBlocks  numbers of blocks                            (contents)
 SyncStage       leaves, then contents                        numbers of leaves
+SyncStageLocal  leaves and paths                             numbers of the absent
 SyncStageBlocks numbers of blocks, then contents
 SyncApply       operations, then contents                    results
 SyncBuild       operations, then contents                    results

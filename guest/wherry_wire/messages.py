@@ -424,12 +424,9 @@ class SyncEnd(Message):
 
 
 class SyncStageLocal(Message):
-    """Request: take contents from a path of the same tree."""
+    """Request: take these contents from paths of the same tree."""
 
     TYPE = 0x2B
-
-    leaf: str  # in hexadecimal
-    path: str
 
 
 class SyncSums(Message):

@@ -21,6 +21,7 @@ from sync_guest import Guest, Stream
 from sync_trees import read, write
 
 from wherry.core.errors import WherryError
+from wherry.service.syncing import describe
 from wherry.sync import session as session_module
 from wherry.sync.core.cycle import Cycle
 from wherry.sync.core.keep import Keep
@@ -496,3 +497,45 @@ def test_both_sides_hold_the_same_objects_for_what_is_equal(pair: Pair) -> None:
     known, _ = host._scanner.known()
     assert guest._known is known.entry
     assert cycle._ancestor is known.entry
+
+
+def test_a_first_round_tells_what_it_is_at(guest: Guest, tmp_path: Path) -> None:
+    seen: list[tuple[str, bool]] = []
+    begun = threading.Event()
+
+    class Watched(Stream):
+        def sendall(self, data: bytes, /) -> None:
+            assert begun.wait(WAIT_S)
+            found = describe(pair.session)
+            seen.append((found["state"], found["transfer"] is not None))
+            super().sendall(data)
+
+    class Watching(Pair):
+        def open(self) -> None:
+            (self.host / "d").mkdir()
+            (self.host / "d" / "f").write_text("f")
+            self.session = Session(
+                Root(1, self.host, self.place),
+                Paths(self.directory / "state", self.directory / "sync.db"),
+                lambda place, ordered, progress: RemoteEndpoint(
+                    Watched(guest.connect()), place, ordered=ordered, progress=progress
+                ),
+                boot="host-1",
+            )
+
+    pair = Watching(guest, tmp_path)
+    begun.set()
+    try:
+        pair.barrier()
+        assert list(dict.fromkeys(seen)) == [
+            ("connecting", False),
+            ("scanning", False),
+            ("sending", True),
+        ]
+        assert describe(pair.session)["state"] == "watching"
+        seen.clear()
+        (pair.host / "d" / "f").write_text("changed")
+        pair.barrier()
+        assert {state for state, _ in seen} == {"watching", "sending"}
+    finally:
+        pair.session.close()

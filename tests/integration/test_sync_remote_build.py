@@ -13,13 +13,17 @@ from pathlib import Path
 
 import pytest
 
+from wherry.sync.core import cycle
 from wherry.sync.core.cycle import Cycle
 from wherry.sync.core.keep import Keep
 from wherry.sync.core.store import Store
 from wherry.sync.remote import Place, RemoteEndpoint
 from wherry_guest.sync import serve
-from wherry_sync import packing
+from wherry_sync import hashing, packing, wire
+from wherry_sync.entry import file
 from wherry_sync.local import LocalEndpoint
+from wherry_wire.frames import Decoder
+from wherry_wire.messages import SyncStageLocal
 
 pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="the agent is Linux's"),
@@ -28,15 +32,21 @@ pytestmark = [
 
 
 class Stream:
-    """A socket that counts what is sent."""
+    """A socket that counts what is sent.
+
+    :ivar frames: the types of all frames that were sent.
+    """
 
     def __init__(self, connection: socket.socket) -> None:
         self._connection = connection
         self.recv = connection.recv
         self.sent = 0
+        self.frames: list[int] = []
+        self._decoder = Decoder()
 
     def sendall(self, data: bytes) -> None:
         self.sent += len(data)
+        self.frames += [frame.type for frame in self._decoder.feed(data)]
         self._connection.sendall(data)
 
     def close(self) -> None:
@@ -153,3 +163,37 @@ def test_a_file_that_changes_while_it_is_sent_comes_with_the_next_round(pair: Pa
     assert set(contents(pair.guest)) == {"new/a", "new/c"}
     pair.cycle.run()
     assert contents(pair.guest) == contents(pair.host)
+
+
+@pytest.mark.parametrize(("at_once", "lists"), [(2000, 1), (100, 5)])
+def test_a_directory_that_was_renamed_takes_no_round_trip_for_each_file(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch, at_once: int, lists: int
+) -> None:
+    monkeypatch.setattr(cycle, "_LOCAL_AT_ONCE", at_once)
+    directory = pair.host / "before"
+    directory.mkdir()
+    for number in range(500):
+        (directory / f"f{number}").write_bytes(b"%d " % number * 100)
+    assert not pair.cycle.run().failed
+    directory.rename(pair.host / "after")
+    pair.stream.frames.clear()
+    assert not pair.cycle.run().failed
+    assert contents(pair.guest) == contents(pair.host)
+    frames = pair.stream.frames
+    bulk = (wire.ROWS, wire.CONTENTS, wire.PACKED)
+    assert frames.count(SyncStageLocal.TYPE) == lists
+    assert len([found for found in frames if found not in bulk]) < lists + 10
+    assert frames.count(wire.CONTENTS) == frames.count(wire.PACKED) == 0
+
+
+def test_what_a_copy_has_not_at_other_paths_is_told_apart(pair: Pair) -> None:
+    for name in "abcd":
+        (pair.host / name).write_text(name)
+    assert not pair.cycle.run().failed
+    leaves = {name: file(False, 1, hashing.digest(name.encode())) for name in "abcd"}
+    (pair.guest / "b").write_text("B")
+    (pair.guest / "c").unlink()
+    taken = pair.remote.stage_local([(name, leaves[name]) for name in "abcd"])
+    assert taken == {leaves["a"].digest, leaves["d"].digest}
+    assert pair.remote.missing(leaves.values()) == [leaves["b"], leaves["c"]]
+    assert pair.remote.stage_local([]) == set()

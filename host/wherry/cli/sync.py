@@ -78,27 +78,34 @@ def status(name: str, as_json: bool) -> None:
     multiple=True,
     help="What to leave out, as a line of .wherryignore does; may be given again.",
 )
+@json_option
 @click.pass_obj
-def add(name: str, path: Path, ignore: tuple[str, ...]) -> None:
+def add(name: str, path: Path, ignore: tuple[str, ...], as_json: bool) -> None:
     """Synchronise PATH from now on, whether a container mounts it or not.
 
     Its patterns, if any are given, are in the place of those given before, come after those of
     .wherryignore, and hold until `wherry sync remove`.
     """
     with sync_progress() as show:
-        _call(name, "sync_add", show, path=_absolute(path), ignore=ignore)
+        found = _call(name, "sync_add", show, path=_absolute(path), ignore=ignore)
+    if as_json:
+        print_json(found)
 
 
 @sync.command()
 @click.argument("path", type=click.Path(path_type=Path))
+@json_option
 @click.pass_obj
-def remove(name: str, path: Path) -> None:
+def remove(name: str, path: Path, as_json: bool) -> None:
     """Synchronise PATH no longer; both sides keep what they have.
 
     What was known of it is forgotten, so it is halted no longer. A container that mounts it and
     is started again begins anew: what one side alone has comes to the other one.
     """
-    _call(name, "sync_remove", path=_absolute(path))
+    removed = _absolute(path)
+    _call(name, "sync_remove", path=removed)
+    if as_json:
+        print_json({"path": removed})
 
 
 @sync.command()
@@ -145,19 +152,23 @@ def conflicts(name: str, as_json: bool) -> None:
 @click.option("--restore", "action", flag_value="restore", help="Put it where it was.")
 @click.option("--discard", "action", flag_value="discard", help="Remove it.")
 @click.option("--save", "target", type=click.Path(path_type=Path), help="Put it into this file.")
+@json_option
 @click.pass_obj
-def resolve(name: str, id: str, action: str | None, target: Path | None) -> None:
+def resolve(name: str, id: str, action: str | None, target: Path | None, as_json: bool) -> None:
     """Say what becomes of the container's version of a file; see conflicts for the ID."""
     if (action is None) == (target is None):
         raise click.UsageError("one of --restore, --discard and --save FILE is needed")
+    action = action or "save"
     written = _call(
         name,
         "sync_resolve",
         id=id,
-        action=action or "save",
+        action=action,
         target=_absolute(target) if target is not None else "",
     )
-    if written:
+    if as_json:
+        print_json({"id": id, "action": action, "path": written or None})
+    elif written:
         click.echo(written)
 
 

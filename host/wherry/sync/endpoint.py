@@ -96,8 +96,11 @@ class Endpoint(Protocol):
         :param chunks: the blocks' bytes, in pieces of any size.
         """
 
-    def stage_local(self, leaf: Leaf, path: str) -> bool:
-        """Take contents from a path of the same tree; False if they are not there."""
+    def stage_local(self, wanted: Sequence[tuple[str, Leaf]]) -> set[bytes]:
+        """Take contents from paths of the same tree. Idempotent; nothing in the tree changes.
+
+        :returns: the digests of those that were taken; the others are not at their paths.
+        """
 
     def apply(
         self, operations: Sequence[Operation], contents: Iterable[Arrival] = ()

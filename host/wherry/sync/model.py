@@ -44,7 +44,8 @@ class Paths:
 class Status:
     """How a root is; a copy that does not change.
 
-    :ivar state: connecting, scanning, sending, watching, halted, disconnected.
+    :ivar state: connecting, scanning, sending, watching, halted, disconnected. It is scanning in
+        the first round after it was connected, and sending while any carries something over.
     :ivar bytes_moved: contents that were sent or received since the session began.
     :ivar problems: paths that are not equal on both sides, and why.
     :ivar transfer: what is being carried over now.

@@ -273,9 +273,14 @@ class RemoteEndpoint(Connection):
             raise
         return self._answer(SyncYes).done
 
-    def stage_local(self, leaf: Leaf, path: str) -> bool:
-        """Have contents taken from another path of the copy."""
-        return self._call(SyncStageLocal(leaf=leaf.hex(), path=path), SyncYes).done
+    def stage_local(self, wanted: Sequence[tuple[str, Leaf]]) -> set[bytes]:
+        """Have contents taken from other paths of the copy; return the digests of those taken."""
+        if not wanted:
+            return set()
+        self._send(wire.rows((leaf, path.encode()) for path, leaf in wanted))
+        refused = self._numbers(SyncStageLocal(), len(wanted))
+        absent = {wanted[number][1].digest for number in refused}
+        return {leaf.digest for _, leaf in wanted} - absent
 
     def apply(
         self, operations: Sequence[Operation], contents: Iterable[Arrival] = ()

@@ -8,10 +8,13 @@ remembered of the files goes along, there and back: see :meth:`Store.take
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
+import os
 import posixpath
 import sqlite3
+import string
 import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
@@ -34,6 +37,9 @@ log = logging.getLogger(__name__)
 
 _LAST_BARRIER_S = 20.0
 _UNUSED_S = 60.0
+_NAMES_ASKED = 1000
+# These alone, as filesystems do not agree on what the other case of any other letter is.
+_OTHER_CASE = str.maketrans(string.ascii_letters, string.ascii_uppercase + string.ascii_lowercase)
 _FILE = "roots.json"
 """The number of each root there ever was, as the database knows it by that, and what the user
 said of some of them. And the files that containers mount by themselves: a root has to know those
@@ -388,12 +394,58 @@ def traits_of(path: Path) -> Traits:
     """Return what the host's filesystem at a path, or above it, can tell apart."""
     while not path.exists() and path != path.parent:
         path = path.parent
-    swapped = path.with_name(path.name.swapcase())
+    for directory, name in _nearest(path):
+        found = _is_case_sensitive(directory, name)
+        if found is not None:
+            return Traits(case_sensitive=found)
+    return Traits()
+
+
+def _nearest(path: Path) -> Iterator[tuple[Path, str]]:
+    """Yield directories and names in them, beginning with what is in a path itself.
+
+    Another filesystem may be mounted there, and a directory may be an exception in its own one,
+    so the names of what is around it are asked only if nothing in it can be.
+    """
+    yield from _some_names(path)
+    while path != path.parent:
+        # A neighbour's name tells as much, for one that has no letters.
+        yield path.parent, path.name
+        yield from _some_names(path.parent)
+        path = path.parent
+
+
+def _some_names(directory: Path) -> Iterator[tuple[Path, str]]:
     try:
-        insensitive = swapped.name != path.name and swapped.samefile(path)
+        with os.scandir(directory) as entries:
+            for entry in itertools.islice(entries, _NAMES_ASKED):
+                yield directory, entry.name
     except OSError:
-        insensitive = False
-    return Traits(case_sensitive=not insensitive)
+        # A file, or a directory that may not be read.
+        return
+
+
+def _is_case_sensitive(directory: Path, name: str) -> bool | None:
+    """Return whether a name in a directory is another one in another case.
+
+    :returns: None if that one cannot tell.
+    """
+    swapped = name.translate(_OTHER_CASE)
+    if swapped == name:
+        return None
+    try:
+        try:
+            other = (directory / swapped).lstat()
+        except FileNotFoundError:
+            other = None
+        # Afterwards, so that a file that is removed meanwhile is not taken for an answer.
+        status = (directory / name).lstat()
+        if other is None or not os.path.samestat(status, other):
+            return True
+        # Two names of one file, as a hard link makes them, are both listed.
+        return any(each.name == swapped for each in directory.iterdir())
+    except OSError:
+        return None
 
 
 def _contains(outer: str, inner: str) -> bool:

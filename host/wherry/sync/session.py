@@ -202,6 +202,8 @@ class Session:
             found = self._status
             copied = {name: getattr(found, name) for name in found.__dataclass_fields__}
         copied["transfer"] = replace(transfer) if transfer is not None else None
+        if transfer is not None:
+            copied["state"] = "sending"
         return Status(**copied)
 
     @property
@@ -499,6 +501,9 @@ class Session:
             # What was taken from the watch is lost if the round fails before the scan.
             self._missed = True
             cycle.one_way = not self._writes
+            if self._status.state == "connecting":
+                # Later rounds are short, and how the last one ended says more than that.
+                self._tell("scanning")
             outcome = cycle.run(dirty=(dirty, None if full_guest and not requeued else ()))
             self._missed = False
             self._status.rounds += 1

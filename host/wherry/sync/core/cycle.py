@@ -62,6 +62,10 @@ _CHANGED = "it changed meanwhile"
 _BUILT_AT_ONCE = 2000
 """Each takes a kilobyte at either end until it is placed; each part takes a round trip."""
 
+_LOCAL_AT_ONCE = 2000
+"""Contents that a side takes from itself; each list of them is in memory at both ends, and takes
+a round trip."""
+
 _SAVED_AT_ONCE = 32
 """Files that people and their editors save; more at once is a program's work, for which the way
 that is faster is right."""
@@ -359,14 +363,15 @@ class Cycle:
         wants = {want.leaf.digest: want for want in todo.wants}
         if not wants:
             return set()
+        missing = [wants[leaf.digest] for leaf in end.missing(want.leaf for want in todo.wants)]
+        local = self._transfer_local(side, missing)
         wanted: list[tuple[str, Leaf]] = []
-        for leaf in end.missing(want.leaf for want in todo.wants):
-            want = wants[leaf.digest]
-            self._checkpoint("transfer")
-            if want.local is not None and end.stage_local(leaf, want.local):
+        for want in missing:
+            if want.leaf.digest in local:
                 continue
+            self._checkpoint("transfer")
             if not self._transfer_blocks(side, want):
-                wanted.append((want.path, leaf))
+                wanted.append((want.path, want.leaf))
         if not wanted:
             return set()
         taken = end.stage_all(self._watched(other, wanted))
@@ -377,6 +382,15 @@ class Cycle:
         for path in sorted(paths):
             outcome.put_off(path, side)
         return paths
+
+    def _transfer_local(self, side: int, wants: Iterable[Want]) -> set[bytes]:
+        """Stage what one side has at other paths; return the digests for which that was so."""
+        paths = [(want.local, want.leaf) for want in wants if want.local is not None]
+        taken: set[bytes] = set()
+        for start in range(0, len(paths), _LOCAL_AT_ONCE):
+            self._checkpoint("transfer")
+            taken |= self._ends[side].stage_local(paths[start : start + _LOCAL_AT_ONCE])
+        return taken
 
     def _transfer_blocks(self, side: int, want: Want) -> bool:
         """Stage what one side needs by those blocks that it has not; False if that failed."""
