@@ -7,6 +7,7 @@ import json
 import os
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -36,6 +37,8 @@ class Session:
         self.idle_s = 0.0
         self.conflicts: list[str] = []
         self.where = ""
+        self.root = SimpleNamespace(place=SimpleNamespace(path=path))
+        self.writes = False
 
     def ask(self, *, fresh: bool) -> Ticket:
         self.asked.append(fresh)
@@ -58,7 +61,9 @@ class Roots:
         self.sessions: dict[str, Session] = {}
 
     def require(self, path: str, *, read_only: bool = False) -> Session:
-        return self.sessions.setdefault(path, Session(path))
+        session = self.sessions.setdefault(path, Session(path))
+        session.writes = session.writes or not read_only
+        return session
 
     def holding(self, path: str) -> Session | None:
         return self.sessions.get(path)
@@ -514,3 +519,19 @@ def test_a_socket_cannot_be_mounted(api: Api, tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(Refusal, match="neither a file nor a directory"):
         api.create(tmp_path / "pipe", "x")
+
+
+def test_a_command_of_an_unknown_container_makes_nothing_writable(api: Api, tmp_path: Path) -> None:
+    """It was made before this service began, or never."""
+    one, other = tmp_path / "one", tmp_path / "other"
+    for path in (one, other):
+        path.mkdir()
+    binds = [f"{one}:/one:ro", f"{other}:/other"]
+    api.send("POST", "/containers/create?name=box", {"HostConfig": {"Binds": binds}})
+    assert not api.roots.sessions[str(one)].writes
+    watch = api.send("POST", "/exec/unknown/start")
+    assert watch.end is not None
+    watch.end(True)
+    assert not api.roots.sessions[str(one)].writes
+    assert api.roots.sessions[str(other)].writes
+    assert api.roots.sessions[str(other)].asked[-2:] == [True, False]

@@ -325,8 +325,12 @@ class Mounts:
         id = request.params["exec"]
         container = self._known.take_exec(id)
         if container is None:
-            # Made before this service began: whatever it is, all roots are more than enough.
-            mounted = [Source(session.root.place.path) for session in self._roots.all()]
+            # Made before this service began: whatever it is, all roots are more than enough. One
+            # that nobody mounts to write is not written to for its sake.
+            mounted = [
+                Source(session.root.place.path, read_only=not session.writes)
+                for session in self._roots.all()
+            ]
         else:
             mounted = self._mounted(request, container, needed=True)
         if not mounted:
