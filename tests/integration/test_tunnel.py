@@ -409,9 +409,11 @@ def test_the_tunnel_comes_back(own_sshd: LoopbackSshd) -> None:
     assert kept.tunnel.run("echo 1", timeout_s=WAIT_S).stdout == b"1\n"
     own_sshd.stop()
     wait_for(lambda: State.LOST in kept.states, "the loss was not told")
-    # The port may be another one after a restart.
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        own_sshd.port = probe.getsockname()[1]
+    # The port may be another one after a restart. This one gets no old one again, once in a while.
+    old = own_sshd.port
+    while own_sshd.port == old:
+        with socket.create_server(("127.0.0.1", 0)) as probe:
+            own_sshd.port = probe.getsockname()[1]
     threading.Timer(0.3, own_sshd.start).start()
     # During the outage it waits, and then works.
     assert kept.tunnel.run("echo 2", timeout_s=WAIT_S).stdout == b"2\n"
