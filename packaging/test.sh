@@ -37,14 +37,17 @@ work=$(mktemp -d)
 others=
 finish() {
     if [ -n "$others" ]; then
-        kill -INT "$others" 2>/dev/null || true
         wait "$others" || true
         cat "$work/others"
     fi
     rm -rf "$work"
 }
 trap finish EXIT
-python -m pytest -p no:cacheprovider tests/unit tests/integration >"$work/others" 2>&1 &
+# A shell's background jobs ignore an interrupt, unless they are told otherwise.
+(
+    trap - INT
+    exec python -m pytest -p no:cacheprovider tests/unit tests/integration
+) >"$work/others" 2>&1 &
 others=$!
 status=0
 python -m pytest tests/vm tests/clients || status=$?

@@ -171,8 +171,9 @@ def fetch(
         raise WherryError(lost_message(lost, mirror), hint=UPDATE_LOCK)
 
 
-_GONE = re.compile(r"\b(404 +Not Found|410 +Gone)\b")
-"""How apt reports that a server no longer has a file; its other words may hold numbers too."""
+_GONE = re.compile(r"\S  (404|410)\b")
+"""How apt reports that a server no longer has a file: after the address, which may hold numbers
+too, and before the server's own words."""
 
 
 def lost_message(lost: Iterable[LockedPackage], mirror: str) -> str:

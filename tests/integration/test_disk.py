@@ -42,6 +42,15 @@ def test_a_new_disk_may_be_formatted_until_it_is(made: Path) -> None:
 
 
 @needs_qemu_img
+def test_what_took_its_place_while_it_was_formatted_stays(made: Path) -> None:
+    assert may_format(made)
+    other = made.with_name("other")
+    disk.create(other, 64 << 20, qemu_img=QEMU_IMG)
+    other.replace(made)
+    assert not may_format(made)
+
+
+@needs_qemu_img
 @pytest.mark.parametrize("offset", ["0", "2M", "63M"])
 def test_what_somebody_put_on_a_new_disk_stays(made: Path, offset: str) -> None:
     put(made, offset)

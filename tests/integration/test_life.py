@@ -344,6 +344,22 @@ def test_logs(source: str, host: FakeHost) -> None:
     assert ("state running" if source == "service" else "wherry: ssh") in said
 
 
+def test_a_disk_is_new_until_a_guest_has_started_with_it(host: FakeHost) -> None:
+    """Also when the service that started it was killed, and another one took it over."""
+    host.make()
+    assert host.paths.new_disk.exists()
+    host.good("start")
+    assert "wherry.new_disk" in " ".join(host.calls()[-1])
+    assert not host.paths.new_disk.exists()
+    host.paths.new_disk.touch()
+    os.kill(host.status()["service_pid"], signal.SIGKILL)
+    host.good("start")
+    assert not host.paths.new_disk.exists()
+    host.good("stop")
+    host.good("start")
+    assert "wherry.new_disk" not in " ".join(host.calls()[-1])
+
+
 def test_the_disk_grows_and_never_shrinks(host: FakeHost) -> None:
     host.make(disk="2GiB")
     size = host.paths.data_disk.stat().st_size

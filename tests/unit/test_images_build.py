@@ -139,7 +139,9 @@ def fake_apt_helper(tmp_path: Path, body: str) -> str:
 def test_fetching_names_every_package_the_archive_lost(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    helper = fake_apt_helper(tmp_path, 'echo "404  Not Found" >&2; exit 100')
+    helper = fake_apt_helper(
+        tmp_path, 'echo "E: Failed to fetch $2  404  File not found [IP: ::1 80]" >&2; exit 100'
+    )
     monkeypatch.setattr(archive, "APT_HELPER", helper)
     with pytest.raises(WherryError) as caught:
         archive.fetch(

@@ -78,8 +78,8 @@ class Boot:
         self.config: Config | None = None
         """The settings that the VM runs with."""
         self.driver: QemuDriver | None = None
-        self.adopted = False
         self._new_disk = False
+        self.adopted = False
         """Whether the VM was there before us: containers may run in it."""
 
     @property
@@ -100,8 +100,11 @@ class Boot:
         orphan = await in_thread(lambda: state.find_orphan(self._paths), name="find QEMU")
         driver = None if orphan is None else await self._adopt(orphan)
         if driver is None:
-            return await self._launch()
-        await self._await_ssh(driver)
+            driver = await self._launch()
+        else:
+            await self._await_ssh(driver)
+        # The guest has mounted its disk by now.
+        self._paths.new_disk.unlink(missing_ok=True)
         return driver
 
     async def _adopt(self, orphan: ProcessIdentity) -> QemuDriver | None:
@@ -212,8 +215,6 @@ class Boot:
                 )
                 self._launched()
                 await self._await_ssh(driver)
-                # The guest has mounted it by now.
-                paths.new_disk.unlink(missing_ok=True)
                 break
             except StageError as error:
                 if not tries_left or not await self._mend(error, config, chosen, tools):

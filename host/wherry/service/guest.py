@@ -55,6 +55,7 @@ class Guest:
         self._agent: AgentClient | None = None
         self._lock = threading.Condition()
         self._closed = False
+        self._trimmed = time.monotonic()
         self._tunnel_is_new = False
         self._thread: threading.Thread | None = None
         self.boot_id = ""
@@ -195,7 +196,6 @@ class Guest:
         with self._lock:
             self._agent = None if self._closed else agent
             self._lock.notify_all()
-        trimmed = time.monotonic()
         while True:
             with self._lock:
                 over = self._lock.wait_for(lambda: self._closed or ended.is_set(), _CLOCK_S)
@@ -209,8 +209,8 @@ class Guest:
                 break
             if drift:
                 log.info("the guest's clock is corrected by %.3f s", drift)
-            if time.monotonic() - trimmed >= _TRIM_S:
-                trimmed = time.monotonic()
+            if time.monotonic() - self._trimmed >= _TRIM_S:
+                self._trimmed = time.monotonic()
                 try:
                     agent.fstrim()
                 except WherryError as error:

@@ -51,22 +51,29 @@ def create(path: Path, size: int, *, qemu_img: Path) -> None:
 def may_format(path: Path, mark: Path, *, qemu_img: Path) -> bool:
     """Return whether the guest may make a file system on a disk.
 
-    Only on one that was made for it and never used since. What was put in its place, by hand
-    or from a backup, the guest cannot tell from an empty one in all cases.
+    Only on one that was made for it and never used since: the guest cannot tell contents that
+    it does not know from none.
 
     :param mark: a file that is there, and empty, since the disk was made; it goes when there
-        is a file system. In between it says that one is being made.
+        is a file system. In between it says on which file one is being made: that may have
+        been interrupted.
     :raises WherryError: the disk cannot be read.
     """
     if not mark.exists():
         return False
-    if not mark.read_bytes():
+    status = path.stat()
+    ours = f"{status.st_dev} {status.st_ino}\n".encode()
+    begun = mark.read_bytes()
+    if begun and begun != ours:
+        mark.unlink()
+        return False
+    if not begun:
         argv: list[Argument] = [qemu_img, "map", "-U", "-f", "qcow2", "--output=json", path]
         extents = json.loads(run(argv, timeout_s=_INFO_TIMEOUT_S).stdout)
         if any(each["data"] for each in extents):
             mark.unlink()
             return False
-        write_atomic(mark, b"being formatted\n")
+        write_atomic(mark, ours)
     return True
 
 
@@ -124,7 +131,14 @@ def grow(path: Path, size: int, *, qemu_img: Path) -> None:
             hint=f"a disk can only grow: wherry config set disk {_exact(present)}",
         )
     if size > present:
-        run([qemu_img, "resize", "-q", "-f", "qcow2", path, str(size)], timeout_s=_CREATE_TIMEOUT_S)
+        argv: list[Argument] = [qemu_img, "resize", "-q", "-f", "qcow2", path, str(size)]
+        try:
+            run(argv, timeout_s=_CREATE_TIMEOUT_S)
+        except WherryError as error:
+            raise WherryError(
+                f"the data disk {path} cannot be enlarged: {_last(error)}",
+                hint=f"free some space, or: wherry config set disk {_exact(present)}",
+            ) from error
 
 
 def _exact(size: int) -> str:
