@@ -272,6 +272,21 @@ def test_a_guest_that_does_not_power_off_is_ended_with_its_bound(host: FakeHost)
     host.at_rest()
 
 
+def test_a_qemu_that_does_not_end_when_told_to_is_killed(host: FakeHost) -> None:
+    """The guest powers off too late, and QEMU's monitor says that it quits, and does not."""
+    host.behave(deaf=True, stays=True)
+    host.make()
+    with host.serve(guest_stop_s=0.3) as service:
+        host.good("start")
+        qemu = host.status()["qemu_pid"]
+        begun = time.monotonic()
+        host.good("stop")
+        assert time.monotonic() - begun < 25
+        service.wait(10)
+    assert not psutil.pid_exists(qemu)
+    host.at_rest()
+
+
 def test_qemu_told_to_end_by_the_system(host: FakeHost) -> None:
     """The system's own shutdown sends SIGTERM to all; the machine must not hang it."""
     host.good("start")

@@ -250,7 +250,7 @@ class Machine:
             if "id" in request:
                 reply["id"] = request["id"]
             self._send(reply)
-            if command == "quit":
+            if command == "quit" and not behaviour().get("stays"):
                 self._end("host-qmp-quit")
         with self._lock:
             self._client = None
