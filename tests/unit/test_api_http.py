@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import time
 from datetime import timedelta
 
 import h11
@@ -228,6 +230,37 @@ def test_malformed_chunks(body: bytes) -> None:
 def test_malformed_answers(data: bytes) -> None:
     with pytest.raises(MalformedAnswer):
         read_answer(data)
+
+
+@pytest.mark.parametrize("filler", [b" ", b"\t", b"0", b",", b"%", b"/", b":", b"%2e", b"a: b\r\n"])
+@pytest.mark.parametrize(
+    "head",
+    [
+        b"GET / HTTP/1.1\r\nHost: d\r\nContent-Length: 1,FILL1\r\n\r\n",
+        b"GET / HTTP/1.1\r\nHost: d\r\nContent-Length:FILL1\r\n\r\n",
+        b"GET / HTTP/1.1\r\nHost: d\r\nTransfer-Encoding: FILLchunked\r\n\r\n",
+        b"GET / HTTP/1.1\r\nHost: d\r\nX: aFILLb\r\n\r\n",
+        b"GET / HTTP/1.1\r\nFILL: x\r\n\r\n",
+        b"GET /FILLx HTTP/1.1\r\nHost: d\r\n\r\n",
+        b"GET /containers/FILL/attach HTTP/1.1\r\nHost: d\r\n\r\n",
+        b"GET xFILL HTTP/1.1\r\nHost: d\r\n\r\n",
+        b"GET / HTTP/1.1\r\nHost: d\r\nFILL\r\n\r\n",
+    ],
+)
+def test_the_longest_head_is_read_or_refused_in_no_time(head: bytes, filler: bytes) -> None:
+    """While it is looked at nobody else is served: a pattern holds the interpreter."""
+    count = (HEAD_LIMIT_BYTES - len(head)) // len(filler)
+    begun = time.process_time()
+    with contextlib.suppress(MalformedRequest):
+        read(head.replace(b"FILL", filler * count))
+    assert time.process_time() - begun < 0.5
+
+
+def test_credentials_are_not_kept() -> None:
+    raw = b"POST /images/create HTTP/1.1\r\nHost: d\r\n%b: secret\r\n\r\n"
+    for name in (b"X-Registry-Auth", b"x-registry-config"):
+        assert parse_request(raw % name) is not parse_request(raw % name)
+    assert parse_request(raw % b"X") is parse_request(raw % b"X")
 
 
 @settings(max_examples=4 * settings().max_examples, deadline=timedelta(seconds=5))

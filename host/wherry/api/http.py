@@ -27,7 +27,7 @@ Headers = tuple[tuple[bytes, bytes], ...]
 _FORBIDDEN = re.compile(rb"[^\t\r\n\x20-\x7e\x80-\xff]|\r(?!\n)|(?<!\r)\n|\n[ \t]")
 """Control characters, CR and LF alone (RFC 9112 §2.2), folded lines (RFC 9112 §5.2)."""
 
-_CONTENT_LENGTH = re.compile(rb"\r\ncontent-length:[ \t]*([^\r]*?)[ \t]*(?=\r)", re.I)
+_CONTENT_LENGTH = re.compile(rb"\r\ncontent-length:([^\r]*)", re.I)
 _LENGTH = re.compile(rb"[0-9]{1,18}")
 _BAD_ESCAPE = re.compile(rb"%(?![0-9A-Fa-f]{2})")
 _ABSOLUTE = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^/?]*")
@@ -178,8 +178,10 @@ def parse_request(raw: bytes) -> RequestHead:
 
     :raises MalformedRequest: it is not one, or not only one.
     """
-    # Clients repeat themselves, and the short questions are the ones that hurry.
-    return _parse_again(raw) if len(raw) <= _CACHED_HEAD_BYTES else _parse_request(raw)
+    # Clients repeat themselves, and the short questions are the ones that hurry. Credentials
+    # are kept no longer than their request.
+    cached = len(raw) <= _CACHED_HEAD_BYTES and b"x-registry-" not in raw.lower()
+    return _parse_again(raw) if cached else _parse_request(raw)
 
 
 def _parse_request(raw: bytes) -> RequestHead:
@@ -202,7 +204,7 @@ def _parse_request(raw: bytes) -> RequestHead:
     if method == "CONNECT":
         raise MalformedRequest("this is no proxy to other places")
     # h11 joins several lengths into one when they agree, so the raw head is asked.
-    lengths: list[bytes] = _CONTENT_LENGTH.findall(raw)
+    lengths = [found.strip(b" \t") for found in _CONTENT_LENGTH.findall(raw)]
     chunked = any(name == b"transfer-encoding" for name, _ in request.headers)
     if len(lengths) > 1:
         raise MalformedRequest("more than one Content-Length")
