@@ -10,7 +10,6 @@ import contextlib
 import os
 import random
 import socket
-import subprocess
 import sys
 import threading
 import time
@@ -20,6 +19,7 @@ from pathlib import Path
 import psutil
 import pytest
 from fake_monitor import free_port
+from loopback import answering, one_more_ipv6
 from sandbox import wait_until
 from stub_engine import SocketStream
 
@@ -79,23 +79,8 @@ def guest() -> Iterator[Guest]:
 
 @pytest.fixture
 def echo() -> Iterator[int]:
-    """A server on ::1 that adds something, so that nothing comes back by itself."""
-    with socket.socket(socket.AF_INET6, UDP) as server:
-        server.bind(("::1", 0))
-        server.settimeout(0.05)
-        over = threading.Event()
-
-        def run() -> None:
-            while not over.is_set():
-                with contextlib.suppress(TimeoutError):
-                    data, client = server.recvfrom(65536)
-                    server.sendto(data + b"!", client)
-
-        thread = threading.Thread(target=run)
-        thread.start()
-        yield server.getsockname()[1]
-        over.set()
-        thread.join()
+    with answering("::1") as port:
+        yield port
 
 
 @contextlib.contextmanager
@@ -177,15 +162,23 @@ def test_more_clients_than_are_remembered(
         assert psutil.Process().num_fds() <= before + len(clients) + 6 + 4
 
 
-def test_who_goes_on_talking_is_not_the_one_forgotten(
+@contextlib.contextmanager
+def few_clients(
     guest: Guest, monkeypatch: pytest.MonkeyPatch
-) -> None:
+) -> Iterator[tuple[socket.socket, Forward, contextlib.ExitStack]]:
+    """A server, a relay to it that remembers four clients, and where to leave those."""
     for module in (guest_datagrams, datagrams):
         monkeypatch.setattr(module, "_CLIENTS", 4)
     with socket.socket(socket.AF_INET6, UDP) as server, contextlib.ExitStack() as stack:
         server.bind(("::1", 0))
         server.settimeout(5)
-        forward = stack.enter_context(relay(guest, server.getsockname()[1]))
+        yield server, stack.enter_context(relay(guest, server.getsockname()[1])), stack
+
+
+def test_who_goes_on_talking_is_not_the_one_forgotten(
+    guest: Guest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with few_clients(guest, monkeypatch) as (server, forward, stack):
         steady = stack.enter_context(client(forward))
         seen = set()
         for _ in range(10):
@@ -210,12 +203,7 @@ def test_who_was_silent_is_forgotten_and_answered_again(
 
 def test_who_listens_only_is_not_forgotten(guest: Guest, monkeypatch: pytest.MonkeyPatch) -> None:
     """A subscriber says something once; others come and go."""
-    for module in (guest_datagrams, datagrams):
-        monkeypatch.setattr(module, "_CLIENTS", 4)
-    with socket.socket(socket.AF_INET6, UDP) as server, contextlib.ExitStack() as stack:
-        server.bind(("::1", 0))
-        server.settimeout(5)
-        forward = stack.enter_context(relay(guest, server.getsockname()[1]))
+    with few_clients(guest, monkeypatch) as (server, forward, stack):
         subscriber = stack.enter_context(client(forward))
         subscriber.send(b"subscribe")
         _, address = server.recvfrom(100)
@@ -422,15 +410,8 @@ def test_a_guest_that_takes_nothing_is_left(monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.fixture
 def other_ipv6() -> Iterator[str]:
-    if os.geteuid() != 0:
-        pytest.skip("only root gives this computer an address")
-    address = "fd77:6865:7272::2"
-    change = ("ip", "-6", "address")
-    subprocess.run([*change, "replace", f"{address}/128", "dev", "lo"], check=True)
-    try:
+    with one_more_ipv6() as address:
         yield address
-    finally:
-        subprocess.run([*change, "delete", f"{address}/128", "dev", "lo"], check=True)
 
 
 @pytest.mark.parametrize("through_guest", [False, True])

@@ -17,6 +17,7 @@ from typing import Any
 import psutil
 import pytest
 from fake_monitor import Monitor, free_port
+from loopback import answering
 from sandbox import wait_until
 
 from wherry.core.errors import TunnelError, WherryError
@@ -183,8 +184,8 @@ def test_a_relay_that_died_is_made_again(
         with monkeypatch.context() as patch:
             for owner, name in (
                 (StreamRelays, "_accept"),
-                (DatagramRelay, "_from_clients"),
-                (GuestDatagramRelay, "_from_clients"),
+                (DatagramRelay, "_from_client"),
+                (GuestDatagramRelay, "_from_client"),
             ):
                 patch.setattr(owner, name, fail)
             before = len(threads())
@@ -620,22 +621,8 @@ def test_what_qemu_listens_for_is_told_of_and_what_it_refuses_is_not() -> None:
 
 @pytest.fixture
 def udp_server() -> Iterator[int]:
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as server:
-        server.bind(("127.0.0.1", 0))
-        server.settimeout(0.05)
-        over = threading.Event()
-
-        def run() -> None:
-            while not over.is_set():
-                with contextlib.suppress(TimeoutError):
-                    data, client = server.recvfrom(65536)
-                    server.sendto(data + b"!", client)
-
-        thread = threading.Thread(target=run)
-        thread.start()
-        yield server.getsockname()[1]
-        over.set()
-        thread.join()
+    with answering("127.0.0.1") as port:
+        yield port
 
 
 def udp_client(port: int) -> socket.socket:

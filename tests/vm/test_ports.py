@@ -18,6 +18,7 @@ from typing import Any
 
 import psutil
 import pytest
+from loopback import one_more_ipv6
 from sandbox import Sandbox, wait_until
 
 from wherry.config.layout import Layout
@@ -256,16 +257,8 @@ def test_udp_both_ways_on_both_loopbacks(machine: Sandbox) -> None:
 
 @pytest.fixture
 def other_ipv6() -> Iterator[str]:
-    """An address of this computer's that is not ::1."""
-    if sys.platform != "linux" or os.geteuid() != 0:
-        pytest.skip("only root gives this computer an address")
-    address = "fd77:6865:7272::1"
-    change = ("ip", "-6", "address")
-    subprocess.run([*change, "replace", f"{address}/128", "dev", "lo"], check=True)
-    try:
+    with one_more_ipv6() as address:
         yield address
-    finally:
-        subprocess.run([*change, "delete", f"{address}/128", "dev", "lo"], check=True)
 
 
 def test_a_port_of_an_ipv6_address_of_this_computer(machine: Sandbox, other_ipv6: str) -> None:

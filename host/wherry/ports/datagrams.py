@@ -6,89 +6,44 @@ one that was silent for longest makes room for a new one.
 
 from __future__ import annotations
 
-import logging
 import selectors
 import socket
-import threading
 import time
 from collections import OrderedDict
 
-from wherry.ports.datagram_listener import LARGEST_BYTES, Client, DatagramListener
 from wherry.ports.desired import Forward
+from wherry.ports.udp import LARGEST_BYTES, Client, Relay
 
 _CLIENTS = 256
 _IDLE_S = 120.0
 """As long as the guest's kernel remembers a UDP stream (``nf_conntrack_udp_timeout_stream``)."""
 
 _BURST = 64
-_JOIN_S = 5.0
-
-_logger = logging.getLogger(__name__)
 
 
-class DatagramRelay:
+class DatagramRelay(Relay):
     """Relays datagrams between the clients of one port and another port of this computer.
 
     :raises OSError: the port cannot be bound.
     """
 
     def __init__(self, forward: Forward, address: tuple[str, int]) -> None:
+        super().__init__(forward)
         self._address = address
-        self._listener = DatagramListener(forward)
         self._clients: OrderedDict[Client, tuple[socket.socket, float]] = OrderedDict()
-        self._wake, self._alarm = socket.socketpair()
-        self._selector = selectors.DefaultSelector()
-        self._selector.register(self._listener.socket, selectors.EVENT_READ)
-        self._selector.register(self._wake, selectors.EVENT_READ)
-        self._closing = False
-        self._thread = threading.Thread(target=self._run, name=f"port-{forward.port}", daemon=True)
 
-    @property
-    def alive(self) -> bool:
-        """Whether it relays."""
-        return self._thread.is_alive()
-
-    def start(self) -> None:
-        """Begin to relay."""
-        self._thread.start()
-
-    def close(self) -> None:
-        """Stop listening and end the thread."""
-        self._closing = True
-        self._alarm.send(b"x")
-        self._thread.join(_JOIN_S)
-        for each in (self._listener, self._wake, self._alarm):
-            each.close()
-
-    def _run(self) -> None:
+    def _from_client(self, data: bytes, client: Client) -> None:
         try:
-            while not self._closing:
-                for key, _ in self._selector.select(_IDLE_S / 4):
-                    if key.fileobj is self._listener.socket:
-                        self._from_clients()
-                    elif key.data is not None:
-                        self._to_client(key.fileobj, key.data)  # type: ignore[arg-type]
-                self._forget_silent()
-        except Exception:
-            if not self._closing:
-                _logger.exception("a relay of datagrams failed")
-        finally:
-            for sock, _ in self._clients.values():
-                sock.close()
-            self._selector.close()
+            self._towards_guest(client).send(data)
+        except OSError:
+            pass  # lost, as datagrams may be
 
-    def _from_clients(self) -> None:
-        for _ in range(_BURST):
-            try:
-                data, client = self._listener.receive()
-            except BlockingIOError:
-                return
-            except OSError:
-                continue  # an ICMP error of an earlier datagram
-            try:
-                self._towards_guest(client).send(data)
-            except OSError:
-                pass  # lost, as datagrams may be
+    def _readable(self, key: selectors.SelectorKey) -> None:
+        self._to_client(key.fileobj, key.data)  # type: ignore[arg-type]
+
+    def _end(self) -> None:
+        for sock, _ in self._clients.values():
+            sock.close()
 
     def _towards_guest(self, client: Client) -> socket.socket:
         known = self._clients.pop(client, None)
@@ -125,7 +80,7 @@ class DatagramRelay:
         self._clients[client] = (sock, time.monotonic())
         self._clients.move_to_end(client)
 
-    def _forget_silent(self) -> None:
+    def _look_after(self) -> None:
         oldest = time.monotonic() - _IDLE_S
         while self._clients:
             client = next(iter(self._clients))

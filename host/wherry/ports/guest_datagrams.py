@@ -8,23 +8,20 @@ and again for one that comes after it was lost; those that come meanwhile wait a
 from __future__ import annotations
 
 import logging
-import selectors
-import socket
 import threading
 import time
 from collections import OrderedDict, deque
 from collections.abc import Callable
 
 from wherry.core.errors import TunnelError, WherryError
-from wherry.ports.datagram_listener import Client, DatagramListener
 from wherry.ports.desired import Forward
+from wherry.ports.udp import Client, Relay
 from wherry.tunnel.stream import Stream
 from wherry_wire.frames import DATAGRAM, Decoder, Frame, WireError
 from wherry_wire.messages import DatagramsTo, pack
 
 _CLIENTS = 256
 _READ_BYTES = 256 * 1024
-_BURST = 64
 _WAITING = 64
 """Datagrams that wait for a stream; the oldest make room."""
 
@@ -38,7 +35,7 @@ _JOIN_S = 5.0
 _logger = logging.getLogger(__name__)
 
 
-class GuestDatagramRelay:
+class GuestDatagramRelay(Relay):
     """Relays datagrams between the clients of one port and an IPv6 address of the guest's.
 
     One thread receives from clients, and never waits for the guest for longer than
@@ -52,9 +49,9 @@ class GuestDatagramRelay:
     def __init__(
         self, forward: Forward, address: tuple[str, int], open_stream: Callable[[], Stream]
     ) -> None:
+        super().__init__(forward)
         self._address = address
         self._open_stream = open_stream
-        self._listener = DatagramListener(forward)
         self._lock = threading.Lock()
         self._clients: OrderedDict[Client, int] = OrderedDict()
         """Numbers; the one that was silent for longest first."""
@@ -66,18 +63,6 @@ class GuestDatagramRelay:
         """The one that is opened, when nothing waits for it any more."""
         self._reader: threading.Thread | None = None
         self._retry_at = 0.0
-        self._wake, self._alarm = socket.socketpair()
-        self._closing = False
-        self._thread = threading.Thread(target=self._run, name=f"port-{forward.port}", daemon=True)
-
-    @property
-    def alive(self) -> bool:
-        """Whether it relays."""
-        return self._thread.is_alive()
-
-    def start(self) -> None:
-        """Begin to relay."""
-        self._thread.start()
 
     def close(self) -> None:
         """Stop listening and end the threads; one that opens a stream ends when it has."""
@@ -88,40 +73,17 @@ class GuestDatagramRelay:
             stream.close()
             if reader is not None:
                 reader.join(_JOIN_S)
-        self._alarm.send(b"x")
-        self._thread.join(_JOIN_S)
-        for each in (self._listener, self._wake, self._alarm):
-            each.close()
+        super().close()
 
-    def _run(self) -> None:
-        try:
-            with selectors.DefaultSelector() as selector:
-                selector.register(self._listener.socket, selectors.EVENT_READ)
-                selector.register(self._wake, selectors.EVENT_READ)
-                while not self._closing:
-                    selector.select()
-                    self._from_clients()
-        except Exception:
-            _logger.exception("a relay of datagrams failed")
-
-    def _from_clients(self) -> None:
-        for _ in range(_BURST):
-            if self._closing:
-                return
-            try:
-                data, client = self._listener.receive()
-            except BlockingIOError:
-                return
-            except OSError:
-                continue  # an ICMP error of an earlier datagram
-            frame = Frame(DATAGRAM, self._number(client), data).encode()
-            with self._lock:
-                stream = self._stream
-                if stream is None:
-                    self._waiting.append((time.monotonic(), frame))
-                    self._ask_for_stream()
-            if stream is not None:
-                self._send(stream, frame)
+    def _from_client(self, data: bytes, client: Client) -> None:
+        frame = Frame(DATAGRAM, self._number(client), data).encode()
+        with self._lock:
+            stream = self._stream
+            if stream is None:
+                self._waiting.append((time.monotonic(), frame))
+                self._ask_for_stream()
+        if stream is not None:
+            self._send(stream, frame)
 
     def _number(self, client: Client) -> int:
         """Return a client's number, which no other one has had for long."""
