@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from wherry.control import client
 from wherry.control.client import call
 from wherry.control.server import ControlServer, Emit, Handler
 from wherry.core.bridge import in_thread
@@ -296,4 +297,22 @@ def test_a_service_that_hangs_ends_a_call_with_a_bound(host: Platform, tmp_path:
         pytest.raises(WherryError, match=r"did not answer within 0\.05 s"),
     ):
         call(host, tmp_path / "s", "status", timeout_s=0.05)
+    assert left.wait(WAIT_S)
+
+
+def test_a_service_that_leaves_and_does_not_answer_ends_a_call_too(
+    host: Platform, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It listens no more, so it is not asked whether it hangs."""
+    monkeypatch.setattr(client, "_PULSE_S", 0.02)
+    monkeypatch.setattr(client, "_LEAVES_S", 0.2)
+    left = threading.Event()
+
+    def leave(connection: socket.socket) -> None:
+        (tmp_path / "s").unlink()
+        if connection.recv(1) == b"":
+            left.set()
+
+    with service(tmp_path / "s", leave), pytest.raises(WherryError, match="did not answer"):
+        call(host, tmp_path / "s", "wait_stopped")
     assert left.wait(WAIT_S)

@@ -6,6 +6,7 @@ import contextlib
 import json
 import socket as sockets
 import threading
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,9 @@ HELLO_TIMEOUT_S = 5.0
 
 _CONNECT_TIMEOUT_S = 5.0
 _PULSE_S = 5.0
+_LEAVES_S = 60.0
+"""How long an answer may be on its way when nothing listens any more; the last thing that a
+service does is to send it."""
 
 
 def call(
@@ -47,11 +51,14 @@ def call(
 
     def watch() -> None:
         if timeout_s is None:
+            heard = time.monotonic()
             while not over.wait(_PULSE_S):
                 try:
                     call(platform, socket, "hello", timeout_s=HELLO_TIMEOUT_S)
+                    heard = time.monotonic()
                 except NotRunning:
-                    return  # it leaves, and what we wait for is on its way
+                    if time.monotonic() - heard > _LEAVES_S:
+                        break
                 except WherryError:
                     break
         else:
