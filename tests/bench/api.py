@@ -242,6 +242,6 @@ def measures(size: int) -> Measures:
 
 if __name__ == "__main__":
     main(
-        Bench(__file__, serve, relay, new_ping, measures, memory, ("ours", "plain", "ssh")),
+        Bench(__file__, serve, relay, new_ping, measures, memory, ("ours", "plain")),
         "How fast the API's proxy is, next to ssh -L and a plain relay.",
     )

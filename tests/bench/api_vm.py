@@ -195,7 +195,7 @@ def main() -> None:
                 ssh.terminate()
                 ssh.wait(10)
             sandbox.stop_all()
-    print_table(list(paths), results)
+    print_table(results)
     if options.json:
         write_atomic(options.json, json.dumps(results, indent=2).encode() + b"\n", mode=0o644)
     else:
