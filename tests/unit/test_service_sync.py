@@ -50,7 +50,7 @@ def test_a_new_connection_is_told_beside_the_loop(tmp_path: Path) -> None:
         roots = Roots()
         layout = Layout(tmp_path, current())
         service = Service(layout, layout.machine("default"))
-        service._guest, service._roots = Guest(), roots  # type: ignore[assignment]
+        service._guest, service._files._roots = Guest(), roots  # type: ignore[assignment]
         service._on_tunnel("connected", None)
         await asyncio.to_thread(roots.done.wait, 5)
         return roots.called

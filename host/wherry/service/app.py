@@ -25,22 +25,19 @@ from wherry.config.layout import Layout, MachinePaths
 from wherry.config.model import Config
 from wherry.control.server import ControlServer, Emit
 from wherry.core.bridge import in_thread, post
-from wherry.core.errors import NotRunning, TunnelError, WherryError
+from wherry.core.errors import TunnelError, WherryError
 from wherry.service import console, engine, shutdown, space, state, status, syncing
 from wherry.service.boot import Boot, end_orphan
 from wherry.service.changes import Changes
 from wherry.service.default_socket import DefaultSocket
 from wherry.service.engine_settings import EngineSettings
+from wherry.service.files import Files
 from wherry.service.guest import Guest
-from wherry.service.mounts import Mounts
 from wherry.service.networking import Networking
 from wherry.service.ssh_agent import SshAgent
 from wherry.service.stages import DEFAULT_BOUNDS, Bounds, Stages
 from wherry.service.state import State
 from wherry.service.trust import Trust
-from wherry.sync.drives import host_path
-from wherry.sync.remote import RemoteEndpoint
-from wherry.sync.roots import Roots
 from wherry.tunnel.connection import Connection, Watcher
 from wherry.tunnel.keys import MachineKeys, load_keys
 from wherry.tunnel.stream import Stream
@@ -60,7 +57,6 @@ _HEALTH_S = 2.0
 
 _QUIT_S = 10.0
 _DRAIN_S = 2.0
-_TIDY_S = 300.0
 
 
 class Service:
@@ -100,10 +96,7 @@ class Service:
         self._hooks = Hooks()
         self._endpoint: Endpoint | None = None
         self._guest: Guest | None = None
-        self._roots: Roots | None = None
-        self._mounts: Mounts | None = None
-        self._tidying: asyncio.Task[None] | None = None
-        self._disconnecting: set[asyncio.Task[None]] = set()
+        self._files = Files(layout, paths, self._hooks)
         self._networking = Networking(self._hooks, layout.platform)
         self._stop_asked = False
         self._force = False
@@ -148,7 +141,7 @@ class Service:
                 "ports": self._on_ports,
                 "engine_settings": changes.on_engine_settings,
                 "certificates": changes.on_certificates,
-                **syncing.handlers(self._running_roots),
+                **syncing.handlers(lambda: self._files.roots),
             },
             loop,
         )
@@ -278,10 +271,10 @@ class Service:
         )
         image = boot.image or {}
         await in_thread(lambda: self._trust.catch_up(tunnel, image), name="certificates")
-        self._roots = self._make_roots(tunnel)
-        guest, config = self._guest, boot.config
-        assert guest is not None
+        config = boot.config
         assert config is not None
+        guest = self._guest = Guest(tunnel, self._files.changed)
+        self._files.serve(tunnel, guest, config)
         self._networking.answer_names(guest)
         guest.host_open = config.host_access
         # Its agent starts beside the engine.
@@ -310,7 +303,7 @@ class Service:
         )
         await stages.run(
             "files",
-            lambda: boot.unless_exit(driver, self._share_files(bounds.files_s)),
+            lambda: boot.unless_exit(driver, self._files.restore(bounds.files_s)),
             timeout_s=bounds.files_s + 1,
             hint="see: wherry sync status, and: wherry logs",
         )
@@ -327,7 +320,7 @@ class Service:
         )
         self._record = replace(self._record, started=time.time())
         self._transition(State.RUNNING)
-        self._tidying = asyncio.create_task(self._tidy(self._mounts), name="tidy")
+        self._files.start_tidying()
         self._started.set_result(None)
 
     def _on_paused(self, reason: str) -> None:
@@ -351,53 +344,6 @@ class Service:
         except WherryError as error:
             log.warning("%s", error)
 
-    def _make_roots(self, tunnel: Tunnel) -> Roots:
-        """Make what keeps bind mounts equal, before the first request comes."""
-        guest = self._guest = Guest(tunnel, lambda root: roots.changed(root))
-        roots = Roots(
-            self._paths.directory / "sync",
-            self._paths.sync_database,
-            lambda place, ordered, progress: RemoteEndpoint(
-                guest.open_sync(), place, ordered=ordered, progress=progress
-            ),
-            boot=self._layout.platform.boot_id(),
-            host_path=host_path(self._layout.platform.drives),
-            private=self._layout.home,
-        )
-        assert self._boot.config is not None
-        shared, drives = self._boot.config.shared, self._layout.platform.drives
-        self._mounts = Mounts(self._hooks, roots, tunnel, shared, drives=drives)
-        return roots
-
-    def _running_roots(self) -> Roots:
-        if self._roots is None:
-            raise NotRunning(f"machine {self._paths.name} is not running yet")
-        return self._roots
-
-    async def _share_files(self, timeout_s: float) -> None:
-        """Go on with what containers mount that an earlier service has left running.
-
-        Without, the machine is of use all the same.
-        """
-        assert self._mounts is not None
-        try:
-            async with asyncio.timeout(timeout_s):
-                await in_thread(self._mounts.restore, name="mounts")
-        except (WherryError, TimeoutError) as error:
-            log.warning("the containers' bind mounts are not known: %s", error or "it took long")
-
-    async def _tidy(self, mounts: Mounts | None) -> None:
-        """End the synchronisation of what no container mounts any more."""
-        assert mounts is not None
-        while True:
-            await asyncio.sleep(_TIDY_S)
-            try:
-                await in_thread(mounts.tidy, name="tidy")
-            except WherryError as error:
-                log.info("the containers' bind mounts are not known: %s", error)
-            except Exception:
-                log.exception("unused bind mounts could not be ended")
-
     def _tunnel_changed(self) -> Any:
         loop = asyncio.get_running_loop()
 
@@ -412,12 +358,7 @@ class Service:
         self._tell({"event": "tunnel", "state": new, "reason": error.message if error else ""})
         if new == "connected" and self._guest is not None:
             self._guest.reconnected()
-            if self._roots is not None:
-                # A stream that is closed may wait for its turn to send.
-                disconnect = in_thread(self._roots.disconnect, name="sync disconnect")
-                task = asyncio.create_task(disconnect, name="sync disconnect")
-                self._disconnecting.add(task)
-                task.add_done_callback(self._disconnecting.discard)
+            self._files.reconnected()
 
     async def _tear_down(self, *, force: bool, leave: bool = False) -> None:
         """Close everything, the newest first; the guest is shut down unless ``force``.
@@ -443,11 +384,7 @@ class Service:
                 log.info("%s", error)
             await in_thread(endpoint.close, name="endpoint close")
         await self._networking.close()
-        if self._tidying is not None:
-            self._tidying.cancel()
-            await asyncio.gather(self._tidying, return_exceptions=True)
-        if self._roots is not None:
-            await shutdown.end_sync(self._roots, None if force else tunnel)
+        await self._files.close(None if force else tunnel)
         if guest is not None:
             await in_thread(guest.close, name="agent close")
         if driver is not None and driver.paused and not force:
@@ -456,13 +393,12 @@ class Service:
         if driver is not None and driver.identity is not None and tunnel is not None and not force:
             self._stages.tell("stop", "begin")
             ended = await shutdown.power_off(driver, tunnel, self._bounds.guest_stop_s)
-            if ended and self._roots is not None and guest is not None and guest.boot_id:
-                roots, boot_id = self._roots, guest.boot_id
-                await in_thread(lambda: roots.guest_ended(boot_id), name="sync end")
+            if ended and guest is not None:
+                await self._files.guest_ended(guest.boot_id)
             self._stages.tell("stop", "end")
         if tunnel is not None:
             await in_thread(tunnel.close, name="tunnel close")
-        await asyncio.gather(*self._disconnecting, return_exceptions=True)
+        await self._files.settle()
         await in_thread(self._ssh_agent.close, name="ssh agent close")
         if driver is not None and leave:
             await driver.release()
