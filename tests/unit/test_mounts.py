@@ -481,9 +481,10 @@ def test_what_no_container_mounts_is_released(tmp_path: Path) -> None:
     assert roots.used == {"/src/volume"}
 
 
-def test_paths_of_drives_are_rewritten_before_the_engine_sees_them(tmp_path: Path) -> None:
+@pytest.mark.parametrize("shared", ["D:\\elsewhere", "D:\\"])
+def test_paths_of_drives_are_rewritten_before_the_engine_sees_them(shared: str) -> None:
     hooks = Hooks()
-    Mounts(hooks, Roots(), NoTunnel(), ["D:\\elsewhere"], drives=True)  # type: ignore[arg-type]
+    Mounts(hooks, Roots(), NoTunnel(), [shared], drives=True)  # type: ignore[arg-type]
 
     def send(target: str, body: object) -> Request:
         head = parse_request(f"POST {target} HTTP/1.1\r\nHost: docker\r\n\r\n".encode())

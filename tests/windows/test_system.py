@@ -70,7 +70,7 @@ def test_this_is_a_system(here: Platform) -> None:
     assert here.data_directory == Path(os.environ["LOCALAPPDATA"]) / "wherry"
     assert here.raise_descriptor_limit(4096) == 4096
     assert here.default_docker_socket() is None
-    assert Path(here.shared_directories()[0]) == Path.home()
+    assert f"{Path.home().drive}\\" in here.shared_directories()
 
 
 @pytest.mark.skipif(not UNDER_WINE, reason="a computer with Windows may have it")

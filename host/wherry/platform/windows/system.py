@@ -8,6 +8,7 @@ import os
 import platform
 import socket
 import ssl
+import string
 import sys
 import tempfile
 import winreg
@@ -136,8 +137,8 @@ class Windows:
             raise ProcessLookupError from error
 
     def shared_directories(self) -> tuple[str, ...]:
-        """The user's home and the directory for temporary files."""
-        return tuple(dict.fromkeys((str(Path.home()), tempfile.gettempdir())))
+        """Every drive, also one that is plugged in later."""
+        return tuple(f"{letter}:\\" for letter in string.ascii_uppercase)
 
     def make_private_directory(self, path: Path) -> None:
         """An access list with one entry, which files inside inherit."""
