@@ -16,7 +16,7 @@ fi
 
 prepare_system
 if [ "$(uname -s)" = Linux ]; then
-    need_packages openssh-server qemu-system-x86 qemu-system-arm zsh fish
+    need_packages openssh-server qemu-system-x86 qemu-system-arm e2fsprogs zsh fish
     prepare_subordinate_users
 fi
 prepare_python "[test]"
