@@ -21,6 +21,7 @@ from loopback_sshd import LoopbackSshd
 from stub_engine import Client, eventually, pattern
 
 from wherry.api.hooks import Request, Watch
+from wherry.api.http import HEAD_LIMIT_BYTES
 from wherry.api.server import Endpoint
 from wherry.platform import current
 from wherry.tunnel.connection import Connection
@@ -34,7 +35,7 @@ BAD = [
     b"POST /a HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0",
     b"GET /a HTTP/1.1\nHost: x\n\n",
     b"GET /a HTTP/1.1\r\nHost: x\r\n folded\r\n\r\n",
-    b"GET /a HTTP/1.1\r\nHost: x\r\nX: " + b"y" * 70000,
+    b"GET /a HTTP/1.1\r\nHost: x\r\nX: " + b"y" * HEAD_LIMIT_BYTES,
     b"GET /\0 HTTP/1.1\r\nHost: x\r\n\r\n",
     b"GET /a b HTTP/1.1\r\nHost: x\r\n\r\n",
     b"G@T /a HTTP/1.1\r\nHost: x\r\n\r\n",
@@ -58,6 +59,16 @@ def test_a_malformed_request_reaches_no_engine(proxy: Proxy, data: bytes) -> Non
     eventually(lambda: proxy.engine.connections == 0)
     assert len(proxy.engine.said) == 1
     assert proxy.engine.wire[0].count(b"\r\n\r\n") == 1
+
+
+def test_a_long_head_goes_through_and_is_not_kept(proxy: Proxy) -> None:
+    """X-Registry-Config has the credentials for all registries of a user."""
+    with proxy.client() as client:
+        client.request("POST", "/echo", "X-Registry-Config: " + "e" * 1_000_000, body=b"context")
+        assert client.answer()[::2] == (200, b"context")
+        assert b"e" * 1_000_000 + b"\r\n" in proxy.engine.wire[0]
+        for connection in proxy.endpoint._connections:
+            eventually(lambda down=connection._down: down._exchange is None)
 
 
 def test_a_malformed_chunk(proxy: Proxy) -> None:

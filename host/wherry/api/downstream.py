@@ -258,6 +258,9 @@ class Downstream:
         if outcome is not Outcome.PENDING:
             with self._news:
                 self._settled = outcome
+                if outcome is Outcome.DONE:
+                    # With its head, which may be long, while the client thinks.
+                    self._exchange = None
                 self._preparing = False
                 self._news.notify_all()
             if self._answered is not None:
