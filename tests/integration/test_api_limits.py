@@ -16,13 +16,13 @@ from pathlib import Path
 
 import psutil
 import pytest
-from api_proxy import Proxy
+from api_proxy import MakeProxy, Proxy
 from loopback_sshd import LoopbackSshd
 from stub_engine import Client, eventually, pattern
 
 from wherry.api.hooks import Request, Watch
 from wherry.api.http import HEAD_LIMIT_BYTES
-from wherry.api.server import Endpoint
+from wherry.api.server import CONNECTION_LIMIT, Endpoint
 from wherry.platform import current
 from wherry.tunnel.connection import Connection
 from wherry.tunnel.tunnel import Tunnel
@@ -81,6 +81,62 @@ def test_a_malformed_chunk(proxy: Proxy) -> None:
         assert client.rest() == b""
     eventually(lambda: proxy.engine.connections == 0)
     assert b"smuggled" not in proxy.engine.wire[0]
+
+
+def test_the_last_connection_within_the_limit_and_a_burst_beyond_it(make_proxy: MakeProxy) -> None:
+    """Many more than are answered at once, and nobody is only hung up on."""
+    if current().raise_descriptor_limit(6 * CONNECTION_LIMIT) < 6 * CONNECTION_LIMIT:
+        pytest.skip("both ends and the engine's are in this process")
+    proxy = make_proxy(limit=CONNECTION_LIMIT)
+    with contextlib.ExitStack() as stack:
+        kept = [stack.enter_context(proxy.client()) for _ in range(CONNECTION_LIMIT)]
+        for client in kept:
+            client.request("GET", "/_ping")
+        assert [client.answer()[0] for client in kept] == [200] * CONNECTION_LIMIT
+        burst = [stack.enter_context(proxy.client()) for _ in range(300)]
+        for client in burst:
+            client.request("GET", "/_ping")
+        for client in burst:
+            status, headers, body = client.answer()
+            assert (status, headers["connection"]) == (503, "close")
+            assert "512 connections" in json.loads(body)["message"]
+            assert client.rest() == b""
+            client.sock.close()
+        assert proxy.endpoint.counters.refused == 300
+        kept.pop().sock.close()
+        eventually(lambda: proxy.endpoint.counters.active == CONNECTION_LIMIT - 1)
+        proxy.ping()
+        kept[0].request("GET", "/_ping")
+        assert kept[0].answer()[0] == 200
+
+
+def test_clients_beyond_the_limit_that_ask_nothing_delay_the_others_and_no_more(
+    make_proxy: MakeProxy,
+) -> None:
+    proxy = make_proxy(limit=1)
+    with contextlib.ExitStack() as stack:
+        kept = stack.enter_context(proxy.client())
+        kept.request("GET", "/_ping")
+        kept.answer()
+        silent = [stack.enter_context(proxy.client()) for _ in range(50)]
+        last = stack.enter_context(proxy.client())
+        begun = time.monotonic()
+        last.request("GET", "/_ping")
+        assert last.answer()[0] == 503
+        assert time.monotonic() - begun < 8
+        threads = [each for each in threading.enumerate() if each.name.startswith("endpoint")]
+        assert len(threads) < 45
+        for client in silent:
+            assert client.answer()[0] == 503
+        # These are still being refused, or were not yet accepted, when the endpoint closes.
+        late = [stack.enter_context(proxy.client()) for _ in range(50)]
+        eventually(lambda: proxy.endpoint.counters.refused >= 51 + 30)
+        begun = time.monotonic()
+        proxy.endpoint.close()
+        assert time.monotonic() - begun < 1
+        for client in late:
+            with contextlib.suppress(ConnectionResetError):
+                client.rest()
 
 
 def test_a_slow_reader_takes_no_memory(proxy: Proxy) -> None:
