@@ -5,10 +5,8 @@ from __future__ import annotations
 import contextlib
 import json
 import random
-import select
 import signal
 import socket
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -16,7 +14,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from api_proxy import MakeProxy, Proxy
+from api_proxy import MakeProxy, PipeListener, Proxy
 from loopback_sshd import LoopbackSshd
 from stub_engine import Client, eventually, pattern
 
@@ -26,9 +24,6 @@ from wherry.api.server import CONNECTION_LIMIT, Endpoint
 from wherry.platform import current
 from wherry.tunnel.connection import Connection
 from wherry.tunnel.tunnel import Tunnel
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "unit"))
-
 
 BAD = [
     b"POST /a HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\nContent-Length: 5\r\n\r\nhello",
@@ -316,38 +311,6 @@ def test_200_requests_while_the_tunnel_is_cut(proxy: Proxy, tmp_path: Path) -> N
                 return client.answer()[::2] == (200, b"OK")
 
         eventually(answers)  # the last cut may be a moment ago
-
-
-class PipeLike:
-    """A LocalStream that is no socket and cannot be polled, as a named pipe of Windows."""
-
-    def __init__(self, end: socket.socket) -> None:
-        self._end = end
-        self.recv, self.recv_into, self.send = end.recv, end.recv_into, end.send
-        self.sendall, self.shutdown, self.close = end.sendall, end.shutdown, end.close
-
-    def fileno(self) -> int:
-        return -1
-
-    def await_gone(self) -> None:
-        poller = select.poll()
-        poller.register(self._end, 0)
-        poller.poll()
-
-
-class PipeListener:
-    def __init__(self, path: Path) -> None:
-        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self._socket.bind(str(path))
-        self._socket.listen()
-
-    def accept(self) -> PipeLike:
-        return PipeLike(self._socket.accept()[0])
-
-    def close(self) -> None:
-        with contextlib.suppress(OSError):
-            self._socket.shutdown(socket.SHUT_RDWR)
-        self._socket.close()
 
 
 def test_a_client_on_a_pipe(proxy: Proxy, tmp_path: Path) -> None:

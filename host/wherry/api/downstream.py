@@ -293,9 +293,14 @@ class Downstream:
     def _end(self, exchange: Exchange | None, error: TunnelError | None) -> None:
         with self.draining:
             if exchange is not None:
+                complete = error is None and exchange.ends_with_stream
                 try:
-                    exchange.finish(complete=error is None and exchange.ends_with_stream)
-                except ClientGone:
+                    rest = exchange.rest() if complete else b""
+                    exchange.finish(complete=complete)
+                    if rest:
+                        self._local.send_all([rest])
+                        self.bytes += len(rest)
+                except (ClientGone, OSError):
                     pass
                 if not exchange.answered:
                     self._refuse(exchange)
