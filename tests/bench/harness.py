@@ -232,11 +232,19 @@ def _processor_s(program: psutil.Process | None) -> float:
 
 
 def print_table(sides: Sequence[str], results: dict[str, Any]) -> None:
+    """Print medians, and the processor's time that our program and ``ssh`` took.
+
+    That of a transfer is per MB: what a stream costs, however fast the others let it be.
+    """
     columns = "".join(f" {'ssh -L' if side == 'ssh' else side:>9}" for side in sides)
-    print(f"{'':24}{columns} {'':5} {'ratio':>6}   processor, s")
+    print(f"{'':24}{columns} {'':5} {'ratio':>6}   processor")
     for name, found in results["measures"].items():
         columns = "".join(f" {found[side]:9.0f}" for side in sides)
-        used = " / ".join(f"{value:.2f}" for value in found["processor_s"].values())
+        scale, unit = 1.0, "s"
+        if found["unit"] == "MB/s" and "size_mb" in results:
+            scale, unit = 1000 / results["size_mb"], "ms/MB"
+        each = (f"{scale * value:.2f}" for value in found["processor_s"].values())
+        used = " / ".join(each) + f" {unit}" if found["processor_s"] else ""
         print(f"{name:24}{columns} {found['unit']:5} {found['ratio']:5.2f}x   {used}")
     for name, value in results.get("memory", {}).items():
         print(f"{name:30} {value:9.1f}")
