@@ -245,20 +245,27 @@ def _processor_s(program: psutil.Process | None) -> float:
 
 
 def print_table(results: dict[str, Any]) -> None:
-    """Print each measure: what each side reached, ours to each peer, the processor's time."""
+    """Print each measure: what each side reached, ours to each peer, the processor's time.
+
+    That of a transfer is per MB: what a stream costs, however fast the others let it be.
+    """
     table = Table(box=None)
     for name, found in results["measures"].items():
         sides, ratios, used = found["samples"], found["ratios"], found["processor_s"]
         if not table.columns:
             for title in ("", *sides, "", *(f"of {peer}" for peer in ratios)):
                 table.add_column(title, justify="right")
-            table.add_column(f"processor, s: {' / '.join(used)}" if used else "")
+            table.add_column(f"processor: {' / '.join(used)}" if used else "")
+        scale, unit = 1.0, "s"
+        if found["unit"] == "MB/s" and "size_mb" in results:
+            scale, unit = 1000 / results["size_mb"], "ms/MB"
+        each = " / ".join(f"{scale * value:.2f}" for value in used.values())
         table.add_row(
             name,
             *(f"{found[side]:.0f}" for side in sides),
             found["unit"],
             *(f"{ratio:.2f}x" for ratio in ratios.values()),
-            " / ".join(f"{value:.2f}" for value in used.values()),
+            f"{each} {unit}" if used else "",
         )
     Console(width=120).print(table)
     for name, value in results.get("memory", {}).items():

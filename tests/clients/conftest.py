@@ -57,6 +57,20 @@ def node(all_clients: Clients) -> dict[str, str]:
 
 
 @pytest.fixture
+def containerd_store(clients: Clients) -> Iterator[None]:
+    """The engine with containerd's image store, for builds that dockerd's own cannot make."""
+
+    def use(store: str, *change: str) -> None:
+        clients.machine.wherry("config", *change)
+        assert clients.said("info", "-f", "{{.Driver}}") == store
+
+    key = "engine.features.containerd-snapshotter"
+    use("overlayfs", "set", key, "true")
+    yield
+    use("overlay2", "unset", key)
+
+
+@pytest.fixture
 def agent(tmp_path: Path) -> Iterator[tuple[str, str]]:
     """A real ssh-agent with one key: its socket, and the key's fingerprint."""
     key = tmp_path / "key"

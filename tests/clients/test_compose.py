@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from docker_clients import Clients, wait_for, write_tree
+from terminal import Terminal
 
 pytestmark = [pytest.mark.vm, pytest.mark.timeout(400)]
 
@@ -123,6 +124,23 @@ def test_up_watch_and_down(clients: Clients, project: tuple[Path, int]) -> None:
         every = ["-a"] if kind == "container" else []
         label = "label=com.docker.compose.project=harbour"
         assert clients.said(kind, "ls", *every, "-q", "--filter", label) == ""
+
+
+def test_up_in_a_terminal_until_ctrl_c(clients: Clients, project: tuple[Path, int]) -> None:
+    """The services stop, and nothing of the command is left at the engine."""
+    directory, port = project
+    compose = ["compose", "--project-directory", str(directory)]
+    before = clients.engine_connections()
+    with Terminal([clients.program, *compose, "up"], clients.env) as terminal:
+        terminal.expect("first", 200)
+        page(port, "first\n")
+        assert clients.said(*compose, "ps", "-q").count("\n") == 1
+        terminal.type("\x03")
+        # Which of them is up to Compose: 2.40 says 0 once all have stopped in good order.
+        assert terminal.wait(60) in (0, 130)
+    states = clients.said(*compose, "ps", "-a", "--format", "{{.Service}} {{.State}}")
+    assert sorted(states.splitlines()) == ["visitor exited", "web exited"]
+    wait_for(lambda: clients.engine_connections() <= before, "the connections are closed")
 
 
 def test_run_takes_input_and_gives_the_status(clients: Clients, project: tuple[Path, int]) -> None:

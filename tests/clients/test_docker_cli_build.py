@@ -74,6 +74,25 @@ def test_buildkit_takes_the_second_build_from_its_cache(clients: Clients, tmp_pa
     assert clients.said("run", "--rm", "cached:1") == f"{unique}-2"
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("containerd_store")
+def test_a_cache_in_a_directory_of_the_user_s(clients: Clients, tmp_path: Path) -> None:
+    """What one build writes there another one takes from it, with a builder that has nothing."""
+    clients.machine.add_busybox()
+    dockerfile = "FROM busybox\nRUN cat /proc/sys/kernel/random/uuid >/once\n"
+    write_tree(tmp_path, {"context/Dockerfile": dockerfile})
+    cache, once = tmp_path / "cache", []
+    for where in (f"--cache-to=type=local,dest={cache}", f"--cache-from=type=local,src={cache}"):
+        clients.docker("buildx", "prune", "-af")
+        output = tmp_path / f"output-{len(once)}"
+        clients.docker(
+            "buildx", "build", where, "-o", f"type=local,dest={output}", tmp_path / "context"
+        )
+        assert (cache / "index.json").exists()
+        once.append((output / "once").read_text())
+    assert once[0] == once[1]
+
+
 def test_buildkit_s_stages_heredocs_ignored_files_and_local_output(
     clients: Clients, tmp_path: Path
 ) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 import tarfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -49,20 +48,6 @@ def test_a_foreign_image_is_built_and_run(clients: Clients, context: Path) -> No
     said = clients.said("run", "--rm", "foreign", "/bin/busybox", "sh", "-c", "cat /machine; ls /")
     assert said.split() == [MACHINES[FOREIGN], "bin", "dev", "etc", "machine", "proc", "sys"]
     clients.docker("rmi", "foreign")
-
-
-@pytest.fixture
-def containerd_store(clients: Clients) -> Iterator[None]:
-    """The engine with containerd's image store, which a build for two platforms needs."""
-
-    def use(store: str, *change: str) -> None:
-        clients.machine.wherry("config", *change)
-        assert clients.said("info", "-f", "{{.Driver}}") == store
-
-    key = "engine.features.containerd-snapshotter"
-    use("overlayfs", "set", key, "true")
-    yield
-    use("overlay2", "unset", key)
 
 
 @pytest.mark.endurance

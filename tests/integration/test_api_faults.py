@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -28,6 +29,7 @@ from wherry.tunnel.inbox import Inbox
 from wherry.tunnel.tunnel import Tunnel
 
 OPEN_S = 1.0
+OUTAGE_S = 1.0
 CHUNKED = "Transfer-Encoding: chunked"
 BAD_CHUNK = b"5\nbad\r\n"
 
@@ -75,6 +77,70 @@ def test_a_guest_that_is_silent_for_longer_than_opening_may_take(
     with Client(through_ssh) as client:
         client.request("GET", "/_ping")
         assert client.answer()[0] == 200
+
+
+def test_a_tunnel_that_stays_down(tmp_path: Path) -> None:
+    """Each request gets 503 in time; when the guest is back, the endpoint is, by itself."""
+    server, engine = LoopbackSshd(tmp_path / "sshd"), StubEngine(tmp_path / "engine.sock")
+    path = tmp_path / "docker.sock"
+    tunnel = Tunnel(
+        lambda watcher: Connection.connect(
+            server.address,
+            user=server.user,
+            user_key=server.keys.user,
+            host_public=server.keys.host.public,
+            watcher=watcher,
+        ),
+        outage_timeout_s=OUTAGE_S,
+        longest_delay_s=OUTAGE_S / 4,
+    )
+    endpoint = Endpoint(current().listen_local(path), lambda: tunnel.begin_unix(str(engine.path)))
+
+    def refused(client: Client) -> None:
+        status, headers, body = client.answer()
+        assert (status, headers["content-type"]) == (503, "application/json")
+        assert json.loads(body)["message"].startswith("wherry: the engine cannot be reached: ")
+        assert client.rest() == b""
+
+    def answers() -> bool:
+        with Client(path) as client:
+            client.request("GET", "/_ping")
+            return client.answer()[0] == 200
+
+    with contextlib.ExitStack() as stack:
+        for close in (server.stop, engine.stop, tunnel.close, endpoint.close):
+            stack.callback(close)
+        tunnel.start()
+        tunnel.wait(20)
+        endpoint.start()
+        assert answers()
+        pending, kept, unused = (stack.enter_context(Client(path)) for _ in range(3))
+        kept.request("GET", "/_ping")
+        assert kept.answer()[0] == 200
+        pending.request("GET", "/never")
+        eventually(lambda: ("GET", "/never") in engine.said)
+        server.stop()
+        begun = time.monotonic()
+        refused(pending)
+        # No request is lost with it: its client sees that it has ended, and makes another one.
+        assert kept.rest() == b""
+        assert time.monotonic() - begun < OUTAGE_S
+        for number in (1, 8):
+            clients = [stack.enter_context(Client(path)) for _ in range(number)]
+            begun = time.monotonic()
+            for client in clients:
+                client.request("POST", "/echo", body=b"hello")
+            for client in clients:
+                refused(client)
+            assert 0.8 * OUTAGE_S < time.monotonic() - begun < 1.7 * OUTAGE_S
+        waiting = stack.enter_context(Client(path))
+        waiting.request("GET", "/_ping")
+        server.start()
+        assert waiting.answer()[0] == 200
+        unused.request("GET", "/_ping")
+        assert unused.answer()[0] == 200
+        eventually(answers)
+        assert tunnel.error is None
 
 
 def test_a_bad_body_ends_an_answer_that_nobody_reads(through_ssh: Path) -> None:

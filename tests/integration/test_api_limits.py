@@ -5,10 +5,8 @@ from __future__ import annotations
 import contextlib
 import json
 import random
-import select
 import signal
 import socket
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -16,25 +14,23 @@ from pathlib import Path
 
 import psutil
 import pytest
-from api_proxy import Proxy
+from api_proxy import MakeProxy, PipeListener, Proxy
 from loopback_sshd import LoopbackSshd
 from stub_engine import Client, eventually, pattern
 
 from wherry.api.hooks import Request, Watch
-from wherry.api.server import Endpoint
+from wherry.api.http import HEAD_LIMIT_BYTES
+from wherry.api.server import CONNECTION_LIMIT, Endpoint
 from wherry.platform import current
 from wherry.tunnel.connection import Connection
 from wherry.tunnel.tunnel import Tunnel
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "unit"))
-
 
 BAD = [
     b"POST /a HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\nContent-Length: 5\r\n\r\nhello",
     b"POST /a HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0",
     b"GET /a HTTP/1.1\nHost: x\n\n",
     b"GET /a HTTP/1.1\r\nHost: x\r\n folded\r\n\r\n",
-    b"GET /a HTTP/1.1\r\nHost: x\r\nX: " + b"y" * 70000,
+    b"GET /a HTTP/1.1\r\nHost: x\r\nX: " + b"y" * HEAD_LIMIT_BYTES,
     b"GET /\0 HTTP/1.1\r\nHost: x\r\n\r\n",
     b"GET /a b HTTP/1.1\r\nHost: x\r\n\r\n",
     b"G@T /a HTTP/1.1\r\nHost: x\r\n\r\n",
@@ -60,6 +56,16 @@ def test_a_malformed_request_reaches_no_engine(proxy: Proxy, data: bytes) -> Non
     assert proxy.engine.wire[0].count(b"\r\n\r\n") == 1
 
 
+def test_a_long_head_goes_through_and_is_not_kept(proxy: Proxy) -> None:
+    """X-Registry-Config has the credentials for all registries of a user."""
+    with proxy.client() as client:
+        client.request("POST", "/echo", "X-Registry-Config: " + "e" * 1_000_000, body=b"context")
+        assert client.answer()[::2] == (200, b"context")
+        assert b"e" * 1_000_000 + b"\r\n" in proxy.engine.wire[0]
+        for connection in proxy.endpoint._connections:
+            eventually(lambda down=connection._down: down._exchange is None)
+
+
 def test_a_malformed_chunk(proxy: Proxy) -> None:
     with proxy.client() as client:
         client.send(b"POST /echo HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n")
@@ -70,6 +76,62 @@ def test_a_malformed_chunk(proxy: Proxy) -> None:
         assert client.rest() == b""
     eventually(lambda: proxy.engine.connections == 0)
     assert b"smuggled" not in proxy.engine.wire[0]
+
+
+def test_the_last_connection_within_the_limit_and_a_burst_beyond_it(make_proxy: MakeProxy) -> None:
+    """Many more than are answered at once, and nobody is only hung up on."""
+    if current().raise_descriptor_limit(6 * CONNECTION_LIMIT) < 6 * CONNECTION_LIMIT:
+        pytest.skip("both ends and the engine's are in this process")
+    proxy = make_proxy(limit=CONNECTION_LIMIT)
+    with contextlib.ExitStack() as stack:
+        kept = [stack.enter_context(proxy.client()) for _ in range(CONNECTION_LIMIT)]
+        for client in kept:
+            client.request("GET", "/_ping")
+        assert [client.answer()[0] for client in kept] == [200] * CONNECTION_LIMIT
+        burst = [stack.enter_context(proxy.client()) for _ in range(300)]
+        for client in burst:
+            client.request("GET", "/_ping")
+        for client in burst:
+            status, headers, body = client.answer()
+            assert (status, headers["connection"]) == (503, "close")
+            assert "512 connections" in json.loads(body)["message"]
+            assert client.rest() == b""
+            client.sock.close()
+        assert proxy.endpoint.counters.refused == 300
+        kept.pop().sock.close()
+        eventually(lambda: proxy.endpoint.counters.active == CONNECTION_LIMIT - 1)
+        proxy.ping()
+        kept[0].request("GET", "/_ping")
+        assert kept[0].answer()[0] == 200
+
+
+def test_clients_beyond_the_limit_that_ask_nothing_delay_the_others_and_no_more(
+    make_proxy: MakeProxy,
+) -> None:
+    proxy = make_proxy(limit=1)
+    with contextlib.ExitStack() as stack:
+        kept = stack.enter_context(proxy.client())
+        kept.request("GET", "/_ping")
+        kept.answer()
+        silent = [stack.enter_context(proxy.client()) for _ in range(50)]
+        last = stack.enter_context(proxy.client())
+        begun = time.monotonic()
+        last.request("GET", "/_ping")
+        assert last.answer()[0] == 503
+        assert time.monotonic() - begun < 8
+        threads = [each for each in threading.enumerate() if each.name.startswith("endpoint")]
+        assert len(threads) < 45
+        for client in silent:
+            assert client.answer()[0] == 503
+        # These are still being refused, or were not yet accepted, when the endpoint closes.
+        late = [stack.enter_context(proxy.client()) for _ in range(50)]
+        eventually(lambda: proxy.endpoint.counters.refused >= 51 + 30)
+        begun = time.monotonic()
+        proxy.endpoint.close()
+        assert time.monotonic() - begun < 1
+        for client in late:
+            with contextlib.suppress(ConnectionResetError):
+                client.rest()
 
 
 def test_a_slow_reader_takes_no_memory(proxy: Proxy) -> None:
@@ -249,38 +311,6 @@ def test_200_requests_while_the_tunnel_is_cut(proxy: Proxy, tmp_path: Path) -> N
                 return client.answer()[::2] == (200, b"OK")
 
         eventually(answers)  # the last cut may be a moment ago
-
-
-class PipeLike:
-    """A LocalStream that is no socket and cannot be polled, as a named pipe of Windows."""
-
-    def __init__(self, end: socket.socket) -> None:
-        self._end = end
-        self.recv, self.recv_into, self.send = end.recv, end.recv_into, end.send
-        self.sendall, self.shutdown, self.close = end.sendall, end.shutdown, end.close
-
-    def fileno(self) -> int:
-        return -1
-
-    def await_gone(self) -> None:
-        poller = select.poll()
-        poller.register(self._end, 0)
-        poller.poll()
-
-
-class PipeListener:
-    def __init__(self, path: Path) -> None:
-        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self._socket.bind(str(path))
-        self._socket.listen()
-
-    def accept(self) -> PipeLike:
-        return PipeLike(self._socket.accept()[0])
-
-    def close(self) -> None:
-        with contextlib.suppress(OSError):
-            self._socket.shutdown(socket.SHUT_RDWR)
-        self._socket.close()
 
 
 def test_a_client_on_a_pipe(proxy: Proxy, tmp_path: Path) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import select
+import socket
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -74,3 +76,37 @@ def proxies(directory: Path) -> Iterator[MakeProxy]:
             proxy.engine.stop()
     left = [each.name for each in threading.enumerate() if each.name.startswith("endpoint")]
     assert not left
+
+
+class PipeLike:
+    """A LocalStream that is no socket and cannot be polled, as a named pipe of Windows."""
+
+    def __init__(self, end: socket.socket) -> None:
+        self._end = end
+        self.recv, self.recv_into, self.send = end.recv, end.recv_into, end.send
+        self.sendall, self.shutdown, self.close = end.sendall, end.shutdown, end.close
+
+    def fileno(self) -> int:
+        return -1
+
+    def await_gone(self) -> None:
+        # Its descriptor may be another one's after close().
+        with self._end.dup() as end:
+            poller = select.poll()
+            poller.register(end, 0)
+            poller.poll()
+
+
+class PipeListener:
+    def __init__(self, path: Path) -> None:
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self._socket.bind(str(path))
+        self._socket.listen()
+
+    def accept(self) -> PipeLike:
+        return PipeLike(self._socket.accept()[0])
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)
+        self._socket.close()

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from wherry.api.http import (
     HEAD_LIMIT_BYTES,
+    HEADER_LIMIT,
     MalformedAnswer,
     MalformedRequest,
     RequestHead,
@@ -171,6 +172,7 @@ MALFORMED = {
     "a head that is too long": b"GET / HTTP/1.1\r\nHost: x\r\nX: %s\r\n\r\n"
     % (b"y" * HEAD_LIMIT_BYTES),
     "a head without an end": b"GET / HTTP/1.1\r\nHost: x\r\nX: " + b"y" * HEAD_LIMIT_BYTES,
+    "too many headers": b"GET / HTTP/1.1\r\nHost: x\r\n" + b"a: b\r\n" * HEADER_LIMIT + b"\r\n",
 }
 
 
@@ -232,6 +234,18 @@ def test_malformed_answers(data: bytes) -> None:
         read_answer(data)
 
 
+def test_the_longest_head_and_the_most_headers() -> None:
+    begin, end = b"GET / HTTP/1.1\r\nHost: x\r\nX-Registry-Config: ", b"\r\n\r\n"
+    longest = begin + b"e" * (HEAD_LIMIT_BYTES - len(begin) - len(end)) + end
+    most = b"GET / HTTP/1.1\r\nHost: x\r\n" + b"a: b\r\n" * (HEADER_LIMIT - 1) + b"\r\n"
+    for raw in (longest, most):
+        for step in (len(raw) + 1, 16 * 1024, 999):
+            # What follows it is the next request's.
+            assert [each.raw for each in read(raw + GET.raw, step)] == [raw, GET.raw]  # type: ignore[union-attr]
+    with pytest.raises(MalformedRequest, match="longer than"):
+        read(begin + b"e" + longest[len(begin) :])
+
+
 @pytest.mark.parametrize("filler", [b" ", b"\t", b"0", b",", b"%", b"/", b":", b"%2e", b"a: b\r\n"])
 @pytest.mark.parametrize(
     "head",
@@ -254,6 +268,15 @@ def test_the_longest_head_is_read_or_refused_in_no_time(head: bytes, filler: byt
     with contextlib.suppress(MalformedRequest):
         read(head.replace(b"FILL", filler * count))
     assert time.process_time() - begun < 0.5
+
+
+@pytest.mark.parametrize("target_bytes", [HEAD_LIMIT_BYTES // 2, HEAD_LIMIT_BYTES - 100])
+def test_the_longest_head_takes_no_longer_in_small_parts(target_bytes: int) -> None:
+    data = b"GET /%b HTTP/1.1\r\nHost: d\r\nX: " % (b"a" * target_bytes)
+    data += b"a" * (HEAD_LIMIT_BYTES - len(data))
+    begun = time.process_time()
+    assert not read(data, step=4)
+    assert time.process_time() - begun < 1.0
 
 
 def test_credentials_are_not_kept() -> None:

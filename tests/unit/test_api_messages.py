@@ -2,82 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import h11
+from http_messages import Message, answers, requests, split_up
 from hypothesis import given
 from hypothesis import strategies as st
 
 from wherry.api.exchange import Exchange, Outcome
 from wherry.api.hooks import Watch
-from wherry.api.http import RequestHead, ResponseHead, parse_request
+from wherry.api.http import RequestHead, ResponseHead
 from wherry.api.messages import AnswerReader, Piece, RequestReader
-
-
-@dataclass
-class Message:
-    wire: bytes
-    content: bytes
-    """What h11 finds in it is this, so the generator is right."""
-
-
-@st.composite
-def chunked(draw: st.DrawFn) -> Message:
-    chunks = draw(st.lists(st.binary(min_size=1, max_size=70), max_size=5))
-    wire = b""
-    for chunk in chunks:
-        size = b"%x" % len(chunk)
-        if draw(st.booleans()):
-            size = b"00" + size.upper() + draw(st.sampled_from([b";a", b';a="b c"', b";"]))
-        wire += size + b"\r\n" + chunk + b"\r\n"
-    wire += draw(st.sampled_from([b"0\r\n\r\n", b"000;x\r\n\r\n", b"0\r\nX-Sum: 1\r\nY:\r\n\r\n"]))
-    return Message(wire, b"".join(chunks))
-
-
-@st.composite
-def requests(draw: st.DrawFn) -> Message:
-    method = draw(st.sampled_from(["GET", "HEAD", "POST", "PUT", "DELETE"]))
-    target = draw(st.sampled_from(["/_ping", "/v1.51/containers/create?name=x", "/images/a%2Fb"]))
-    lines = [f"{method} {target} HTTP/1.1", "Host: docker"]
-    lines += draw(st.lists(st.sampled_from(["X-A: b", "x-odd:  \t", "Accept: */*"]), max_size=3))
-    body = Message(b"", b"")
-    if method in ("POST", "PUT"):
-        body = draw(chunked() | st.binary(max_size=200).map(lambda data: Message(data, data)))
-        if body.wire == body.content:
-            lines.append(f"Content-Length: {len(body.wire)}")
-        else:
-            lines.append("Transfer-Encoding: chunked")
-    return Message("\r\n".join([*lines, "", ""]).encode() + body.wire, body.content)
-
-
-@dataclass
-class Answer(Message):
-    request: RequestHead
-
-
-@st.composite
-def answers(draw: st.DrawFn) -> Answer:
-    method = draw(st.sampled_from(["GET", "HEAD", "POST"]))
-    request = parse_request(f"{method} / HTTP/1.1\r\nHost: x\r\n\r\n".encode())
-    status = draw(st.sampled_from([200, 201, 204, 304, 404, 500]))
-    wire = draw(st.sampled_from([b"", b"HTTP/1.1 100 Continue\r\n\r\n"]))
-    wire += b"HTTP/1.1 %d X\r\n" % status
-    body = draw(chunked() | st.binary(max_size=200).map(lambda data: Message(data, data)))
-    if body.wire != body.content:
-        wire += b"Transfer-Encoding: chunked\r\n"
-    else:
-        wire += b"Content-Length: %d\r\n" % len(body.wire)
-    if method == "HEAD" or status in (204, 304):
-        body = Message(b"", b"")
-    return Answer(wire + b"\r\n" + body.wire, body.content, request)
-
-
-def split(draw: st.DrawFn, data: bytes) -> list[bytes]:
-    cuts = sorted(draw(st.lists(st.integers(0, len(data)), max_size=12)))
-    return [data[a:b] for a, b in zip([0, *cuts], [*cuts, len(data)], strict=True) if a != b]
-
-
-split_up = st.composite(split)
 
 
 @given(st.data())

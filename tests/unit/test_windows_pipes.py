@@ -12,7 +12,14 @@ from fake_pipes import End, FakePipes, Instance
 from pipe_cases import *  # noqa: F403 - the cases
 from pipe_cases import Pair, in_thread, waits
 
-from wherry.platform.windows.pipes import PENDING, PipeListener, connect, pipe_name
+from wherry.platform.windows.pipes import (
+    PENDING,
+    PipeListener,
+    connect,
+    docker_host,
+    listen,
+    pipe_name,
+)
 
 NAME = r"\\.\pipe\wherry"
 
@@ -53,6 +60,27 @@ def test_names() -> None:
     # Windows does not tell capitals from small letters.
     assert own == pipe_name(Path("c:/users/A/machines/default/control.sock"))
     assert own != pipe_name(path.with_name("other.sock"))
+
+
+def test_a_listener_is_known_by_its_name_wherever_its_machine_is(kernel: FakePipes) -> None:
+    """The endpoint has the name of its docker context, the control socket none."""
+    first, second = Path("C:/a/machines/work"), Path("C:/b/machines/work")
+    assert docker_host(first / "docker.sock", "wherry-work") == "npipe:////./pipe/wherry-work"
+    endpoint = listen(kernel, first / "docker.sock", "wherry-work")
+    with pytest.raises(PermissionError):
+        listen(kernel, second / "docker.sock", "wherry-work")
+    control = [listen(kernel, each / "control.sock") for each in (first, second)]
+    names = {each.name for each in kernel.instances}
+    assert names == {
+        r"\\.\pipe\wherry-work",
+        *(pipe_name(each / "control.sock") for each in (first, second)),
+    }
+    client = connect(kernel, docker_host(first, "wherry-work")[8:].replace("/", "\\"), 0)
+    server = endpoint.accept()
+    client.send(b"x")
+    assert server.recv(1) == b"x"
+    for each in (client, server, endpoint, *control):
+        each.close()
 
 
 def test_as_many_wait_after_each_client_as_before(

@@ -68,6 +68,7 @@ class Connection:
         self._reader = RequestReader()
         self._method = ""
         self._answered = False
+        self._asked_in_vain = False
         self._buffer = memoryview(bytearray(_FIRST_BUFFER_BYTES))
         self._gone = threading.Event()
         self._last_active = time.monotonic()
@@ -128,6 +129,7 @@ class Connection:
             self._remote = remote = self._open_stream()
         except TunnelError as error:
             self._down.open_failed(error)
+            self._asked_in_vain = self._local.has_input()
             return
         if self._gone.is_set():
             # Aborted before there was a stream to close.
@@ -184,8 +186,9 @@ class Connection:
         self.requests += 1
         self._method = head.method
         self._answered = False
-        if self._down.over and not self.bytes_up:
-            # It ended while the client had nothing to ask, as when the engine restarts.
+        if self._down.over and not self.bytes_up and not self._asked_in_vain:
+            # It ended while the client had nothing to ask, as when the engine restarts. A
+            # request that has waited for it is not made to wait again.
             self._down.finish()
             self._down = self._new_down()
             self._open()

@@ -258,6 +258,9 @@ class Downstream:
         if outcome is not Outcome.PENDING:
             with self._news:
                 self._settled = outcome
+                if outcome is Outcome.DONE:
+                    # With its head, which may be long, while the client thinks.
+                    self._exchange = None
                 self._preparing = False
                 self._news.notify_all()
             if self._answered is not None:
@@ -290,9 +293,14 @@ class Downstream:
     def _end(self, exchange: Exchange | None, error: TunnelError | None) -> None:
         with self.draining:
             if exchange is not None:
+                complete = error is None and exchange.ends_with_stream
                 try:
-                    exchange.finish(complete=error is None and exchange.ends_with_stream)
-                except ClientGone:
+                    rest = exchange.rest() if complete else b""
+                    exchange.finish(complete=complete)
+                    if rest:
+                        self._local.send_all([rest])
+                        self.bytes += len(rest)
+                except (ClientGone, OSError):
                     pass
                 if not exchange.answered:
                     self._refuse(exchange)

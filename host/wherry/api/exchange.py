@@ -101,6 +101,15 @@ class Exchange:
                 self.answered = True
             yield item.raw
 
+    def rest(self) -> bytes:
+        """Show the line that only the engine's stream ends; return what was held back for it.
+
+        :raises ClientGone: nobody waits for it any more.
+        """
+        if self._line:
+            self._show_line()
+        return self._take_held()
+
     def finish(self, *, complete: bool) -> None:
         """Tell the watches that it has ended; safe to repeat.
 
@@ -132,7 +141,7 @@ class Exchange:
                 raise Refusal(500, f"wherry: an internal error: {error!r}") from error
 
     def _release_piece(self, piece: Piece) -> Iterator[memoryview | bytes]:
-        if self._lines:
+        if self._lines and not self._reader.raw:
             yield from self._release_lines(piece)
         elif piece.last:
             # What comes before the tail need not wait for the end.

@@ -18,8 +18,14 @@ import h11
 
 from wherry.api.framing import Body, Chunked, Length, UntilEnd
 
-HEAD_LIMIT_BYTES = 64 * 1024
-"""The longest head of a request; the engine itself takes 1 MiB, and no client sends 8 KiB."""
+HEAD_LIMIT_BYTES = (1 << 20) + 4096
+"""The longest head of a request, the empty line included: as long as the engine takes it, by
+``DefaultMaxHeaderBytes`` of Go's ``net/http`` and the 4 KiB that its server adds. The
+credentials for all of a user's registries (``X-Registry-Config``) are in one."""
+
+HEADER_LIMIT = 4096
+"""The most headers of a request. The engine counts none, but each takes a hundred bytes beside
+its own, and no client sends a hundred."""
 
 Headers = tuple[tuple[bytes, bytes], ...]
 """Names in lower case, and values, in the order in which they came."""
@@ -189,6 +195,8 @@ def _parse_request(raw: bytes) -> RequestHead:
         raise MalformedRequest("HTTP/2 is only spoken after an upgrade")
     if _FORBIDDEN.search(raw):
         raise MalformedRequest("a control character, a bare CR or LF, or a folded line")
+    if raw.count(b"\n") - 2 > HEADER_LIMIT:
+        raise MalformedRequest(f"more than {HEADER_LIMIT} headers")
     connection = h11.Connection(h11.SERVER, max_incomplete_event_size=HEAD_LIMIT_BYTES)
     try:
         connection.receive_data(raw)

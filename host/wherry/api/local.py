@@ -70,6 +70,10 @@ class LocalEnd:
         """Whether the client has closed the connection, and not its own direction alone."""
         return self._hung_up or (self.socket is not None and hangs_up(self.socket, 0.0))
 
+    def has_input(self) -> bool:
+        """Whether there is something to read; False of a client that cannot be polled."""
+        return self.socket is not None and bool(_poll(self.socket, select.POLLIN, 0))
+
     def await_end(self, ended: Callable[[], bool]) -> None:
         """Wait until ``ended``, or until a client with a socket is gone."""
         assert self.socket is not None

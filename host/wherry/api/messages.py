@@ -20,6 +20,9 @@ from wherry.api.http import (
 )
 
 _ANSWER_HEAD_LIMIT_BYTES = 1 << 20
+_WHOLE_HEAD_BYTES = 64 * 1024
+"""A head that is longer is put together like one that comes in parts."""
+
 _NOTHING = memoryview(b"")
 
 
@@ -65,7 +68,7 @@ class _Reader:
         begun = self._begun
         if not begun:
             # As a rule all of it is there.
-            head = bytes(self._data[: self._limit])
+            head = bytes(self._data[:_WHOLE_HEAD_BYTES])
             if (end := head.find(b"\r\n\r\n") + 4) >= 4:
                 self._data = self._data[end:]
                 return head[:end]
@@ -105,6 +108,7 @@ class RequestReader(_Reader):
     def __init__(self) -> None:
         super().__init__(HEAD_LIMIT_BYTES)
         self._body: Body = Length(0)
+        self._looked = 0
         self.want_content = False
 
     @property
@@ -136,17 +140,23 @@ class RequestReader(_Reader):
         if raw is None:
             self._look_early()
             return None
+        self._looked = 0
         head = parse_request(raw)
         self._body = head.body()
         return head
 
     def _look_early(self) -> None:
-        """Refuse what can never become a head, since its sender may wait for an answer."""
-        line = bytes(self._begun[: self._begun.find(b"\n") + 1])
-        if line and not line.endswith(b"\r\n"):
-            raise MalformedRequest("a line that ends with a bare LF")
-        if self._begun[0] <= 0x20:
+        """Refuse what can never become a head, since its sender may wait for an answer.
+
+        Each byte is looked at once, however small the parts are in which it comes.
+        """
+        begun = self._begun
+        if begun[0] <= 0x20:
             raise MalformedRequest("no request line")
+        end = begun.find(b"\n", self._looked)
+        if end > 0 and begun[end - 1] != 0x0D:
+            raise MalformedRequest("a line that ends with a bare LF")
+        self._looked = len(begun)
 
 
 class AnswerReader(_Reader):

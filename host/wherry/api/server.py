@@ -22,6 +22,10 @@ CONNECTION_LIMIT = 512
 which a program has 1024 on Linux and 256 on macOS unless it asks for more."""
 
 _REFUSERS = 32
+"""Connections beyond the limit that are told so at once. More wait for that in the system's
+queue (of 512, or 128 on macOS): each of these takes milliseconds, or two seconds of a client
+that asks nothing."""
+
 _CLOSE_TIMEOUT_S = 5.0
 
 _logger = logging.getLogger(__name__)
@@ -77,7 +81,7 @@ class Endpoint:
         self._prepare = prepare
         self._limit = limit
         self._workers = Workers(name)
-        self._acceptors = Acceptors(listener, self._workers, self._serve)
+        self._acceptors = Acceptors(listener, self._workers, self._serve, most=limit + _REFUSERS)
         self._lock = threading.Lock()
         self._connections: set[Connection] = set()
         self._refusing: set[LocalEnd] = set()
@@ -158,15 +162,13 @@ class Endpoint:
                 )
 
     def _refuse(self, end: LocalEnd) -> None:
-        """Answer its request with 503, or hang up when too many are being refused already."""
+        """Answer its request with 503."""
         with self._lock:
             self._ended = replace(self._ended, refused=self._ended.refused + 1)
-            crowded = len(self._refusing) >= _REFUSERS
-            if not crowded:
-                self._refusing.add(end)
-        if crowded:
-            end.close()
-            return
+            self._refusing.add(end)
+            closing = self._closing
+        if closing:
+            end.hang_up()
         message = f"wherry: there are already {self._limit} connections to the engine"
         try:
             end.await_request()

@@ -32,15 +32,26 @@ class Acceptors:
     :param listener: owned from now on: :meth:`close` closes it.
     :param workers: whose threads are used; closed by their owner, after this.
     :param serve: serves one connection to its end, and closes it.
+    :param most: connections that are served at once, give or take one; others are not accepted
+        until one of these has ended, and wait in the system's queue meanwhile.
     """
 
     def __init__(
-        self, listener: LocalListener, workers: Workers, serve: Callable[[AcceptedStream], None]
+        self,
+        listener: LocalListener,
+        workers: Workers,
+        serve: Callable[[AcceptedStream], None],
+        *,
+        most: int,
     ) -> None:
         self._listener = listener
         self._workers = workers
         self._serve = serve
+        self._most = most
+        # Guards what follows; the condition is notified when there is room, or closing begins.
         self._lock = threading.Lock()
+        self._room = threading.Condition(self._lock)
+        self._serving = 0
         self._waiting = 0
         self._closing = threading.Event()
 
@@ -54,16 +65,23 @@ class Acceptors:
 
     def close(self) -> None:
         """Stop listening; safe to call twice. The threads end with their connections."""
-        self._closing.set()
+        with self._room:
+            self._closing.set()
+            self._room.notify_all()
         self._listener.close()
 
     def _run(self) -> None:
         """Accept and serve, as long as threads are needed that wait; the body of each."""
         while (local := self._accept()) is not None:
-            if not self._replace():
-                local.close()
-                continue
-            self._serve(local)
+            try:
+                if not self._replace():
+                    local.close()
+                    continue
+                self._serve(local)
+            finally:
+                with self._room:
+                    self._serving -= 1
+                    self._room.notify()
             with self._lock:
                 if self._waiting >= _WAITING:
                     return
@@ -86,8 +104,15 @@ class Acceptors:
     def _accept(self) -> AcceptedStream | None:
         """Wait for a connection; None when no more come."""
         while not self._closing.is_set():
+            with self._room:
+                self._room.wait_for(lambda: self._serving < self._most or self._closing.is_set())
+            if self._closing.is_set():
+                break
             try:
-                return self._listener.accept()
+                local = self._listener.accept()
+                with self._lock:
+                    self._serving += 1
+                return local
             except OSError as error:
                 if self._closing.is_set():
                     break

@@ -84,6 +84,11 @@ def pipe_name(path: Path, known_as: str = "") -> str:
     return rf"\\.\pipe\{known_as or f'wherry-{digest}'}"
 
 
+def docker_host(path: Path, known_as: str = "") -> str:
+    """Return a pipe's address as Docker's clients write it: ``npipe:////./pipe/…``."""
+    return "npipe://" + pipe_name(path, known_as).replace("\\", "/")
+
+
 class PipeStream:
     """One end of a connected pipe; see :class:`wherry.platform.base.UnpolledStream`.
 
@@ -303,6 +308,14 @@ class PipeListener:
             self._calls.close(pipe)
             raise
         self._pending[self._keys] = pipe, kept
+
+
+def listen(calls: Calls, path: Path, known_as: str = "") -> PipeListener:
+    """Listen at the pipe that :func:`pipe_name` names.
+
+    :raises OSError: another program has a pipe of that name.
+    """
+    return PipeListener(calls, pipe_name(path, known_as))
 
 
 def connect(calls: Calls, name: str, timeout_s: float) -> PipeStream:

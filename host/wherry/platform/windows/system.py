@@ -169,11 +169,11 @@ class Windows:
 
     def docker_host(self, path: Path, known_as: str) -> str:
         """``npipe:////./pipe/…``, as Docker's clients write it."""
-        return "npipe://" + pipes.pipe_name(path, known_as).replace("\\", "/")
+        return pipes.docker_host(path, known_as)
 
     def listen_local(self, path: Path, known_as: str = "") -> pipes.PipeListener:
         """A named pipe."""
-        return pipes.PipeListener(_kernel(), pipes.pipe_name(path, known_as))
+        return pipes.listen(_kernel(), path, known_as)
 
     def connect_local(self, path: Path, timeout_s: float) -> pipes.PipeStream:
         """A connection to a pipe that has no name of its own."""
