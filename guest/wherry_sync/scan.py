@@ -134,6 +134,8 @@ class Scanner:
         self.with_links: set[str] = set()
         """Directories with files that have another name, perhaps outside of the tree: a watch of
         the tree does not tell of what is written by that name."""
+        self.at = ""
+        """The directory, or the file, that is being read."""
 
     def set_ignore(self, ignore: Ignore) -> None:
         """Take other rules; they hold from the next full scan on."""
@@ -176,6 +178,7 @@ class Scanner:
             others = self._other_names(rewritten)
             if others:
                 self._root = self._visit(fd, "", self._root, 0, _wanted(others))
+        self.at = ""
         found.root = self._root.entry
         if wanted is None:
             self._trust_ignored = True
@@ -304,6 +307,7 @@ class Scanner:
         """Return the node of an open directory; ``old`` itself if nothing changed."""
         if wanted is not None and not wanted.get(path, True):
             return self._descend(fd, path, old, depth, wanted)
+        self.at = path
         self._progress()
         device = self._found.device
         kept_records = old.records.unpacked()
@@ -512,6 +516,7 @@ class Scanner:
         return NEVER, untracked("not a file, link or directory")
 
     def _read(self, fd: int, path: str, name: str) -> tuple[bytes, Leaf]:
+        self.at = path
         descriptor = handles.open_regular(fd, name)
         try:
             earlier: tuple[int, bytes] | None = None

@@ -34,7 +34,7 @@ class Session:
         self.error: WherryError | None = None
         self.is_troubled = False
         self.is_closed = False
-        self.idle_s = 0.0
+        self.idle_s = self.busy_s = 0.0
         self.conflicts: list[str] = []
         self.where = ""
         self.root = SimpleNamespace(place=SimpleNamespace(path=path))
@@ -443,6 +443,17 @@ def test_a_wait_without_progress_ends(api: Api, session: Session) -> None:
     session.where = " at a/b, after 2 of 3 files"
     session.root = type("Root", (), {"path": Path("/src")})()  # type: ignore[attr-defined]
     with pytest.raises(Refusal, match="makes no progress at a/b, after 2 of 3 files"):
+        api.send("POST", "/containers/box/start")
+
+
+def test_a_wait_for_a_guest_that_is_only_busy_ends(api: Api, session: Session) -> None:
+    ticket = Ticket(0, True)
+    ticket.asked_at -= 601
+    session.ask = lambda *, fresh: ticket  # type: ignore[method-assign]
+    session.busy_s = 601
+    session.where = " at db/base, which is being read in the guest"
+    session.root = type("Root", (), {"path": Path("/src")})()  # type: ignore[attr-defined]
+    with pytest.raises(Refusal, match="makes no progress at db/base, which is being read"):
         api.send("POST", "/containers/box/start")
 
 

@@ -108,7 +108,8 @@ class Session:
         self._host_changed = False
         self._guest_changed = False
         self._follow_up = False
-        self._moved_at = time.monotonic()
+        self._moved_at = self._heard_at = time.monotonic()
+        self._busy_at = ""
         self._status = Status(root, "connecting")
         self._remote: RemoteEndpoint | None = None
         self._cycle: Cycle | None = None
@@ -236,12 +237,17 @@ class Session:
         """What it is at, as the end of a sentence that says that it is stalled."""
         transfer = self.status().transfer
         if transfer is None or not transfer.path:
-            return ""
+            return f" at {self._busy_at}, which is being read in the guest" if self._busy_at else ""
         return f" at {transfer.path}, after {transfer.done_files} of {transfer.total_files} files"
 
     @property
     def idle_s(self) -> float:
-        """Seconds since it last made progress; see whoever waits for a ticket."""
+        """Seconds since it last made progress, or the guest said that it is at work."""
+        return time.monotonic() - max(self._moved_at, self._heard_at)
+
+    @property
+    def busy_s(self) -> float:
+        """Seconds since it last made progress; the guest may be at work on one path since."""
         return time.monotonic() - self._moved_at
 
     def close(self) -> None:
@@ -343,6 +349,7 @@ class Session:
         self._rewatch()
         ordered = store.boot(GUEST) == ""
         self._remote = remote = self._connect(self.root.place, ordered, self._on_bytes)
+        remote.on_busy = self._on_busy
         try:
             if not remote.has(id_of(number) for number in store.copies()):
                 store.forget()
@@ -610,6 +617,13 @@ class Session:
 
     def _progress(self, point: str = "") -> None:
         self._moved_at = time.monotonic()
+        self._busy_at = ""
+
+    def _on_busy(self, path: str) -> None:
+        if path != self._busy_at:
+            self._progress()
+            self._busy_at = path
+        self._heard_at = time.monotonic()
 
     def _on_bytes(self, size: int) -> None:
         self._status.bytes_moved += size
