@@ -54,17 +54,19 @@ class Snapshot:
 
     :ivar root: the tree; None if there is no root.
     :ivar device: of the filesystem that it is on (``st_dev``).
+    :ivar inode: of the root if it is a directory (``st_ino``); 0 if it is none, or not known.
     :ivar requeue: paths to look at again soon, as they were changing.
     :ivar files_read: files whose contents were read, because no record stood for them.
     :ivar bytes_read: their size.
     :ivar written_over: files that were read anew, and are the same inodes as in the last scan.
     """
 
-    __slots__ = ("bytes_read", "device", "files_read", "requeue", "root", "written_over")
+    __slots__ = ("bytes_read", "device", "files_read", "inode", "requeue", "root", "written_over")
 
     def __init__(self) -> None:
         self.root: Entry | None = None
         self.device = 0
+        self.inode = 0
         self.requeue: set[str] = set()
         self.files_read = 0
         self.bytes_read = 0
@@ -162,7 +164,7 @@ class Scanner:
         """
         self._found = found = Snapshot()
         status = os.fstat(fd)
-        found.device = status.st_dev
+        found.device, found.inode = status.st_dev, status.st_ino
         # What may have changed in one tree says nothing of another that is in its place.
         before, self._identity = self._identity, (status.st_dev, status.st_ino)
         wanted: dict[str, bool] | None = None

@@ -126,6 +126,7 @@ def test_a_guest_that_does_not_get_on_ends_the_wait_by_the_path_s_name(
     """As a file is that is longer than can be read while a program writes it all the time."""
     monkeypatch.setattr(barrier, "_SLICE_S", 0.05)
     monkeypatch.setattr(barrier, "BUSY_STALL_S", 0.5)
+    monkeypatch.setattr(session, "_JOIN_S", 0.1)
     (tmp_path / "host").mkdir()
     place = Place("r1", str(tmp_path / "host"))
     names = itertools.chain((f"d/{number}" for number in range(20)), itertools.repeat("d/base"))

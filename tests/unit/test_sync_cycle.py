@@ -264,12 +264,43 @@ def test_48_a_root_that_is_gone_halts_and_deletes_nothing(
     assert read(other) == {"a": "1", "b": "2", "c": "3"}
 
 
-def test_49_a_guest_whose_mark_is_gone_halts(pair: Pair) -> None:
-    synchronised(pair, {"a": "1", "b": "2"})
-    empty(pair.guest)
-    pair.marked = (True, False)
-    assert pair.run().halt == (GUEST, Halt.MARKER)
-    assert read(pair.host) == {"a": "1", "b": "2"}
+@pytest.mark.parametrize("stopped", [False, True])
+def test_48_another_directory_in_the_place_of_a_root(
+    pair: Pair, place: Path, stopped: bool
+) -> None:
+    """Not an edit if nothing of what was in it is there; not even if that was one file."""
+    synchronised(pair, {"a": "1"})
+    if stopped:
+        pair.restart()
+    pair.host.rename(place / "moved")
+    write(pair.host, {})
+    assert pair.run().halt == (HOST, Halt.REPLACED)
+    write(pair.host, {"b": "2", "c": "3"})
+    for _ in range(2):
+        assert pair.run().halt == (HOST, Halt.REPLACED)
+        pair.restart()
+    assert read(pair.guest) == {"a": "1"}
+    # It becomes one that is like it, as a new clone is; that is the root from now on.
+    write(pair.host, {"a": "4"})
+    pair.settle()
+    assert read(pair.guest) == {"a": "4", "b": "2", "c": "3"}
+    empty(pair.host)
+    write(pair.host, {"d": "5"})
+    pair.settle()
+    assert read(pair.guest) == {"d": "5"}
+    pair.restart()
+    shutil.rmtree(pair.host)
+    (place / "moved").rename(pair.host)
+    assert pair.run().halt == (HOST, Halt.REPLACED)
+
+
+def test_48_that_the_only_child_is_gone_is_an_edit(pair: Pair) -> None:
+    """Which takes nothing from who changed something there."""
+    synchronised(pair, {"d": {"a": "1", "b": "2"}})
+    shutil.rmtree(pair.host / "d")
+    (pair.guest / "d" / "b").write_text("3")
+    pair.settle()
+    assert pair.trees() == ({"d": {"b": "3"}}, {"d": {"b": "3"}})
 
 
 def test_another_device_halts(pair: Pair) -> None:
