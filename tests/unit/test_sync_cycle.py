@@ -394,6 +394,36 @@ def test_where_the_host_shall_have_nothing_it_lacks_nothing(pair: Pair) -> None:
     assert {problem.lacking for problem in outcome.unequal} == {()}
 
 
+@pytest.mark.parametrize("writes", [False, True])
+def test_what_the_host_changes_comes_to_what_the_guest_has_changed_for_itself(
+    pair: Pair, writes: bool
+) -> None:
+    """Contents and executable bit are apart; neither of the guest's own ever travels."""
+    synchronised(pair, {"f": "1", "g": "1"})
+    pair.cycle.one_way = True
+    (pair.guest / "f").chmod(0o755)
+    save(pair.guest / "g", "guest")
+    pair.run()
+    for text, bit in (("2", "*"), ("3", "")):
+        save(pair.host / "f", text)
+        (pair.host / "g").chmod(0o755 if bit else 0o644)
+        for _ in range(2):
+            outcome = pair.run()
+            assert [(each.path, each.lacking) for each in outcome.unequal] == [("f", ()), ("g", ())]
+            # A star is for what can be executed.
+            assert pair.trees() == (
+                {"f": text, "g": f"1{bit}"},
+                {"f": f"{text}*", "g": f"guest{bit}"},
+            )
+    assert outcome.quiescent
+    pair.restart()
+    pair.cycle.one_way = not writes
+    pair.settle()
+    both = {"f": "3*", "g": "guest"}
+    assert pair.trees() == ((both if writes else {"f": "3", "g": "1"}), both)
+    assert pair.saved() == set()
+
+
 def test_what_is_written_over_in_the_guest_is_not_lacked_and_what_was_refused_is() -> None:
     outcome = Outcome()
     outcome.put_off("busy", HOST, GUEST)

@@ -501,7 +501,12 @@ def _is_small_data(entry: Entry | None) -> bool:
 
 
 def _stay(found: Reconciliation, outcome: Outcome) -> None:
-    """Drop what would change the host, and say that it stays as it is."""
+    """Drop what would change the host, and say that it stays as it is.
+
+    Of a file, what the host has changed comes to the guest all the same: its contents to what is
+    executable there alone, or its executable bit to contents that are there alone. The ancestor
+    then has what the host has, and the guest's own change is one still.
+    """
     kept = []
     outcome.problems = [
         replace(problem, lacking=tuple(side for side in problem.lacking if side != HOST))
@@ -513,4 +518,6 @@ def _stay(found: Reconciliation, outcome: Outcome) -> None:
         else:
             reason = "it was changed in the guest, where the mount is read-only"
             outcome.problems.append(Problem(decision.path, reason))
+            if decision.guest is not None:
+                kept.append(replace(decision, result=decision.host.before, host=None))
     found.decisions = kept
