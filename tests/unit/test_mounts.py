@@ -245,6 +245,67 @@ def test_an_exec_of_troubled_files_is_refused_when_it_is_made(api: Api, session:
         api.send("POST", "/containers/box/exec")
 
 
+def test_the_end_of_a_detached_command_is_one_wherever_it_is_seen(
+    api: Api, session: Session
+) -> None:
+    made = api.send("POST", "/containers/box/exec")
+    assert made.line is not None
+    made.line(b'{"Id": "e1"}')
+    api.send("POST", "/exec/e1/start")
+    session.asked.clear()
+
+    def seen(running: bool) -> list[bool]:
+        watch = api.send("GET", "/exec/e1/json")
+        assert watch.line is not None
+        fields = {"ID": "e1", "ContainerID": ID, "Running": running, "ExitCode": None}
+        watch.line(json.dumps(fields | ({} if running else {"ExitCode": 0})).encode())
+        asked, session.asked = session.asked, []
+        return asked
+
+    assert seen(True) == []
+    assert seen(False) == [False]
+    # Nothing comes after it.
+    assert seen(False) == []
+
+
+def test_an_end_that_is_seen_and_not_brought_is_told_from_then_on(
+    api: Api, session: Session
+) -> None:
+    session.error = WherryError(LOST)
+    watch = api.send("GET", "/exec/e1/json")
+    assert watch.line is not None
+    watch.line(json.dumps({"ContainerID": ID, "Running": False, "ExitCode": 0}).encode())
+    with pytest.raises(Refusal, match="the command has ended, but /src/f "):
+        api.send("GET", "/exec/e1/json")
+    session.error = None
+    api.send("GET", "/exec/e1/json")
+
+
+def test_the_end_of_a_container_is_one_in_its_inspection(api: Api, session: Session) -> None:
+    def seen(status: str, end: str = "0001-01-01T00:00:00Z", line: bytes = b"") -> list[bool]:
+        session.asked.clear()
+        watch = api.send("GET", "/v1.51/containers/box/json")
+        assert watch.line is not None
+        state = {"Status": status, "Running": status == "running", "FinishedAt": end}
+        assert watch.line(line or json.dumps({"Id": ID, "State": state}).encode()) is None
+        return session.asked
+
+    assert seen("created") == []
+    assert seen("running") == []
+    assert seen("exited", "2026-01-01T00:00:01Z") == [False]
+    assert seen("exited", "2026-01-01T00:00:01Z") == []
+    # It ran again.
+    assert seen("running", "2026-01-01T00:00:01Z") == []
+    assert seen("exited", "2026-01-01T00:00:02Z") == [False]
+    assert seen("", line=b'{"message": "no such container"}') == []
+    # What is not synchronised is not begun for one that has ended long ago.
+    api.roots.sessions.clear()
+    assert api.send("GET", "/containers/box/json") == Watch()
+    api.roots.sessions["/elsewhere"] = Session("/elsewhere")
+    assert seen("exited", "2026-01-01T00:00:03Z") == []
+    assert list(api.roots.sessions) == ["/elsewhere"]
+
+
 def test_events_of_an_ending_wait(api: Api, session: Session) -> None:
     watch = api.send("GET", "/events")
     assert watch.line is not None
