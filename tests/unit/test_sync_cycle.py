@@ -224,6 +224,31 @@ def test_51_what_a_container_deletes_goes_to_the_hosts_trash(pair: Pair) -> None
     }
 
 
+@pytest.mark.parametrize("taken", [False, True])
+def test_what_cannot_go_to_the_trash_is_not_deleted(pair: Pair, taken: bool) -> None:
+    synchronised(pair, {"a": "1", "b": "2"})
+    shutil.rmtree(pair.directory / "trash")
+    (pair.guest / "a").unlink()
+
+    def action(point: str) -> None:
+        if point == "displaced":
+            (pair.host / "a").write_text("new")
+
+    pair.fuse.action = action if taken else None
+    outcome = pair.run()
+    pair.fuse.action = None
+    assert [(each.path, each.lacking) for each in outcome.failed] == [("a", (HOST,))]
+    assert read(pair.host) == {"a": "new" if taken else "1", "b": "2"}
+    (pair.directory / "trash").mkdir()
+    pair.settle()
+    if taken:
+        assert pair.trees() == ({"a": "new", "b": "2"}, {"a": "new", "b": "2"})
+    else:
+        assert pair.trees() == ({"b": "2"}, {"b": "2"})
+    # In the one or the other.
+    assert pair.saved() == {"1"}
+
+
 def test_what_the_host_deletes_is_gone(pair: Pair) -> None:
     synchronised(pair, {"a": "1", "b": "2"})
     (pair.host / "a").unlink()

@@ -383,6 +383,22 @@ def test_kept_files_are_bounded_and_the_oldest_go(tmp_path: Path) -> None:
     again.close()
 
 
+def test_a_file_above_the_bound_is_kept_beside_the_others_until_the_next(tmp_path: Path) -> None:
+    keep = Keep(tmp_path / "trash", limit_bytes=10, limit_files=3)
+
+    def kept_with(name: str, contents: str) -> list[str]:
+        keep.save(name, text(contents), [contents.encode()])
+        return [kept.path for kept in keep]
+
+    assert kept_with("large", "x" * 50) == ["large"]
+    assert kept_with("a", "1234") == ["a"]
+    assert kept_with("b", "1234") == ["a", "b"]
+    assert kept_with("large", "x" * 50) == ["a", "b", "large"]
+    assert kept_with("larger", "x" * 90) == ["a", "b", "larger"]
+    assert kept_with("c", "1234") == ["b", "c"]
+    keep.close()
+
+
 def test_the_same_is_kept_once_and_the_wrong_not_at_all(tmp_path: Path) -> None:
     keep = Keep(tmp_path / "conflicts")
     assert keep.save("f", text("1"), [b"1"])
