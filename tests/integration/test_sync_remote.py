@@ -189,6 +189,79 @@ def test_a_connection_that_is_cut_at_any_moment_loses_nothing(pair: Pair, seed: 
     assert read(pair.host) == read(pair.there)
 
 
+class Side:
+    """Writes to its own files of a tree, and knows what they have to be."""
+
+    def __init__(self, choose: random.Random, tag: str) -> None:
+        self._choose = choose
+        self._tag = tag
+        self._number = 0
+        self.files: dict[str, str] = {}
+
+    def edit(self, root: Path) -> None:
+        for _ in range(self._choose.randint(1, 12)):
+            self._number += 1
+            name = f"{self._tag}{self._choose.randint(0, 9)}"
+            path = root / name
+            action = self._choose.choice(["write", "write", "append", "replace", "remove"])
+            if action == "remove":
+                path.unlink(missing_ok=True)
+                self.files.pop(name, None)
+                continue
+            text = f"{self._number}\n" * self._choose.choice([1, 100, 100_000])
+            self.files[name] = (self.files.get(name, "") if action == "append" else "") + text
+            if action == "replace":
+                new = root / f"{self._tag}new"
+                new.write_text(text)
+                new.rename(path)
+            else:
+                with path.open("a" if action == "append" else "w") as file:
+                    file.write(text)
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_59_an_agent_that_is_killed_at_any_moment_loses_nothing(pair: Pair, seed: int) -> None:
+    """Neither side ever gets something older, and no staging rubbish stays."""
+    choose = random.Random(seed)
+    host, there = Side(choose, "h"), Side(choose, "g")
+    pair.barrier()
+    stage = pair.guest.directory / "stage" / "r1"
+    for number in range(15):
+        host.edit(pair.host)
+        there.edit(pair.there)
+        ticket = pair.session.ask(fresh=True)
+        time.sleep(choose.random() * 0.06)
+        pair.guest.kill()
+        # What is written while there is none.
+        host.edit(pair.host)
+        there.edit(pair.there)
+        pair.guest.restart()
+        # It may hold; if it does not, the next one does.
+        assert ticket.done.wait(WAIT_S)
+        until(lambda: pair.session.status().state == "watching")
+        pair.barrier()
+        assert read(pair.host) == read(pair.there) == {**host.files, **there.files}, number
+        assert {path.name for path in stage.iterdir()} == {"journal"}
+    assert pair.session.conflict_count == 0
+
+
+@pytest.mark.parametrize("told", ["disconnect", "guest_changed"])
+def test_what_changes_while_no_agent_runs_travels_by_itself(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch, told: str
+) -> None:
+    """Nobody tells of it, and nobody waits for it; not even the disk comes first."""
+    monkeypatch.setattr(session_module, "_FLUSH_S", 0.0)
+    (pair.host / "f").write_text("f")
+    pair.barrier()
+    # The round that follows is over then, and all is on the disk.
+    time.sleep(0.5)
+    pair.guest.kill()
+    (pair.there / "g").write_text("g")
+    pair.guest.restart()
+    getattr(pair.session, told)()
+    until(lambda: (pair.host / "g").exists())
+
+
 def test_a_barrier_fails_at_once_while_the_guest_is_away(pair: Pair) -> None:
     pair.barrier()
     pair.guest.allowed = False

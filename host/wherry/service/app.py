@@ -353,7 +353,9 @@ class Service:
 
     def _make_roots(self, tunnel: Tunnel) -> Roots:
         """Make what keeps bind mounts equal, before the first request comes."""
-        guest = self._guest = Guest(tunnel, lambda root: roots.changed(root))
+        guest = self._guest = Guest(
+            tunnel, lambda root: roots.changed(root), lambda: roots.unheard()
+        )
         roots = Roots(
             self._paths.directory / "sync",
             self._paths.sync_database,

@@ -26,9 +26,9 @@ is told, by the path's name, in the place where the docker CLI and the libraries
   barrier holds; but not the first that says that the command has ended if no stream told of it.
 
 The answer to ``DELETE`` is not, as the container is gone, nor are events and streams, which other
-programs than ours read, nor what a container is asked for. The log and ``wherry sync status`` have all of it. A conflict that came
-up while the request was under way is such a failure of what the container wrote: the host has
-its own version, and the container's is kept.
+programs than ours read, nor what a container is asked for. The log and ``wherry sync status`` have
+all of it. A conflict that came up while the request was under way is such a failure of what the
+container wrote: the host has its own version, and the container's is kept.
 """
 
 from __future__ import annotations
