@@ -10,6 +10,7 @@ import os
 import random
 import shutil
 import socket
+import stat
 import subprocess
 import threading
 import time
@@ -243,6 +244,55 @@ def test_59_an_agent_that_is_killed_at_any_moment_loses_nothing(pair: Pair, seed
         assert read(pair.host) == read(pair.there) == {**host.files, **there.files}, number
         assert {path.name for path in stage.iterdir()} == {"journal"}
     assert pair.session.conflict_count == 0
+
+
+def test_what_ext4_can_and_the_host_need_not_stays_in_the_guest(pair: Pair) -> None:
+    """Devices, fifos, sockets, owners and modes: after edits on the host, and after another agent
+    has read and compared everything."""
+    for name in ("f", "tool", "d/in"):
+        (pair.host / name).parent.mkdir(exist_ok=True)
+        (pair.host / name).write_text("1")
+    (pair.host / "tool").chmod(0o755)
+    pair.barrier()
+    there = pair.there
+    os.mknod(there / "null", stat.S_IFCHR | 0o640, os.makedev(1, 3))
+    os.mkfifo(there / "d" / "pipe", 0o620)
+    os.mknod(there / "socket", stat.S_IFSOCK | 0o600)
+    (there / "d").chmod(0o1770)
+    (there / "f").chmod(0o640)
+    (there / "tool").chmod(0o710)
+    for name in ("null", "d", "d/pipe", "d/in", "socket", "f", "tool"):
+        os.chown(there / name, 70, 71)
+
+    def kept() -> dict[str, tuple[int, ...]]:
+        found = {path: path.lstat() for path in there.rglob("*")}
+        return {
+            str(path.relative_to(there)): (each.st_mode, each.st_uid, each.st_gid, each.st_rdev)
+            for path, each in found.items()
+        }
+
+    mine = kept()
+    pair.barrier(fresh=False)
+    for way in ("in place", "by rename"):
+        for name in ("f", "tool", "d/in"):
+            path = pair.host / name
+            if way == "in place":
+                path.write_text(f"{name} {way}")
+            else:
+                (pair.host / "new").write_text(f"{name} {way}")
+                (pair.host / "new").chmod(path.stat().st_mode)
+                (pair.host / "new").rename(path)
+        pair.barrier()
+        assert kept() == mine
+    pair.guest.kill()
+    pair.guest.restart()
+    pair.session.disconnect()
+    (pair.host / "f").write_text("2")
+    pair.barrier()
+    assert kept() == mine
+    both = {"f": "2", "tool": "tool by rename*", "d": {"in": "d/in by rename"}}
+    assert read(pair.host) == both
+    assert sorted(path.name for path in pair.host.rglob("*")) == ["d", "f", "in", "tool"]
 
 
 @pytest.mark.parametrize("told", ["disconnect", "guest_changed"])
