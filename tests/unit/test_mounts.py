@@ -268,6 +268,31 @@ def test_the_end_of_a_detached_command_is_one_wherever_it_is_seen(
     assert seen(False) == []
 
 
+def test_the_end_of_a_stream_is_the_command_s_unless_it_goes_on(api: Api, session: Session) -> None:
+    """Then the client asks for the status, which costs nothing more."""
+
+    def asked(running: bool) -> list[bool]:
+        session.asked.clear()
+        watch = api.send("GET", "/exec/e1/json")
+        assert watch.line is not None
+        watch.line(json.dumps({"ContainerID": ID, "Running": running, "ExitCode": 0}).encode())
+        return session.asked
+
+    made = api.send("POST", "/containers/box/exec")
+    assert made.line is not None
+    made.line(b'{"Id": "e1"}')
+    for status, expected in (("101 UPGRADED", []), ("200 OK", [False])):
+        watch = api.send("POST", "/exec/e1/start")
+        assert watch.head is not None
+        assert watch.end is not None
+        watch.head(parse_answer(f"HTTP/1.1 {status}\r\n\r\n".encode()))
+        watch.end(True)
+        assert asked(False) == expected
+        assert asked(True) == []
+        assert asked(False) == [False]
+        assert asked(True) == []
+
+
 def test_an_end_that_is_seen_and_not_brought_is_told_from_then_on(
     api: Api, session: Session
 ) -> None:

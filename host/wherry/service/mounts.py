@@ -59,6 +59,9 @@ log = logging.getLogger(__name__)
 
 V = TypeVar("V")
 
+_BY_STREAM = object()
+"""An end that a stream has told of."""
+
 _GUEST_SOCKETS = ("/var/run/docker.sock", "/run/docker.sock", ssh_agent.GUEST_SOCKET)
 """The guest's own, whatever is shared: the engine that the container runs in, and the way to the
 host's SSH agent."""
@@ -343,13 +346,21 @@ class Mounts:
             return None
         self._bring(request, lambda: self._sessions(mounted))
         marks = self._marks(mounted)
+        attached = False
+
+        def answered(head: ResponseHead) -> None:
+            nonlocal attached
+            # A command that is detached has no stream that could tell of its end.
+            attached = head.status == 101
 
         def ended(whole: bool) -> None:
             failure = self._fetch(request, mounted, marks)
             if failure:
                 self._note(self._unfetched, id, (mounted, failure))
+            elif attached:
+                self._note(self._brought, id, _BY_STREAM)
 
-        return Watch(end=ended)
+        return Watch(head=answered, end=ended)
 
     def _exec_result(self, request: Request) -> Watch | None:
         id = request.params["exec"]
@@ -365,7 +376,11 @@ class Mounts:
 
         def answered(line: bytes) -> None:
             command = _json(line)
-            if command.get("Running") is False:
+            if command.get("Running"):
+                # It has closed its streams and goes on.
+                with self._lock:
+                    self._brought.pop(id, None)
+            elif command.get("Running") is False:
                 mounted, failure = self._bring_ended(
                     request, id, str(command.get("ContainerID")), command.get("ExitCode")
                 )
@@ -399,7 +414,7 @@ class Mounts:
         :returns: what it mounts, and why that failed, if it did.
         """
         with self._lock:
-            if self._brought.get(id, self) == end:
+            if self._brought.get(id, self) in (end, _BY_STREAM):
                 return [], ""
         mounted = [
             source
