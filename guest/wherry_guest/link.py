@@ -42,6 +42,8 @@ class Link:
         self._writing = _thread.allocate_lock()
         self._working_since = 0.0
         self._ended = False
+        self.at: Callable[[], str] = lambda: ""
+        """Returns the path that is being looked at."""
         _thread.start_new_thread(self._busy, ())
 
     def close(self) -> None:
@@ -107,7 +109,7 @@ class Link:
             since = self._working_since
             if since and time.monotonic() - since > _BUSY_S and not self._ended:
                 try:
-                    self.say(SyncBusy())
+                    self.say(SyncBusy(path=self.at()))
                 except OSError:
                     return
 

@@ -243,6 +243,7 @@ class _Root:
             trust=_ORDERED if request.ordered else system.boot_id(),
             told=True,
         )
+        self._link.at = lambda: self._end.at
         return SyncOpened(
             boot_id=system.boot_id(),
             packed=packing.available(),

@@ -56,7 +56,8 @@ class Policy:
     :ivar file_mode: permission bits of new files, without the executable ones.
     :ivar directory_mode: permission bits of new directories.
     :ivar keep: called with a deleted file, before it is gone: a directory's descriptor, the
-        name in it, the path in the tree, and what it is. It may move the file.
+        name in it, the path in the tree, and what it is. It may move the file. If it raises
+        OSError the file is not deleted.
     :ivar links_stay: whether a file with several hard links is written over, so that these stay
         one file. Where some may be outside of the tree, what comes from the other end is not to
         get there.
@@ -298,7 +299,12 @@ class Applier:
         self._stage.begin(Journal(path, before, None))
         taken = self._moves.displace(fd, name, path, before, status)
         if self._policy.keep is not None:
-            self._policy.keep(self._stage.fd, taken, path, before)
+            try:
+                self._policy.keep(self._stage.fd, taken, path, before)
+            except OSError:
+                # Nobody else may have it.
+                self._moves.put_back(taken, fd, name, path)
+                raise
             self._checkpoint("kept")
         self._stage.discard(taken)
 

@@ -146,6 +146,11 @@ class LocalEndpoint:
             return Snapshot()
 
     @property
+    def at(self) -> str:
+        """The path that a scan looks at just now, for another thread to tell; else empty."""
+        return self._scanner.at
+
+    @property
     def with_links(self) -> set[str]:
         """Directories with files that can be written to by a name outside of the tree."""
         return self._scanner.with_links

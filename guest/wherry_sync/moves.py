@@ -54,7 +54,7 @@ class Moves:
         os.rename(name, taken, src_dir_fd=fd, dst_dir_fd=self._stage.fd)
         self._checkpoint("displaced")
         if not self._is_still(taken, before, status):
-            self._put_back(taken, fd, name, path)
+            self.put_back(taken, fd, name, path)
             raise Stale("it was written at the last moment")
         return taken
 
@@ -112,7 +112,8 @@ class Moves:
         os.rename(made, name, src_dir_fd=self._stage.fd, dst_dir_fd=fd)
         os.rename(held, made, src_dir_fd=self._stage.fd, dst_dir_fd=self._stage.fd)
 
-    def _put_back(self, taken: str, fd: int, name: str, path: str) -> None:
+    def put_back(self, taken: str, fd: int, name: str, path: str) -> None:
+        """Return what was displaced to the tree; if its name is taken, keep it for the user."""
         try:
             self.place(taken, fd, name)
         except OSError:

@@ -54,17 +54,19 @@ class Snapshot:
 
     :ivar root: the tree; None if there is no root.
     :ivar device: of the filesystem that it is on (``st_dev``).
+    :ivar inode: of the root if it is a directory (``st_ino``); 0 if it is none, or not known.
     :ivar requeue: paths to look at again soon, as they were changing.
     :ivar files_read: files whose contents were read, because no record stood for them.
     :ivar bytes_read: their size.
     :ivar written_over: files that were read anew, and are the same inodes as in the last scan.
     """
 
-    __slots__ = ("bytes_read", "device", "files_read", "requeue", "root", "written_over")
+    __slots__ = ("bytes_read", "device", "files_read", "inode", "requeue", "root", "written_over")
 
     def __init__(self) -> None:
         self.root: Entry | None = None
         self.device = 0
+        self.inode = 0
         self.requeue: set[str] = set()
         self.files_read = 0
         self.bytes_read = 0
@@ -134,6 +136,8 @@ class Scanner:
         self.with_links: set[str] = set()
         """Directories with files that have another name, perhaps outside of the tree: a watch of
         the tree does not tell of what is written by that name."""
+        self.at = ""
+        """The directory, or the file, that is being read."""
 
     def set_ignore(self, ignore: Ignore) -> None:
         """Take other rules; they hold from the next full scan on."""
@@ -160,7 +164,7 @@ class Scanner:
         """
         self._found = found = Snapshot()
         status = os.fstat(fd)
-        found.device = status.st_dev
+        found.device, found.inode = status.st_dev, status.st_ino
         # What may have changed in one tree says nothing of another that is in its place.
         before, self._identity = self._identity, (status.st_dev, status.st_ino)
         wanted: dict[str, bool] | None = None
@@ -176,6 +180,7 @@ class Scanner:
             others = self._other_names(rewritten)
             if others:
                 self._root = self._visit(fd, "", self._root, 0, _wanted(others))
+        self.at = ""
         found.root = self._root.entry
         if wanted is None:
             self._trust_ignored = True
@@ -304,6 +309,7 @@ class Scanner:
         """Return the node of an open directory; ``old`` itself if nothing changed."""
         if wanted is not None and not wanted.get(path, True):
             return self._descend(fd, path, old, depth, wanted)
+        self.at = path
         self._progress()
         device = self._found.device
         kept_records = old.records.unpacked()
@@ -512,6 +518,7 @@ class Scanner:
         return NEVER, untracked("not a file, link or directory")
 
     def _read(self, fd: int, path: str, name: str) -> tuple[bytes, Leaf]:
+        self.at = path
         descriptor = handles.open_regular(fd, name)
         try:
             earlier: tuple[int, bytes] | None = None

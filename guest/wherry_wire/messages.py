@@ -508,9 +508,14 @@ class SyncYes(Message):
 
 
 class SyncBusy(Message):
-    """Before a reply that takes long, now and then: the request is being worked on."""
+    """Before a reply that takes long, now and then: the request is being worked on.
+
+    ``path`` is what a scan looks at just now; empty for the root, and for all but a scan.
+    """
 
     TYPE = 0x33
+
+    path: str
 
 
 class SyncPin(Message):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import random
 import shutil
@@ -22,13 +23,14 @@ from sync_trees import read, write
 from wherry.core.errors import WherryError
 from wherry.platform import current
 from wherry.platform.base import ChangeSink, TreeWatcher
-from wherry.sync import session, watch
+from wherry.sync import barrier, session, watch
 from wherry.sync.core.reconcile import GUEST, HOST
 from wherry.sync.model import Paths, Root
 from wherry.sync.remote import Place, RemoteEndpoint
 from wherry.sync.session import Session
 from wherry_sync import handles, hashing
 from wherry_sync.local import LocalEndpoint
+from wherry_wire.messages import SyncBusy, SyncOpened, SyncYes, pack
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -89,6 +91,58 @@ def test_52_53_a_thousand_rounds_without_a_stale_byte(pair: Pair) -> None:
         (mine / name).write_text(f"{number:06}")
         pair.barrier(fresh=mine is pair.host)
         assert (other / name).read_text() == f"{number:06}"
+
+
+class Busy:
+    """A stream on which the guest is at work on its first scan, for ever; it says where."""
+
+    def __init__(self, paths: Iterator[str]) -> None:
+        self._frames = iter(
+            [
+                pack(SyncOpened(boot_id="guest-1", packed=False), 0),
+                pack(SyncYes(done=True), 0),
+            ]
+        )
+        self._paths = paths
+        self._closed = threading.Event()
+
+    def recv(self, size: int, /) -> bytes:
+        frame = next(self._frames, None)
+        if frame is None:
+            closed = self._closed.wait(0.05)
+            frame = b"" if closed else pack(SyncBusy(path=next(self._paths)), 0)
+        return frame
+
+    def sendall(self, data: bytes, /) -> None:
+        pass
+
+    def close(self) -> None:
+        self._closed.set()
+
+
+def test_a_guest_that_does_not_get_on_ends_the_wait_by_the_path_s_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a file is that is longer than can be read while a program writes it all the time."""
+    monkeypatch.setattr(barrier, "_SLICE_S", 0.05)
+    monkeypatch.setattr(barrier, "BUSY_STALL_S", 0.5)
+    monkeypatch.setattr(session, "_JOIN_S", 0.1)
+    (tmp_path / "host").mkdir()
+    place = Place("r1", str(tmp_path / "host"))
+    names = itertools.chain((f"d/{number}" for number in range(20)), itertools.repeat("d/base"))
+    busy = Session(
+        Root(1, tmp_path / "host", place),
+        Paths(tmp_path / "state", tmp_path / "sync.db"),
+        lambda place, ordered, progress: RemoteEndpoint(Busy(names), place, progress=progress),
+        boot="host-1",
+    )
+    try:
+        with pytest.raises(WherryError, match="makes no progress at d/base, which is being read"):
+            barrier.hold([busy], fresh=True)
+        # While it got on there was no reason to give up.
+        assert next(names) == "d/base"
+    finally:
+        busy.close()
 
 
 class Deaf:

@@ -10,6 +10,7 @@ import os
 import random
 import shutil
 import socket
+import stat
 import subprocess
 import threading
 import time
@@ -187,6 +188,128 @@ def test_a_connection_that_is_cut_at_any_moment_loses_nothing(pair: Pair, seed: 
     pair.barrier()
     pair.barrier()
     assert read(pair.host) == read(pair.there)
+
+
+class Side:
+    """Writes to its own files of a tree, and knows what they have to be."""
+
+    def __init__(self, choose: random.Random, tag: str) -> None:
+        self._choose = choose
+        self._tag = tag
+        self._number = 0
+        self.files: dict[str, str] = {}
+
+    def edit(self, root: Path) -> None:
+        for _ in range(self._choose.randint(1, 12)):
+            self._number += 1
+            name = f"{self._tag}{self._choose.randint(0, 9)}"
+            path = root / name
+            action = self._choose.choice(["write", "write", "append", "replace", "remove"])
+            if action == "remove":
+                path.unlink(missing_ok=True)
+                self.files.pop(name, None)
+                continue
+            text = f"{self._number}\n" * self._choose.choice([1, 100, 100_000])
+            self.files[name] = (self.files.get(name, "") if action == "append" else "") + text
+            if action == "replace":
+                new = root / f"{self._tag}new"
+                new.write_text(text)
+                new.rename(path)
+            else:
+                with path.open("a" if action == "append" else "w") as file:
+                    file.write(text)
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_59_an_agent_that_is_killed_at_any_moment_loses_nothing(pair: Pair, seed: int) -> None:
+    """Neither side ever gets something older, and no staging rubbish stays."""
+    choose = random.Random(seed)
+    host, there = Side(choose, "h"), Side(choose, "g")
+    pair.barrier()
+    stage = pair.guest.directory / "stage" / "r1"
+    for number in range(15):
+        host.edit(pair.host)
+        there.edit(pair.there)
+        ticket = pair.session.ask(fresh=True)
+        time.sleep(choose.random() * 0.06)
+        pair.guest.kill()
+        # What is written while there is none.
+        host.edit(pair.host)
+        there.edit(pair.there)
+        pair.guest.restart()
+        # It may hold; if it does not, the next one does.
+        assert ticket.done.wait(WAIT_S)
+        until(lambda: pair.session.status().state == "watching")
+        pair.barrier()
+        assert read(pair.host) == read(pair.there) == {**host.files, **there.files}, number
+        assert {path.name for path in stage.iterdir()} == {"journal"}
+    assert pair.session.conflict_count == 0
+
+
+def test_what_ext4_can_and_the_host_need_not_stays_in_the_guest(pair: Pair) -> None:
+    """Devices, fifos, sockets, owners and modes: after edits on the host, and after another agent
+    has read and compared everything."""
+    for name in ("f", "tool", "d/in"):
+        (pair.host / name).parent.mkdir(exist_ok=True)
+        (pair.host / name).write_text("1")
+    (pair.host / "tool").chmod(0o755)
+    pair.barrier()
+    there = pair.there
+    os.mknod(there / "null", stat.S_IFCHR | 0o640, os.makedev(1, 3))
+    os.mkfifo(there / "d" / "pipe", 0o620)
+    os.mknod(there / "socket", stat.S_IFSOCK | 0o600)
+    (there / "d").chmod(0o1770)
+    (there / "f").chmod(0o640)
+    (there / "tool").chmod(0o710)
+    for name in ("null", "d", "d/pipe", "d/in", "socket", "f", "tool"):
+        os.chown(there / name, 70, 71)
+
+    def kept() -> dict[str, tuple[int, ...]]:
+        found = {path: path.lstat() for path in there.rglob("*")}
+        return {
+            str(path.relative_to(there)): (each.st_mode, each.st_uid, each.st_gid, each.st_rdev)
+            for path, each in found.items()
+        }
+
+    mine = kept()
+    pair.barrier(fresh=False)
+    for way in ("in place", "by rename"):
+        for name in ("f", "tool", "d/in"):
+            path = pair.host / name
+            if way == "in place":
+                path.write_text(f"{name} {way}")
+            else:
+                (pair.host / "new").write_text(f"{name} {way}")
+                (pair.host / "new").chmod(path.stat().st_mode)
+                (pair.host / "new").rename(path)
+        pair.barrier()
+        assert kept() == mine
+    pair.guest.kill()
+    pair.guest.restart()
+    pair.session.disconnect()
+    (pair.host / "f").write_text("2")
+    pair.barrier()
+    assert kept() == mine
+    both = {"f": "2", "tool": "tool by rename*", "d": {"in": "d/in by rename"}}
+    assert read(pair.host) == both
+    assert sorted(path.name for path in pair.host.rglob("*")) == ["d", "f", "in", "tool"]
+
+
+@pytest.mark.parametrize("told", ["disconnect", "guest_changed"])
+def test_what_changes_while_no_agent_runs_travels_by_itself(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch, told: str
+) -> None:
+    """Nobody tells of it, and nobody waits for it; not even the disk comes first."""
+    monkeypatch.setattr(session_module, "_FLUSH_S", 0.0)
+    (pair.host / "f").write_text("f")
+    pair.barrier()
+    # The round that follows is over then, and all is on the disk.
+    time.sleep(0.5)
+    pair.guest.kill()
+    (pair.there / "g").write_text("g")
+    pair.guest.restart()
+    getattr(pair.session, told)()
+    until(lambda: (pair.host / "g").exists())
 
 
 def test_a_barrier_fails_at_once_while_the_guest_is_away(pair: Pair) -> None:

@@ -40,16 +40,26 @@ class Guest:
         self.sessions: list[Session] = []
         self.streams: list[socket.socket] = []
         self.allowed = True
+        self._argv = [sys.executable, "-c", AGENT, str(directory), boot]
+        self._start()
+
+    def _start(self) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, "-c", AGENT, str(directory), boot],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
+            self._argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
         assert self.process.stdout is not None
         self.path = self.process.stdout.readline().strip()
         self.reader = threading.Thread(target=self._read, args=(self.process.stdout,))
         self.reader.start()
+
+    def kill(self) -> None:
+        """End the agent by SIGKILL; see :meth:`restart`."""
+        self.process.kill()
+        self.close()
+
+    def restart(self) -> None:
+        """Start another agent in the same boot, after :meth:`kill`."""
+        self._start()
 
     def close(self) -> None:
         self.process.communicate()
@@ -66,7 +76,11 @@ class Guest:
         if not self.allowed:
             raise ConnectionRefusedError("the guest is away")
         ours = socket.socket(socket.AF_UNIX)
-        ours.connect(self.path)
+        try:
+            ours.connect(self.path)
+        except OSError:
+            ours.close()
+            raise
         self.streams.append(ours)
         return ours
 

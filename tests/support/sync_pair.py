@@ -75,7 +75,6 @@ class Pair:
         self.traits = traits
         self.fuse = Fuse()
         self.boots = ["host-1", "guest-1"]
-        self.marked = (True, True)
         self.on_disk = [self.image(HOST), self.image(GUEST)]
         self.open()
 
@@ -112,7 +111,7 @@ class Pair:
 
     def run(self) -> Outcome:
         """Do one round."""
-        return self.cycle.run(marked=self.marked)
+        return self.cycle.run()
 
     def settle(self, rounds: int = 12) -> Outcome:
         """Do rounds until nothing changes; return the last one's outcome, all its conflicts."""

@@ -30,6 +30,27 @@ class Agent:
         return 0
 
 
+def test_it_is_told_when_an_agent_has_ended_and_before_there_is_another() -> None:
+    """Which tells nothing of roots until these are opened anew."""
+    said: list[str] = []
+
+    class Ends(Guest):
+        def _connect(self, ended: threading.Event) -> Any:
+            said.append("connect")
+            if "told" in said:
+                self._closed = True
+                return None
+            ended.set()
+            return Closes()
+
+    class Closes:
+        def close(self) -> None:
+            said.append("closed")
+
+    Ends(cast(Any, None), agent_ended=lambda: said.append("told"))._keep()
+    assert said == ["connect", "closed", "told", "connect"]
+
+
 def test_the_disk_s_free_space_is_given_back_now_and_then(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import socket
 import sys
+import threading
 from collections.abc import Sequence
 
 import pytest
@@ -20,6 +22,7 @@ from wherry.vm.qemu.process import identify
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch, "_APPEAR_TIMEOUT_S", 0.1)
+    monkeypatch.setattr(launch, "_EXIT_TIMEOUT_S", 0.1)
 
 
 def test_without_anything_there_is_no_service(layout: Layout, paths: MachinePaths) -> None:
@@ -39,6 +42,26 @@ def test_a_service_that_cannot_be_reached_is_not_taken_for_none(
         with pytest.raises(WherryError, match=r"end the process that holds .*service\.lock"):
             launch.end_by_force(layout, paths)
     assert '"running"' in paths.state.read_text()
+
+
+def test_a_killed_service_that_still_has_its_lock_is_none(
+    layout: Layout, paths: MachinePaths, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A client that it has not answered hears of its end before the lock is free."""
+    lock = FileLock(paths.service_lock)
+    lock.acquire()
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(paths.control_socket))
+        listener.listen()
+
+        def die() -> None:
+            listener.accept()[0].close()
+
+        thread = threading.Thread(target=die)
+        thread.start()
+        monkeypatch.setattr(launch.time, "sleep", lambda seconds: lock.release())
+        assert not launch.answers(layout, paths)
+        thread.join()
 
 
 def test_a_service_that_ends_as_it_is_being_ended(

@@ -34,7 +34,7 @@ class Session:
         self.error: WherryError | None = None
         self.is_troubled = False
         self.is_closed = False
-        self.idle_s = 0.0
+        self.idle_s = self.busy_s = 0.0
         self.conflicts: list[str] = []
         self.where = ""
         self.root = SimpleNamespace(place=SimpleNamespace(path=path))
@@ -245,6 +245,92 @@ def test_an_exec_of_troubled_files_is_refused_when_it_is_made(api: Api, session:
         api.send("POST", "/containers/box/exec")
 
 
+def test_the_end_of_a_detached_command_is_one_wherever_it_is_seen(
+    api: Api, session: Session
+) -> None:
+    made = api.send("POST", "/containers/box/exec")
+    assert made.line is not None
+    made.line(b'{"Id": "e1"}')
+    api.send("POST", "/exec/e1/start")
+    session.asked.clear()
+
+    def seen(running: bool) -> list[bool]:
+        watch = api.send("GET", "/exec/e1/json")
+        assert watch.line is not None
+        fields = {"ID": "e1", "ContainerID": ID, "Running": running, "ExitCode": None}
+        watch.line(json.dumps(fields | ({} if running else {"ExitCode": 0})).encode())
+        asked, session.asked = session.asked, []
+        return asked
+
+    assert seen(True) == []
+    assert seen(False) == [False]
+    # Nothing comes after it.
+    assert seen(False) == []
+
+
+def test_the_end_of_a_stream_is_the_command_s_unless_it_goes_on(api: Api, session: Session) -> None:
+    """Then the client asks for the status, which costs nothing more."""
+
+    def asked(running: bool) -> list[bool]:
+        session.asked.clear()
+        watch = api.send("GET", "/exec/e1/json")
+        assert watch.line is not None
+        watch.line(json.dumps({"ContainerID": ID, "Running": running, "ExitCode": 0}).encode())
+        return session.asked
+
+    made = api.send("POST", "/containers/box/exec")
+    assert made.line is not None
+    made.line(b'{"Id": "e1"}')
+    for status, expected in (("101 UPGRADED", []), ("200 OK", [False])):
+        watch = api.send("POST", "/exec/e1/start")
+        assert watch.head is not None
+        assert watch.end is not None
+        watch.head(parse_answer(f"HTTP/1.1 {status}\r\n\r\n".encode()))
+        watch.end(True)
+        assert asked(False) == expected
+        assert asked(True) == []
+        assert asked(False) == [False]
+        assert asked(True) == []
+
+
+def test_an_end_that_is_seen_and_not_brought_is_told_from_then_on(
+    api: Api, session: Session
+) -> None:
+    session.error = WherryError(LOST)
+    watch = api.send("GET", "/exec/e1/json")
+    assert watch.line is not None
+    watch.line(json.dumps({"ContainerID": ID, "Running": False, "ExitCode": 0}).encode())
+    with pytest.raises(Refusal, match="the command has ended, but /src/f "):
+        api.send("GET", "/exec/e1/json")
+    session.error = None
+    api.send("GET", "/exec/e1/json")
+
+
+def test_the_end_of_a_container_is_one_in_its_inspection(api: Api, session: Session) -> None:
+    def seen(status: str, end: str = "0001-01-01T00:00:00Z", line: bytes = b"") -> list[bool]:
+        session.asked.clear()
+        watch = api.send("GET", "/v1.51/containers/box/json")
+        assert watch.line is not None
+        state = {"Status": status, "Running": status == "running", "FinishedAt": end}
+        assert watch.line(line or json.dumps({"Id": ID, "State": state}).encode()) is None
+        return session.asked
+
+    assert seen("created") == []
+    assert seen("running") == []
+    assert seen("exited", "2026-01-01T00:00:01Z") == [False]
+    assert seen("exited", "2026-01-01T00:00:01Z") == []
+    # It ran again.
+    assert seen("running", "2026-01-01T00:00:01Z") == []
+    assert seen("exited", "2026-01-01T00:00:02Z") == [False]
+    assert seen("", line=b'{"message": "no such container"}') == []
+    # What is not synchronised is not begun for one that has ended long ago.
+    api.roots.sessions.clear()
+    assert api.send("GET", "/containers/box/json") == Watch()
+    api.roots.sessions["/elsewhere"] = Session("/elsewhere")
+    assert seen("exited", "2026-01-01T00:00:03Z") == []
+    assert list(api.roots.sessions) == ["/elsewhere"]
+
+
 def test_events_of_an_ending_wait(api: Api, session: Session) -> None:
     watch = api.send("GET", "/events")
     assert watch.line is not None
@@ -443,6 +529,17 @@ def test_a_wait_without_progress_ends(api: Api, session: Session) -> None:
     session.where = " at a/b, after 2 of 3 files"
     session.root = type("Root", (), {"path": Path("/src")})()  # type: ignore[attr-defined]
     with pytest.raises(Refusal, match="makes no progress at a/b, after 2 of 3 files"):
+        api.send("POST", "/containers/box/start")
+
+
+def test_a_wait_for_a_guest_that_is_only_busy_ends(api: Api, session: Session) -> None:
+    ticket = Ticket(0, True)
+    ticket.asked_at -= 601
+    session.ask = lambda *, fresh: ticket  # type: ignore[method-assign]
+    session.busy_s = 601
+    session.where = " at db/base, which is being read in the guest"
+    session.root = type("Root", (), {"path": Path("/src")})()  # type: ignore[attr-defined]
+    with pytest.raises(Refusal, match="makes no progress at db/base, which is being read"):
         api.send("POST", "/containers/box/start")
 
 

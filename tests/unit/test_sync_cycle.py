@@ -224,6 +224,31 @@ def test_51_what_a_container_deletes_goes_to_the_hosts_trash(pair: Pair) -> None
     }
 
 
+@pytest.mark.parametrize("taken", [False, True])
+def test_what_cannot_go_to_the_trash_is_not_deleted(pair: Pair, taken: bool) -> None:
+    synchronised(pair, {"a": "1", "b": "2"})
+    shutil.rmtree(pair.directory / "trash")
+    (pair.guest / "a").unlink()
+
+    def action(point: str) -> None:
+        if point == "displaced":
+            (pair.host / "a").write_text("new")
+
+    pair.fuse.action = action if taken else None
+    outcome = pair.run()
+    pair.fuse.action = None
+    assert [(each.path, each.lacking) for each in outcome.failed] == [("a", (HOST,))]
+    assert read(pair.host) == {"a": "new" if taken else "1", "b": "2"}
+    (pair.directory / "trash").mkdir()
+    pair.settle()
+    if taken:
+        assert pair.trees() == ({"a": "new", "b": "2"}, {"a": "new", "b": "2"})
+    else:
+        assert pair.trees() == ({"b": "2"}, {"b": "2"})
+    # In the one or the other.
+    assert pair.saved() == {"1"}
+
+
 def test_what_the_host_deletes_is_gone(pair: Pair) -> None:
     synchronised(pair, {"a": "1", "b": "2"})
     (pair.host / "a").unlink()
@@ -264,12 +289,43 @@ def test_48_a_root_that_is_gone_halts_and_deletes_nothing(
     assert read(other) == {"a": "1", "b": "2", "c": "3"}
 
 
-def test_49_a_guest_whose_mark_is_gone_halts(pair: Pair) -> None:
-    synchronised(pair, {"a": "1", "b": "2"})
-    empty(pair.guest)
-    pair.marked = (True, False)
-    assert pair.run().halt == (GUEST, Halt.MARKER)
-    assert read(pair.host) == {"a": "1", "b": "2"}
+@pytest.mark.parametrize("stopped", [False, True])
+def test_48_another_directory_in_the_place_of_a_root(
+    pair: Pair, place: Path, stopped: bool
+) -> None:
+    """Not an edit if nothing of what was in it is there; not even if that was one file."""
+    synchronised(pair, {"a": "1"})
+    if stopped:
+        pair.restart()
+    pair.host.rename(place / "moved")
+    write(pair.host, {})
+    assert pair.run().halt == (HOST, Halt.REPLACED)
+    write(pair.host, {"b": "2", "c": "3"})
+    for _ in range(2):
+        assert pair.run().halt == (HOST, Halt.REPLACED)
+        pair.restart()
+    assert read(pair.guest) == {"a": "1"}
+    # It becomes one that is like it, as a new clone is; that is the root from now on.
+    write(pair.host, {"a": "4"})
+    pair.settle()
+    assert read(pair.guest) == {"a": "4", "b": "2", "c": "3"}
+    empty(pair.host)
+    write(pair.host, {"d": "5"})
+    pair.settle()
+    assert read(pair.guest) == {"d": "5"}
+    pair.restart()
+    shutil.rmtree(pair.host)
+    (place / "moved").rename(pair.host)
+    assert pair.run().halt == (HOST, Halt.REPLACED)
+
+
+def test_48_that_the_only_child_is_gone_is_an_edit(pair: Pair) -> None:
+    """Which takes nothing from who changed something there."""
+    synchronised(pair, {"d": {"a": "1", "b": "2"}})
+    shutil.rmtree(pair.host / "d")
+    (pair.guest / "d" / "b").write_text("3")
+    pair.settle()
+    assert pair.trees() == ({"d": {"b": "3"}}, {"d": {"b": "3"}})
 
 
 def test_another_device_halts(pair: Pair) -> None:
@@ -361,6 +417,36 @@ def test_where_the_host_shall_have_nothing_it_lacks_nothing(pair: Pair) -> None:
     outcome = pair.run()
     assert sorted(problem.path for problem in outcome.unequal) == ["f", "r\\udce9sultat"]
     assert {problem.lacking for problem in outcome.unequal} == {()}
+
+
+@pytest.mark.parametrize("writes", [False, True])
+def test_what_the_host_changes_comes_to_what_the_guest_has_changed_for_itself(
+    pair: Pair, writes: bool
+) -> None:
+    """Contents and executable bit are apart; neither of the guest's own ever travels."""
+    synchronised(pair, {"f": "1", "g": "1"})
+    pair.cycle.one_way = True
+    (pair.guest / "f").chmod(0o755)
+    save(pair.guest / "g", "guest")
+    pair.run()
+    for text, bit in (("2", "*"), ("3", "")):
+        save(pair.host / "f", text)
+        (pair.host / "g").chmod(0o755 if bit else 0o644)
+        for _ in range(2):
+            outcome = pair.run()
+            assert [(each.path, each.lacking) for each in outcome.unequal] == [("f", ()), ("g", ())]
+            # A star is for what can be executed.
+            assert pair.trees() == (
+                {"f": text, "g": f"1{bit}"},
+                {"f": f"{text}*", "g": f"guest{bit}"},
+            )
+    assert outcome.quiescent
+    pair.restart()
+    pair.cycle.one_way = not writes
+    pair.settle()
+    both = {"f": "3*", "g": "guest"}
+    assert pair.trees() == ((both if writes else {"f": "3", "g": "1"}), both)
+    assert pair.saved() == set()
 
 
 def test_what_is_written_over_in_the_guest_is_not_lacked_and_what_was_refused_is() -> None:

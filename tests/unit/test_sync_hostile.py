@@ -111,7 +111,7 @@ replies = st.one_of(
     st.just(Done()),
     st.builds(SyncYes, done=st.booleans()),
     st.builds(Failure, message=st.text(max_size=20)),
-    st.just(SyncBusy()),
+    st.builds(SyncBusy, path=st.text(max_size=20)),
     st.builds(SyncChanged, root=st.text(max_size=5)),
 ).map(lambda message: pack(message, 0))
 raw_frames = st.builds(
@@ -287,7 +287,7 @@ def test_a_guest_that_is_only_ever_busy(monkeypatch: pytest.MonkeyPatch) -> None
     def busy() -> Iterator[bytes]:
         while True:
             time.sleep(0.01)
-            yield pack(SyncBusy(), 0)
+            yield pack(SyncBusy(path=""), 0)
 
     end = endpoint(busy())
     began = time.monotonic()

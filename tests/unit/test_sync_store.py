@@ -109,6 +109,7 @@ def other(tmp_path: Path, store: Store) -> Iterator[Store]:
 def test_what_is_remembered_goes_with_the_files(store: Store, other: Store) -> None:
     store.commit(diff(None, tree({"a": {"in": {"f": "1"}, "in0": "2"}, "in": "3"})))
     store.meet(("h1", "g1"), (7, 8), {})
+    store.identify(HOST, 5)
     store.begin({"a/in/f": (text("0"), text("1")), "in": (None, text("3"))}, {"a/in/f": GUEST})
     other.take(1, "a/in", "")
     assert other.load() == tree({"f": "1"})
@@ -117,6 +118,8 @@ def test_what_is_remembered_goes_with_the_files(store: Store, other: Store) -> N
     assert other.carried() == [("f", GUEST, text("1"))]
     assert set(store.pending(HOST)) == {"in"}
     assert (other.boot(GUEST), other.device(GUEST)) == ("g1", (8, "g1"))
+    # What is the outer root's alone is not the inner one's.
+    assert other.inode(HOST) is None
     other.meet(("h1", "g2"), (7, 8), {"f": text("4")})
     other.take(1, "a/in", "")
     store.take(2, "", "a/in")
@@ -201,13 +204,15 @@ def test_several_roots_may_begin_at_once(tmp_path: Path, number: int) -> None:
     assert failures == []
 
 
-@pytest.mark.parametrize("version", [1, 2, 3])
+@pytest.mark.parametrize("version", [1, 2, 3, 4])
 def test_a_file_of_an_earlier_release_is_read(tmp_path: Path, version: int) -> None:
     path = tmp_path / "sync.db"
     with closing(Store(path, 1)) as store:
         store.meet(("h1", "g1"), (7, 8), diff(None, tree({"f": "1"})))
     with closing(sqlite3.connect(path)) as database:
-        database.execute("DROP TABLE copies")
+        database.execute("ALTER TABLE side DROP COLUMN inode")
+        if version < 4:
+            database.execute("DROP TABLE copies")
         if version < 3:
             database.execute("ALTER TABLE side DROP COLUMN device_boot")
         if version == 1:
@@ -215,11 +220,14 @@ def test_a_file_of_an_earlier_release_is_read(tmp_path: Path, version: int) -> N
         database.execute(f"PRAGMA user_version = {version}")
     with closing(Store(path, 1)) as store:
         assert store.load() == tree({"f": "1"})
-        assert (store.boot(HOST), store.device(HOST)) == ("h1", (7, "h1" if version == 3 else ""))
+        assert (store.boot(HOST), store.device(HOST)) == ("h1", (7, "h1" if version > 2 else ""))
         assert store.copies() == [1]
         store.begin({"f": (None, text("2"))}, {"f": HOST})
         store.meet(("h2", "g2"), (9, 8), {})
-        assert store.device(HOST) == (9, "h2")
+        assert (store.device(HOST), store.inode(HOST)) == ((9, "h2"), None)
+        store.identify(HOST, 2**64 - 1)
+        store.meet(("h2", "g2"), (9, 8), {})
+        assert (store.inode(HOST), store.inode(GUEST)) == (2**64 - 1, None)
 
 
 def test_a_file_of_another_release_or_kind_is_refused(tmp_path: Path) -> None:
@@ -252,6 +260,7 @@ TWO = tree({"a": "1", "b": "1"})
         (TWO, tree({"fifo": FIFO}), {}, Halt.EMPTIED),
         (TWO, tree({"c": "1"}), {}, None),
         (tree({"a": "1"}), tree({}), {}, None),
+        (tree({"d": {"a": "1", "b": "1"}}), tree({}), {}, None),
         # 51: what a container does is real, and goes to the trash.
         (TWO, tree({}), {"may_empty": True}, None),
         (TWO, None, {"may_empty": True}, Halt.VANISHED),
@@ -267,7 +276,11 @@ TWO = tree({"a": "1", "b": "1"})
         (tree({"a": "1"}), tree({}), {"device": 2, "rebooted": True}, Halt.DEVICE),
         (tree({"a": "1"}), tree({"a": FIFO}), {"device": 2, "rebooted": True}, Halt.DEVICE),
         (TWO, tree({}), {"device": 2, "rebooted": True, "may_empty": True}, Halt.DEVICE),
-        (TWO, TWO, {"marked": False}, Halt.MARKER),
+        # Another one that has something of it, as after a new clone.
+        (TWO, tree({"a": "2", "c": "3"}), {"replaced": True}, None),
+        (tree({}), TWO, {"replaced": True}, None),
+        (TWO, tree({"c": "1"}), {"replaced": True}, Halt.REPLACED),
+        (tree({"a": "1"}), tree({}), {"replaced": True}, Halt.REPLACED),
     ],
 )
 def test_what_must_not_be_believed(
@@ -277,7 +290,7 @@ def test_what_must_not_be_believed(
         "device": 1,
         "known_device": 1,
         "rebooted": False,
-        "marked": True,
+        "replaced": False,
         "may_empty": False,
     }
     facts |= changed
@@ -368,6 +381,22 @@ def test_kept_files_are_bounded_and_the_oldest_go(tmp_path: Path) -> None:
     assert [kept.path for kept in again] == ["g2", "g3", "g4"]
     assert len(list((tmp_path / "trash").iterdir())) == 4
     again.close()
+
+
+def test_a_file_above_the_bound_is_kept_beside_the_others_until_the_next(tmp_path: Path) -> None:
+    keep = Keep(tmp_path / "trash", limit_bytes=10, limit_files=3)
+
+    def kept_with(name: str, contents: str) -> list[str]:
+        keep.save(name, text(contents), [contents.encode()])
+        return [kept.path for kept in keep]
+
+    assert kept_with("large", "x" * 50) == ["large"]
+    assert kept_with("a", "1234") == ["a"]
+    assert kept_with("b", "1234") == ["a", "b"]
+    assert kept_with("large", "x" * 50) == ["a", "b", "large"]
+    assert kept_with("larger", "x" * 90) == ["a", "b", "larger"]
+    assert kept_with("c", "1234") == ["b", "c"]
+    keep.close()
 
 
 def test_the_same_is_kept_once_and_the_wrong_not_at_all(tmp_path: Path) -> None:

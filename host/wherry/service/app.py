@@ -273,7 +273,7 @@ class Service:
         await in_thread(lambda: self._trust.catch_up(tunnel, image), name="certificates")
         config = boot.config
         assert config is not None
-        guest = self._guest = Guest(tunnel, self._files.changed)
+        guest = self._guest = Guest(tunnel, self._files.changed, self._files.unheard)
         self._files.serve(tunnel, guest, config)
         self._networking.answer_names(guest)
         guest.host_open = config.host_access

@@ -52,6 +52,10 @@ class Files:
         """Learn that the guest's watch has seen something in a root, by its id."""
         self.roots.changed(root)
 
+    def unheard(self) -> None:
+        """Learn that nothing is told any more of what changes in the guest."""
+        self.roots.unheard()
+
     def serve(self, tunnel: Tunnel, guest: Guest, config: Config) -> None:
         """Be ready for the first request that mounts something; before the agent starts."""
         platform = self._layout.platform

@@ -44,13 +44,19 @@ class Guest:
     there is one agent at a time; when it ends, or is late, another is sent.
 
     :param root_changed: called with the id of a synchronised root in which something changed.
+    :param agent_ended: called when an agent has ended, before another one is sent: nobody tells
+        of changes until roots are opened there. Must not block.
     """
 
     def __init__(
-        self, tunnel: Tunnel, root_changed: Callable[[str], object] = lambda root: None
+        self,
+        tunnel: Tunnel,
+        root_changed: Callable[[str], object] = lambda root: None,
+        agent_ended: Callable[[], object] = lambda: None,
     ) -> None:
         self._tunnel = tunnel
         self._root_changed = root_changed
+        self._agent_ended = agent_ended
         self._bundle = build()
         self._agent: AgentClient | None = None
         self._lock = threading.Condition()
@@ -185,6 +191,7 @@ class Guest:
             if agent is not None:
                 self._look_after(agent, ended)
                 agent.close()
+                self._agent_ended()
             if time.monotonic() - begun > _LONGEST_DELAY_S:
                 delay_s = _FIRST_DELAY_S
             with self._lock:

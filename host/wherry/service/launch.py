@@ -22,6 +22,10 @@ ALREADY_RUNS = 75
 
 _APPEAR_TIMEOUT_S = 20.0
 _LEAVE_TIMEOUT_S = 10.0
+_EXIT_TIMEOUT_S = 2.0
+"""The system closes what a killed process has open from the newest on, so its sockets before the
+lock; while the computer is busy, or its disk, that takes a moment."""
+
 _FORCE_TIMEOUT_S = 30.0
 """Closing what is open has bounds of its own, which together are shorter."""
 
@@ -63,8 +67,8 @@ def _reached(layout: Layout, paths: MachinePaths) -> bool:
     except NotRunning:
         return False
     except WherryError:
-        if _is_free(paths):
-            return False  # it left meanwhile
+        if _exits(paths):
+            return False
         raise
     return True
 
@@ -167,7 +171,7 @@ def end_by_force(layout: Layout, paths: MachinePaths) -> bool:
     orphan = state.find_orphan(paths)
     if orphan is not None:
         QemuProcess(orphan, None, paths.qemu_log).kill()
-    if not _is_free(paths):
+    if not _exits(paths):
         raise WherryError(
             f"the service of machine {paths.name} runs, but it is not known as which process",
             hint=f"end the process that holds {paths.service_lock}",
@@ -185,6 +189,16 @@ def _is_free(paths: MachinePaths) -> bool:
         return False
     except OSError:
         return True  # where no lock can be taken, no service has one
+
+
+def _exits(paths: MachinePaths) -> bool:
+    """Whether a service that does not answer is about to be gone; waits for that."""
+    deadline = Deadline(_EXIT_TIMEOUT_S)
+    while not _is_free(paths):
+        if deadline.passed:
+            return False
+        time.sleep(_POLL_S)
+    return True
 
 
 def _died(paths: MachinePaths, logged: int) -> WherryError:

@@ -9,7 +9,8 @@ request                                     before it             before its ans
 POST /containers/create, /volumes/create    sources are shared
 POST start, restart, unpause                host to guest         guest to host (restart)
 POST /exec/{id}/start                       host to guest         guest to host
-GET /exec/{id}/json                                               guest to host, if it failed
+GET /exec/{id}/json                                               guest to host, if it ended
+GET /containers/{id}/json                                         guest to host, if it ended
 GET, PUT, HEAD archive (docker cp)          host to guest         guest to host (PUT)
 POST wait, stop, kill, attach; DELETE                             guest to host
 GET logs                                                          guest to host
@@ -22,12 +23,12 @@ is told, by the path's name, in the place where the docker CLI and the libraries
 * the result of ``wait`` gets an ``Error`` beside its status, so ``docker run`` ends with 125;
 * the answer to ``stop``, ``kill``, ``restart`` and ``PUT archive`` is an error;
 * so is that to ``GET /exec/{id}/json``, where ``docker exec`` asks for the status, until a
-  barrier holds.
+  barrier holds; but not the first that says that the command has ended if no stream told of it.
 
 The answer to ``DELETE`` is not, as the container is gone, nor are events and streams, which other
-programs than ours read. The log and ``wherry sync status`` have all of it. A conflict that came
-up while the request was under way is such a failure of what the container wrote: the host has
-its own version, and the container's is kept.
+programs than ours read, nor what a container is asked for. The log and ``wherry sync status`` have
+all of it. A conflict that came up while the request was under way is such a failure of what the
+container wrote: the host has its own version, and the container's is kept.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ import shlex
 import stat
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 from wherry.api.hooks import DEFAULT_BODY_LIMIT_BYTES, Hooks, Refusal, Request, Watch
 from wherry.api.http import ResponseHead
@@ -55,6 +56,11 @@ from wherry.sync.sources import Source
 from wherry.tunnel.tunnel import Tunnel
 
 log = logging.getLogger(__name__)
+
+V = TypeVar("V")
+
+_BY_STREAM = object()
+"""An end that a stream has told of."""
 
 _GUEST_SOCKETS = ("/var/run/docker.sock", "/run/docker.sock", ssh_agent.GUEST_SOCKET)
 """The guest's own, whatever is shared: the engine that the container runs in, and the way to the
@@ -94,6 +100,8 @@ class Mounts:
         self._used: set[str] = set()
         self._lock = threading.Lock()
         self._unfetched: dict[str, tuple[list[Source], str]] = {}
+        # Of commands and containers by their id, up to which end their changes were brought.
+        self._brought: dict[str, object] = {}
         on = hooks.on
         on("POST", "/containers/create", self._create, body_limit=DEFAULT_BODY_LIMIT_BYTES)
         on("POST", "/volumes/create", self._create_volume, body_limit=DEFAULT_BODY_LIMIT_BYTES)
@@ -104,6 +112,7 @@ class Mounts:
         on("POST", "/containers/{id}/restart", self._around)
         on("POST", "/exec/{exec}/start", self._exec)
         on("GET", "/exec/{exec}/json", self._exec_result)
+        on("GET", "/containers/{id}/json", self._inspect)
         for method in ("GET", "HEAD"):
             on(method, "/containers/{id}/archive", self._before)
         on("PUT", "/containers/{id}/archive", self._around)
@@ -337,30 +346,91 @@ class Mounts:
             return None
         self._bring(request, lambda: self._sessions(mounted))
         marks = self._marks(mounted)
+        attached = False
+
+        def answered(head: ResponseHead) -> None:
+            nonlocal attached
+            # A command that is detached has no stream that could tell of its end.
+            attached = head.status == 101
 
         def ended(whole: bool) -> None:
             failure = self._fetch(request, mounted, marks)
             if failure:
-                with self._lock:
-                    self._unfetched[id] = (mounted, failure)
-                    while len(self._unfetched) > KNOWN:
-                        del self._unfetched[next(iter(self._unfetched))]
+                self._note(self._unfetched, id, (mounted, failure))
+            elif attached:
+                self._note(self._brought, id, _BY_STREAM)
 
-        return Watch(end=ended)
+        return Watch(head=answered, end=ended)
 
-    def _exec_result(self, request: Request) -> None:
+    def _exec_result(self, request: Request) -> Watch | None:
         id = request.params["exec"]
         with self._lock:
             mounted, failure = self._unfetched.get(id, ([], ""))
-        if not failure:
-            return
-        now = self._fetch(request, mounted)
-        if not now:
-            with self._lock:
-                self._unfetched.pop(id, None)
-            if _BOTH_SIDES not in failure:
-                return
-        raise Refusal(500, f"the command has ended, but {now or failure}")
+        if failure:
+            now = self._fetch(request, mounted)
+            if not now:
+                with self._lock:
+                    self._unfetched.pop(id, None)
+            if now or _BOTH_SIDES in failure:
+                raise Refusal(500, f"the command has ended, but {now or failure}")
+
+        def answered(line: bytes) -> None:
+            command = _json(line)
+            if command.get("Running"):
+                # It has closed its streams and goes on.
+                with self._lock:
+                    self._brought.pop(id, None)
+            elif command.get("Running") is False:
+                mounted, failure = self._bring_ended(
+                    request, id, str(command.get("ContainerID")), command.get("ExitCode")
+                )
+                if failure:
+                    self._note(self._unfetched, id, (mounted, failure))
+
+        return self._unless_idle(answered)
+
+    def _inspect(self, request: Request) -> Watch | None:
+        def answered(line: bytes) -> None:
+            container = _json(line)
+            state = _json_object(container.get("State"))
+            # One that was never started has no exit status of its own, but a time all the same.
+            if state.get("Running") is False and state.get("Status") != "created":
+                id = str(container.get("Id"))
+                self._bring_ended(request, id, id, state.get("FinishedAt"))
+
+        return self._unless_idle(answered)
+
+    def _unless_idle(self, line: Callable[[bytes], None]) -> Watch | None:
+        return Watch(line=line) if self._roots.all() else None
+
+    def _bring_ended(
+        self, request: Request, id: str, container: str, end: object
+    ) -> tuple[list[Source], str]:
+        """Have on the host what a process wrote before it ended, once for each end.
+
+        What is not synchronised now is left alone: it may have ended long ago.
+
+        :param end: what is another one for another end.
+        :returns: what it mounts, and why that failed, if it did.
+        """
+        with self._lock:
+            if self._brought.get(id, self) in (end, _BY_STREAM):
+                return [], ""
+        mounted = [
+            source
+            for source in self._mounted(request, container)
+            if self._roots.holding(source.path)
+        ]
+        failure = self._fetch(request, mounted) if mounted else ""
+        self._note(self._brought, id, end)
+        return mounted, failure
+
+    def _note(self, notes: dict[str, V], id: str, value: V) -> None:
+        """Keep something of a command or container, and not of too many."""
+        with self._lock:
+            notes[id] = value
+            while len(notes) > KNOWN:
+                del notes[next(iter(notes))]
 
     def _rename(self, request: Request) -> None:
         self._known.forget_names()
@@ -455,7 +525,10 @@ def _then(function: Callable[[], object]) -> Watch:
 def _json(data: bytes | None) -> dict[str, Any]:
     """Return a JSON object; an empty one for anything else, which the engine will refuse."""
     try:
-        found = json.loads(data or b"")
+        return _json_object(json.loads(data or b""))
     except ValueError:
         return {}
+
+
+def _json_object(found: object) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}

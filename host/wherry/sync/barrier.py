@@ -20,6 +20,11 @@ one that could not be written or read, whose name the host cannot have, or that 
 host under all of these rounds. A file that is written over in the guest under all of them is left
 to later ones: whoever goes on writing is not who waits. What was appended to a file meanwhile is
 not missed: what it had before came.
+
+Nor does it wait without a bound. A round is finite: so is what is on either side when its scans
+begin, and a file that does not hold still is read three times and left to the next round. Who waits
+is told of a failure when the session has made no progress for a minute, or when the guest has been
+at work on the same path for ten, by that path's name; the session goes on.
 """
 
 from __future__ import annotations
@@ -36,6 +41,11 @@ if TYPE_CHECKING:
 
 STALL_S = 60.0
 """How long a synchronisation that somebody waits for may make no progress."""
+
+BUSY_STALL_S = 600.0
+"""How long the guest may be at work on one path, or on what has none, while somebody waits: a file
+of 36 GB is read in that time in emulation. One that is written all the time is read again and
+again."""
 
 _SLICE_S = 1.0
 _TRIES = 5
@@ -99,7 +109,10 @@ def hold(
         while not wait(ticket.done, _SLICE_S):
             # While nobody asked it had no reason to make any. And others who ask meanwhile are
             # no progress, or they would keep each other waiting for ever.
-            if min(session.idle_s, time.monotonic() - ticket.asked_at) > STALL_S:
+            waited_s = time.monotonic() - ticket.asked_at
+            if min(session.idle_s, waited_s) > STALL_S or (
+                min(session.busy_s, waited_s) > BUSY_STALL_S
+            ):
                 raise WherryError(
                     f"the synchronisation of {session.root.path} makes no progress{session.where}",
                     hint="see: wherry sync status",

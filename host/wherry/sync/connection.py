@@ -60,6 +60,8 @@ class Connection:
         self._decoder = Decoder()
         self._frames: list[Frame] = []
         self._asked_at = 0.0
+        self.on_busy: Callable[[str], object] = lambda path: progress(0)
+        """Called when the guest says that it is at work, with the path that it looks at."""
         self._guard = _Guard(stream, silence_s)
 
     def close(self) -> None:
@@ -152,8 +154,6 @@ class Connection:
                 if not data:
                     raise self._lost(None)
                 self._guard.heard()
-                # That the guest is at work is progress.
-                self._progress(0)
                 try:
                     self._frames = self._decoder.feed(data)
                 except WireError as error:
@@ -162,7 +162,15 @@ class Connection:
             frame = self._frames.pop()
             if frame.type != SyncBusy.TYPE:
                 self._asked_at = time.monotonic()
+                self._progress(0)
                 return frame
+            try:
+                busy = unpack(frame)
+                assert isinstance(busy, SyncBusy)
+                path = wire.parse_path(busy.path.encode(), shown=True)
+            except WireError as error:
+                raise self._broken(error) from error
+            self.on_busy(path)
             if time.monotonic() > self._asked_at + BUSY_S:
                 raise self._lost(OSError(f"the guest is busy for more than {BUSY_S:g} s"))
 

@@ -189,6 +189,14 @@ class Roots:
             if session.root.place.root == root:
                 session.guest_changed()
 
+    def unheard(self) -> None:
+        """Learn that nothing is told any more of what changes in the guest.
+
+        A root that tries finds its connection cut, and makes another one.
+        """
+        for session in self._sessions.values():
+            session.guest_changed()
+
     def disconnect(self) -> None:
         """Learn that the connection to the guest is another one now.
 

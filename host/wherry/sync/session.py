@@ -108,7 +108,8 @@ class Session:
         self._host_changed = False
         self._guest_changed = False
         self._follow_up = False
-        self._moved_at = time.monotonic()
+        self._moved_at = self._heard_at = time.monotonic()
+        self._busy_at = ""
         self._status = Status(root, "connecting")
         self._remote: RemoteEndpoint | None = None
         self._cycle: Cycle | None = None
@@ -117,6 +118,8 @@ class Session:
         self._rested_at = 0.0
         self._unflushed_since = 0.0
         self._missed = False
+        # Whether there was a round since the guest was connected.
+        self._looked = False
         self._unsettled = False
         self._checked_at = 0.0
         self._failures = 0
@@ -193,6 +196,8 @@ class Session:
         remote = self._remote
         if remote is not None:
             remote.close()
+        # Nothing else may happen for long, and what the guest has changed meanwhile has to come.
+        self.guest_changed()
 
     def status(self) -> Status:
         """Return how the root is."""
@@ -236,12 +241,17 @@ class Session:
         """What it is at, as the end of a sentence that says that it is stalled."""
         transfer = self.status().transfer
         if transfer is None or not transfer.path:
-            return ""
+            return f" at {self._busy_at}, which is being read in the guest" if self._busy_at else ""
         return f" at {transfer.path}, after {transfer.done_files} of {transfer.total_files} files"
 
     @property
     def idle_s(self) -> float:
-        """Seconds since it last made progress; see whoever waits for a ticket."""
+        """Seconds since it last made progress, or the guest said that it is at work."""
+        return time.monotonic() - max(self._moved_at, self._heard_at)
+
+    @property
+    def busy_s(self) -> float:
+        """Seconds since it last made progress; the guest may be at work on one path since."""
         return time.monotonic() - self._moved_at
 
     def close(self) -> None:
@@ -343,6 +353,8 @@ class Session:
         self._rewatch()
         ordered = store.boot(GUEST) == ""
         self._remote = remote = self._connect(self.root.place, ordered, self._on_bytes)
+        remote.on_busy = self._on_busy
+        self._looked = False
         try:
             if not remote.has(id_of(number) for number in store.copies()):
                 store.forget()
@@ -430,7 +442,9 @@ class Session:
             self._guest_changed = self._follow_up = False
         waited_s = time.monotonic() - self._unflushed_since if self._unflushed_since else 0.0
         first = self._status.rounds == 0
-        if not (tickets or host_changed or guest_changed or first) and waited_s >= _FLUSH_S:
+        # After a connection was lost a round comes first: nothing tells of what changed meanwhile.
+        due = tickets or host_changed or guest_changed or first or not self._looked
+        if not due and waited_s >= _FLUSH_S:
             self._flush(cycle, host)
             return
         self._rewatch()
@@ -506,6 +520,7 @@ class Session:
                 self._tell("scanning")
             outcome = cycle.run(dirty=(dirty, None if full_guest and not requeued else ()))
             self._missed = False
+            self._looked = True
             self._status.rounds += 1
             stuck = outcome.stuck if stuck is None else stuck & outcome.stuck
             outcome.stuck = stuck
@@ -521,9 +536,12 @@ class Session:
             time.sleep(_SETTLE_S)
 
     def _flush(self, cycle: Cycle, host: LocalEndpoint) -> None:
-        for side in (GUEST, HOST):
-            cycle.flush(side)
-        host.save_cache(self._boot)
+        # While a root is halted it may not be known yet what a loss of power has done to it: what
+        # is pending stays so.
+        if cycle.met:
+            for side in (GUEST, HOST):
+                cycle.flush(side)
+            host.save_cache(self._boot)
         self._unflushed_since = 0.0
 
     def _part(self, cycle: Cycle, host: LocalEndpoint, store: Store) -> bool:
@@ -588,7 +606,9 @@ class Session:
             self._pins = dict.fromkeys(self._pins, False)
         self._failures += 1
         message = str(error)
-        log.warning("%s: %s", self.root.path, message)
+        # An outage may last.
+        news = had_connection or self._failures == 1
+        log.log(logging.WARNING if news else logging.DEBUG, "%s: %s", self.root.path, message)
         self._tell("disconnected", message)
         if not had_connection:
             self._fail(WherryError(f"{self.root.path} is not synchronised: {message}"))
@@ -610,6 +630,13 @@ class Session:
 
     def _progress(self, point: str = "") -> None:
         self._moved_at = time.monotonic()
+        self._busy_at = ""
+
+    def _on_busy(self, path: str) -> None:
+        if path != self._busy_at:
+            self._progress()
+            self._busy_at = path
+        self._heard_at = time.monotonic()
 
     def _on_bytes(self, size: int) -> None:
         self._status.bytes_moved += size

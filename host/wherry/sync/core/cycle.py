@@ -162,12 +162,10 @@ class Cycle:
     def run(
         self,
         *,
-        marked: tuple[bool, bool] = (True, True),
         dirty: tuple[Collection[str] | None, Collection[str] | None] = (None, None),
     ) -> Outcome:
         """Do one round.
 
-        :param marked: whether what identifies each side's tree is there.
         :param dirty: for the scan of each side.
         :raises OSError: a side cannot be reached or its disk fails; run again later.
         """
@@ -178,7 +176,7 @@ class Cycle:
         outcome.requeue = host.requeue | guest.requeue
         outcome.stuck = set(outcome.requeue)
         self._saved_in_place |= host.written_over
-        outcome.halt = self._meet(host, guest, marked)
+        outcome.halt = self._meet(host, guest)
         if outcome.halt is not None:
             return outcome
         found = reconcile(self._ancestor, host.root, guest.root, self._traits, self._agreement)
@@ -228,9 +226,7 @@ class Cycle:
                     self._checkpoint("rescued")
                     end.forget_rescued(rescued.name)
 
-    def _meet(
-        self, host: Snapshot, guest: Snapshot, marked: tuple[bool, bool]
-    ) -> tuple[int, safety.Halt] | None:
+    def _meet(self, host: Snapshot, guest: Snapshot) -> tuple[int, safety.Halt] | None:
         """Find out whether the two trees can be believed, and what power was lost."""
         store = self._store
         boots = (self._ends[HOST].boot, self._ends[GUEST].boot)
@@ -249,13 +245,14 @@ class Cycle:
         ancestor = updated(self._ancestor, changes) if changes else self._ancestor
         for side, snapshot in enumerate((host, guest)):
             known_device, device_boot = store.device(side)
+            known_inode = store.inode(side)
             halt = safety.check(
                 ancestor,
                 snapshot.root,
                 device=snapshot.device,
                 known_device=known_device,
                 rebooted=device_boot != boots[side],
-                marked=marked[side],
+                replaced=bool(snapshot.inode) and known_inode not in (None, snapshot.inode),
                 may_empty=side == GUEST,
             )
             if halt is not None:
@@ -266,6 +263,9 @@ class Cycle:
                 store.meet(boots, devices, diff(self._ancestor, ancestor))
                 self._met = True
             self._ancestor = share(ancestor, host.root)
+        for side, snapshot in enumerate((host, guest)):
+            if self._met and snapshot.inode and snapshot.inode != store.inode(side):
+                store.identify(side, snapshot.inode)
         return None
 
     def _begin(self, decisions: Iterable[Decision], agreed: Mapping[str, Entry | None]) -> None:
@@ -501,7 +501,12 @@ def _is_small_data(entry: Entry | None) -> bool:
 
 
 def _stay(found: Reconciliation, outcome: Outcome) -> None:
-    """Drop what would change the host, and say that it stays as it is."""
+    """Drop what would change the host, and say that it stays as it is.
+
+    Of a file, what the host has changed comes to the guest all the same: its contents to what is
+    executable there alone, or its executable bit to contents that are there alone. The ancestor
+    then has what the host has, and the guest's own change is one still.
+    """
     kept = []
     outcome.problems = [
         replace(problem, lacking=tuple(side for side in problem.lacking if side != HOST))
@@ -513,4 +518,6 @@ def _stay(found: Reconciliation, outcome: Outcome) -> None:
         else:
             reason = "it was changed in the guest, where the mount is read-only"
             outcome.problems.append(Problem(decision.path, reason))
+            if decision.guest is not None:
+                kept.append(replace(decision, result=decision.host.before, host=None))
     found.decisions = kept

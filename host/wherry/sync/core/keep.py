@@ -48,7 +48,9 @@ class Kept:
 class Keep:
     """A directory of kept files. One thread at a time.
 
-    :param limit_bytes: the oldest go when there is more; None to keep all.
+    :param limit_bytes: the oldest go when there is more; None to keep all. What is larger by
+        itself takes the place of nothing, and stays until something else comes: whatever was
+        kept last is there.
     :param limit_files: likewise of their number.
     :raises OSError: the directory cannot be made or read.
     """
@@ -189,8 +191,15 @@ class Keep:
     def _add(self, kept: Kept) -> None:
         self._kept[kept.number] = kept
         self._bytes += kept.leaf.size
+        room = self._limit_bytes
+        if room is not None:
+            for old in self:
+                if old is not kept and old.leaf.size > room:
+                    self.forget(old)
+            if kept.leaf.size > room:
+                room += kept.leaf.size
         while len(self._kept) > 1 and (
-            (self._limit_bytes is not None and self._bytes > self._limit_bytes)
+            (room is not None and self._bytes > room)
             or (self._limit_files is not None and len(self._kept) > self._limit_files)
         ):
             self.forget(next(iter(self._kept.values())))

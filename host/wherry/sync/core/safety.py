@@ -19,7 +19,7 @@ class Halt(enum.Enum):
     KIND = "it was a directory and is a file now, or the other way round"
     EMPTIED = "all that was in it is gone"
     DEVICE = "it is on another disk than before"
-    MARKER = "its mark is gone, so it is not the one that was synchronised before"
+    REPLACED = "another directory is in its place, with nothing of what was in it"
 
 
 def check(
@@ -29,7 +29,7 @@ def check(
     device: int,
     known_device: int | None,
     rebooted: bool,
-    marked: bool,
+    replaced: bool,
     may_empty: bool,
 ) -> Halt | None:
     """Return why one side's tree must not be believed, or None if it may.
@@ -40,17 +40,18 @@ def check(
     :param rebooted: whether that was in another boot. The numbers of btrfs, NFS, NVMe and device
         mapper are given anew in each, so another one halts only a tree that has nothing in
         common with the one before, as what is below a disk that was not mounted.
-    :param marked: whether what identifies the tree, and lies outside of it, is there.
+    :param replaced: whether the root is another directory than before, by its inode. It is all
+        the same where it has something of what was in it, as after ``mv src old`` and ``git
+        clone`` to ``src``: then the difference is an edit.
     :param may_empty: whether this side may lose all of several children at once. A container
         may do that, for the files go to the host's trash; that a person on the host meant it
-        cannot be told from a disk that is not mounted.
+        cannot be told from a disk that is not mounted. The only child may go, as by ``rm -r``: it
+        is the same directory on the same disk still, and what was changed in the guest stays.
     """
     if ancestor is None:
         return None
     if found is None:
         return Halt.VANISHED
-    if not marked:
-        return Halt.MARKER
     if known_device not in (None, device) and not (rebooted and _is_like(ancestor, found)):
         return Halt.DEVICE
     if isinstance(ancestor, Directory) != isinstance(found, Directory):
@@ -59,6 +60,8 @@ def check(
         left = any(not is_untracked(child) for child in found.children.values())
         if len(ancestor.children) >= 2 and not left and not may_empty:
             return Halt.EMPTIED
+    if replaced and not _is_like(ancestor, found):
+        return Halt.REPLACED
     return None
 
 

@@ -44,7 +44,7 @@ CREATE TABLE pending (
 ) WITHOUT ROWID;
 CREATE TABLE side (
     root INTEGER NOT NULL, side INTEGER NOT NULL, boot TEXT NOT NULL, device INTEGER,
-    device_boot TEXT, PRIMARY KEY (root, side)
+    device_boot TEXT, inode TEXT, PRIMARY KEY (root, side)
 ) WITHOUT ROWID;
 """
 _COPIES = """
@@ -54,7 +54,10 @@ CREATE TABLE copies (
 """
 _FROM_1 = "ALTER TABLE pending ADD COLUMN origin INTEGER;"
 _FROM_2 = "ALTER TABLE side ADD COLUMN device_boot TEXT;"
-_VERSION = 4
+_FROM_4 = "ALTER TABLE side ADD COLUMN inode TEXT;"
+"""As text, for SQLite's integers have a sign."""
+
+_VERSION = 5
 _PATIENCE_S = 60.0
 """For another root's transaction, which may be a large one on a slow disk."""
 
@@ -107,10 +110,17 @@ class Store:
         # Not only consistent after a loss of power but complete: "begin" is relied on.
         self._execute("PRAGMA synchronous = FULL")
         ((version,),) = self._execute("PRAGMA user_version")
-        changes = {0: _SCHEMA, 1: _FROM_1 + _FROM_2, 2: _FROM_2, 3: ""}.get(version)
+        from_3 = _COPIES + _FROM_4
+        changes = {
+            0: _SCHEMA + _COPIES,
+            1: _FROM_1 + _FROM_2 + from_3,
+            2: _FROM_2 + from_3,
+            3: from_3,
+            4: _FROM_4,
+        }.get(version)
         if changes is not None:
             self._database.executescript(
-                f"BEGIN IMMEDIATE;{changes}{_COPIES}PRAGMA user_version = {_VERSION};COMMIT;"
+                f"BEGIN IMMEDIATE;{changes}PRAGMA user_version = {_VERSION};COMMIT;"
             )
         elif version != _VERSION:
             raise WherryError(
@@ -232,7 +242,21 @@ class Store:
 
         None if it is not known; no boot if that is not.
         """
-        return self._side(side)[1:]
+        return self._side(side)[1:3]
+
+    def inode(self, side: int) -> int | None:
+        """Return the inode of a side's root, as of the last :meth:`identify`; None if unknown."""
+        return self._side(side)[3]
+
+    def identify(self, side: int, inode: int) -> None:
+        """Note the inode of a side's root, after both sides have met."""
+        with _Transaction(self._database, lazy=True):
+            self._execute(
+                "UPDATE side SET inode = ? WHERE root = ? AND side = ?",
+                str(inode),
+                self._root,
+                side,
+            )
 
     def copies(self) -> list[int]:
         """Return of which roots' copies in the guest is known what is remembered.
@@ -264,7 +288,9 @@ class Store:
             self._execute("UPDATE pending SET origin = NULL WHERE root = ?", self._root)
             for side in (HOST, GUEST):
                 self._execute(
-                    "INSERT OR REPLACE INTO side VALUES (?, ?, ?, ?, ?)",
+                    "INSERT INTO side VALUES (?, ?, ?, ?, ?, NULL) ON CONFLICT (root, side)"
+                    " DO UPDATE SET boot = excluded.boot, device = excluded.device,"
+                    " device_boot = excluded.device_boot",
                     self._root,
                     side,
                     boots[side],
@@ -286,7 +312,7 @@ class Store:
         with _Transaction(self._database):
             for table in ("ancestor", "pending", "copies"):
                 self._execute(f"DELETE FROM {table} WHERE root = ?", self._root)
-            self._execute("UPDATE side SET device = NULL WHERE root = ?", self._root)
+            self._execute("UPDATE side SET device = NULL, inode = NULL WHERE root = ?", self._root)
 
     def take(self, other: int, theirs: str, ours: str) -> None:
         """Take over what is remembered of the files that this root has now, and another one had.
@@ -336,11 +362,12 @@ class Store:
         for side, boot, *device in self._execute(
             "SELECT side, boot, device, device_boot FROM side WHERE root = ?", other
         ):
-            own, *own_device = self._side(side)
+            own, *own_device, _ = self._side(side)
             if own and boot and own != boot:
                 boot = _UNCERTAIN
+            # Its own directory may have become another one meanwhile.
             self._execute(
-                "INSERT OR REPLACE INTO side VALUES (?, ?, ?, ?, ?)",
+                "INSERT OR REPLACE INTO side VALUES (?, ?, ?, ?, ?, NULL)",
                 self._root,
                 side,
                 boot or own,
@@ -360,14 +387,14 @@ class Store:
             "INSERT INTO copies VALUES (?, ?)", [(self._root, copy) for copy in sorted(copies)]
         )
 
-    def _side(self, side: int) -> tuple[str, int | None, str]:
-        for boot, device, device_boot in self._execute(
-            "SELECT boot, device, device_boot FROM side WHERE root = ? AND side = ?",
+    def _side(self, side: int) -> tuple[str, int | None, str, int | None]:
+        for boot, device, device_boot, inode in self._execute(
+            "SELECT boot, device, device_boot, inode FROM side WHERE root = ? AND side = ?",
             self._root,
             side,
         ):
-            return boot, device, device_boot or ""
-        return "", None, ""
+            return boot, device, device_boot or "", None if inode is None else int(inode)
+        return "", None, "", None
 
     def _change(self, changes: Mapping[str, Entry | None]) -> None:
         self._database.executemany(
