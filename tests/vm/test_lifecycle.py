@@ -16,7 +16,7 @@ import threading
 import time
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
@@ -206,9 +206,29 @@ def test_two_starts_at_once_after_both_were_killed(machine: Sandbox) -> None:
 
 
 def test_a_cut_connection_comes_back_under_an_open_endpoint(machine: Sandbox) -> None:
-    """The listener survives; a request after the cut waits for the new connection."""
-    machine.wherry("shell", "--", "pkill", "-f", "sshd-session", check=False)
+    """The listener survives; a request after the cut waits for the new connection.
+
+    One that was under way ends, and its client is not told that all is well.
+    """
+    address = machine.status()["docker_host"].removeprefix("unix://")
+    listener = Path(address).stat().st_ino
+    boot = machine.wherry("shell", "--", "cat", "/proc/sys/kernel/random/boot_id").stdout
+    with socket.socket(socket.AF_UNIX) as client:
+        client.settimeout(60)
+        client.connect(address)
+        client.sendall(b"GET /events HTTP/1.1\r\nHost: docker\r\n\r\n")
+        said = client.recv(65536)
+        assert said.startswith(b"HTTP/1.1 200 ")
+        machine.cut_connection()
+        with suppress(ConnectionError):
+            while more := client.recv(65536):
+                said += more
+    # A chunked answer that is whole ends with a chunk of no bytes (RFC 9112, 7.1).
+    assert b"Transfer-Encoding: chunked" in said
+    assert not said.endswith(b"0\r\n\r\n")
     assert machine.docker("version", "--format", "{{.Server.Version}}", timeout=60).stdout
+    assert Path(address).stat().st_ino == listener
+    assert machine.wherry("shell", "--", "cat", "/proc/sys/kernel/random/boot_id").stdout == boot
 
 
 def test_a_second_machine_beside_the_first(machine: Sandbox) -> None:
