@@ -7,6 +7,26 @@ set -euo pipefail
 # shellcheck source=packaging/prepare.sh
 . "$(dirname "$0")/prepare.sh"
 
+# Print what differs from what was committed; nothing where this is no checkout of git's.
+changes() {
+    if [ -e "$top/.git" ] && command -v git >/dev/null; then
+        git -C "$top" status --porcelain
+    fi
+}
+before=$(changes)
+
+# Exit with a status, or fail if what has run since has changed the checkout.
+leave() {
+    local after
+    after=$(changes)
+    if [ "$after" != "$before" ]; then
+        say "The tests have left changes in the checkout; git status, before and after:"
+        diff <(printf '%s\n' "$before") <(printf '%s\n' "$after") >&2 || true
+        exit 1
+    fi
+    exit "$1"
+}
+
 if [ "${1-} ${2-}" = "-m windows" ]; then
     prepare_python "[test]"
     prepare_wine
@@ -27,8 +47,10 @@ prepare_docker_cli
 prepare_clients
 
 cd "$top"
+status=0
 if [ $# -gt 0 ]; then
-    exec python -m pytest "$@"
+    python -m pytest "$@" || status=$?
+    leave "$status"
 fi
 
 # Two runs side by side: one with a machine, and one without, which waits for much and says what
@@ -49,10 +71,9 @@ trap finish EXIT
     exec python -m pytest -p no:cacheprovider tests/unit tests/integration
 ) >"$work/others" 2>&1 &
 others=$!
-status=0
 python -m pytest tests/vm tests/clients || status=$?
 say "The tests without a machine"
 wait "$others" || status=$?
 others=
 cat "$work/others"
-exit "$status"
+leave "$status"

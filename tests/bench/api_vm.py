@@ -22,11 +22,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-from harness import MB, Measures, alternate, connect, print_table
+from harness import MB, Measures, alternate, connect, give_json, print_table
 from sandbox import Sandbox
 
 from wherry.config.layout import Layout
-from wherry.core.files import write_atomic
 from wherry.platform import current
 from wherry.vm import image
 
@@ -196,10 +195,7 @@ def main() -> None:
                 ssh.wait(10)
             sandbox.stop_all()
     print_table(results)
-    if options.json:
-        write_atomic(options.json, json.dumps(results, indent=2).encode() + b"\n", mode=0o644)
-    else:
-        print(json.dumps(results))
+    give_json(results, options.json)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
 """What the benchmarks of a relay share: the loopback's sshd, ssh -L beside ours, the table.
 
+And what all benchmarks share: how their numbers are given to programs.
+
 A client on one Unix socket, a server on another, and between them an sshd and either
 our program (in a process of its own) or OpenSSH's client: as it comes, and with the
 cipher that we choose, which is the harder peer. Runs alternate; the table shows medians
@@ -132,10 +134,15 @@ def main(bench: Bench, title: str) -> None:
     with tempfile.TemporaryDirectory(prefix="relay") as name:
         results = compare(bench, Path(name), options)
     print_table(results)
-    if options.json:
-        write_atomic(options.json, json.dumps(results, indent=2).encode() + b"\n", mode=0o644)
-    else:
+    give_json(results, options.json)
+
+
+def give_json(results: Mapping[str, Any], file: Path | None) -> None:
+    """Write the numbers of any benchmark to a file, or else print them in a line."""
+    if file is None:
         print(json.dumps(results))
+    else:
+        write_atomic(file, json.dumps(results, indent=2).encode() + b"\n", mode=0o644)
 
 
 def compare(bench: Bench, directory: Path, options: argparse.Namespace) -> dict[str, Any]:

@@ -26,9 +26,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "support"))
 
+from harness import give_json
 from sandbox import Sandbox, wait_until
-
-from wherry.core.files import write_atomic
 
 MB = 1_000_000
 CONNECTIONS = 100
@@ -276,10 +275,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="ports") as name:
         results = measure(Path(name), options.runs, options.size * MB)
     print_table(results)
-    if options.json:
-        write_atomic(options.json, json.dumps(results, indent=2).encode() + b"\n", mode=0o644)
-    else:
-        print(json.dumps(results))
+    give_json(results, options.json)
 
 
 if __name__ == "__main__":

@@ -6,12 +6,13 @@ The floor is the same QEMU command line with an initramfs that only says that it
 there: from QEMU's start to that line. Floor and start alternate, so that a busy
 computer slows both. The start is `wherry start` of a stopped machine, timed from
 outside; "QEMU to API" is the part from QEMU's start to the engine's first answer.
+After each start the machine rests, and what it costs then is measured. All figures are
+medians of the runs.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import signal
 import statistics
 import subprocess
@@ -25,6 +26,7 @@ import psutil
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "support"))
 
+from harness import give_json
 from sandbox import Sandbox
 
 from wherry.config.layout import Layout
@@ -104,8 +106,8 @@ def rest(sandbox: Sandbox, seconds: float) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--runs", type=int, default=5)
-    parser.add_argument("--idle", type=float, default=60.0, help="seconds to watch at rest")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--idle", type=float, default=60.0, help="seconds to watch each at rest")
+    parser.add_argument("--json", type=Path, help="write the numbers there")
     options = parser.parse_args()
     # Ended from outside, it still ends its machine.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(143))
@@ -115,40 +117,39 @@ def main() -> None:
         try:
             sandbox.wherry("start", "--cpus", str(CPUS), "--memory", f"{MEMORY >> 20}MiB")
             accelerator = sandbox.status()["accelerator"]
-            floors, totals, boots = [], [], []
+            samples: dict[str, list[float]] = {}
             for _ in range(options.runs):
                 sandbox.wherry("stop")
-                floors.append(floor(directory, accelerator))
-                total, boot = start(sandbox)
-                totals.append(total)
-                boots.append(boot)
+                found = {"floor_s": floor(directory, accelerator)}
+                found["start_s"], found["qemu_to_api_s"] = start(sandbox)
+                resting = rest(sandbox, options.idle)
+                for key, value in (found | resting).items():
+                    samples.setdefault(key, []).append(value)
                 print(
-                    f"floor {floors[-1]:6.2f} s   wherry start {total:6.2f} s   "
-                    f"QEMU to API {boot:6.2f} s",
+                    *(f"{key} {value:.2f}" for key, value in (found | resting).items()),
+                    sep="   ",
                     file=sys.stderr,
                 )
-            resting = rest(sandbox, options.idle)
         finally:
             sandbox.stop_all()
-    base = statistics.median(floors)
+    medians = {key: statistics.median(values) for key, values in samples.items()}
+    base = medians["floor_s"]
     result: dict[str, Any] = {
         "accelerator": accelerator,
         "runs": options.runs,
-        "floor_s": base,
-        "start_s": statistics.median(totals),
-        "start_ratio": statistics.median(totals) / base,
-        "qemu_to_api_s": statistics.median(boots),
-        "qemu_to_api_ratio": statistics.median(boots) / base,
-        **resting,
+        "idle_s": options.idle,
+        **medians,
+        "start_ratio": medians["start_s"] / base,
+        "qemu_to_api_ratio": medians["qemu_to_api_s"] / base,
+        "samples": samples,
     }
     print(f"{'':24}{'median':>10}{'x floor':>10}")
     print(f"{'floor (QEMU to init)':24}{base:8.2f} s")
     for label, key in (("QEMU to API", "qemu_to_api"), ("wherry start", "start")):
         print(f"{label:24}{result[key + '_s']:8.2f} s{result[key + '_ratio']:10.2f}")
-    for key, value in resting.items():
-        print(f"{key:24}{value:8.1f}")
-    if options.json:
-        options.json.write_text(json.dumps(result, indent=2) + "\n")
+    for key in resting:
+        print(f"{key:24}{medians[key]:8.1f}")
+    give_json(result, options.json)
 
 
 if __name__ == "__main__":

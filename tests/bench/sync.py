@@ -37,10 +37,9 @@ import psutil
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "support"))
 
+from harness import give_json
 from peers import bundle
 from sandbox import Sandbox
-
-from wherry.core.files import write_atomic
 
 CPUS, MEMORY_MIB = 2, 2048
 HOST = "wherry-default"
@@ -546,9 +545,7 @@ def main() -> None:
             if not options.home:
                 sandbox.stop_all()
     table(bench.results)
-    if options.json:
-        text = json.dumps(bench.results, indent=2) + "\n"
-        write_atomic(options.json, text.encode(), mode=0o644)
+    give_json(bench.results, options.json)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import gc
 import hashlib
-import json
 import os
 import shutil
 import statistics
@@ -26,6 +25,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / "host"), str(ROOT / "guest")]
+
+from harness import give_json  # noqa: E402
 
 from wherry.sync.core.reconcile import Agreement, reconcile  # noqa: E402
 from wherry.sync.core.store import Store  # noqa: E402
@@ -262,10 +263,7 @@ def main() -> None:
         for key, value in values.items():
             shown = f"{value * 1000:10.2f} ms" if key.endswith("_s") else f"{value:10.2f}"
             print(f"  {key.removesuffix('_s'):52} {shown}")
-    text = json.dumps(results)
-    print(text)
-    if options.json:
-        options.json.write_text(text)
+    give_json(results, options.json)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,10 @@ import pytest
 from fake_host import FakeHost, wait_until
 from filelock import FileLock
 
+from wherry.core.errors import TunnelError
+from wherry.tunnel.connection import Connection
+from wherry.tunnel.keys import load_keys
+
 
 def ping(host: FakeHost) -> str:
     """Ask the engine through the machine's endpoint, as a Docker client does."""
@@ -350,6 +354,43 @@ def test_the_guests_commands_keep_their_words_and_status(host: FakeHost) -> None
         timeout=20,
     )
     assert done.stdout == b"it works\n"
+
+
+def test_a_guest_with_another_key_is_shown_no_command(host: FakeHost) -> None:
+    """Neither by ours nor with the block, whatever the user's own ssh would make of it."""
+    host.good("start")
+    marker, config = host.directory / "marker", host.directory / "ssh_config"
+    make_marker = ["touch", str(marker)]
+    config.write_text(host.good("ssh-config"))
+    ssh = ["ssh", "-F", config, "wherry-default", shlex.join(make_marker)]
+    key = host.paths.keys / "host_ed25519"
+    address = host.status()["ssh"]
+
+    def log_in() -> None:
+        Connection.connect(
+            (address["host"], address["port"]),
+            user_key=load_keys(host.paths.keys).user,
+            host_public=load_keys(host.paths.keys).host.public,
+        ).close()
+
+    # All of them can, as long as it is the machine's key.
+    for command in (lambda: host.good("shell", "--", *make_marker), lambda: subprocess.run(ssh)):
+        command()
+        marker.unlink()
+    log_in()
+    # Seen from here, the guest then has a key that is not the machine's.
+    key.unlink()
+    subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", key], input=b"y\n")
+    refused = host.run("shell", "--", *make_marker)
+    assert refused.status == 255
+    assert "Host key verification failed" in refused.stderr
+    config.write_text(host.good("ssh-config"))
+    done = subprocess.run(ssh, capture_output=True, timeout=20)
+    assert done.returncode == 255
+    assert b"Host key verification failed" in done.stderr
+    with pytest.raises(TunnelError, match="key"):
+        log_in()
+    assert not marker.exists()
 
 
 @pytest.mark.parametrize("source", ["service", "console"])

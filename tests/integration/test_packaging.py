@@ -294,6 +294,44 @@ def test_a_user_without_subordinate_users_gets_some_that_are_nobodys(
     assert debian.log == []
 
 
+@pytest.mark.parametrize("arguments", ["", " tests/unit"])
+def test_tests_that_change_the_checkout_fail(arguments: str, debian: Computer) -> None:
+    debian.image()
+    for name in ("diff", "git"):
+        found = shutil.which(name)
+        assert found, name
+        (debian.bin / name).symlink_to(found)
+    rest = PYTHON.removeprefix('case "$*" in').replace("PYTHON", sys.executable)
+
+    def tests_do(what: str) -> None:
+        debian.install(
+            "python3", f'case "$*" in *downloads.py) ;; "-m pytest"*) note pytest; {what} ;;{rest}'
+        )
+
+    test = f"{debian.checkout}/packaging/test.sh{arguments}"
+    (debian.checkout / ".gitignore").write_text(".venv\n")
+    commit = "git -c user.name=me -c user.email=me@localhost commit -qm all"
+    debian.good(f"cd {debian.checkout}; git init -q; git add .; {commit}")
+    (debian.checkout / "mine").write_text("uncommitted before")
+
+    tests_do(":")
+    debian.good(test)
+    runs = debian.log.count("pytest")
+    assert runs == (1 if arguments else 2)
+    tests_do("exit 5")
+    assert debian.run(test).returncode == 5
+
+    tests_do(": >left")
+    done = debian.run(test)
+    assert done.returncode == 1
+    assert "The tests have left changes in the checkout" in done.stderr
+    assert done.stderr.splitlines()[-1] == "> ?? left"
+    # Without git's directory it is no checkout, and there is nothing to compare with.
+    shutil.rmtree(debian.checkout / ".git")
+    (debian.checkout / "left").unlink()
+    debian.good(test)
+
+
 def test_on_a_mac_all_comes_from_homebrew_and_the_release_once(mac: Computer, release: str) -> None:
     mac.env["WHERRY_RELEASE_URL"] = release
     # What another computer's tests may have left must not stand for an image of this one.

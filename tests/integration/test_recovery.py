@@ -321,7 +321,9 @@ def test_an_agent_that_dies_is_replaced(host: FakeHost) -> None:
     host.behave(agent_delay_s=2)
     host.good("start")
     # It has been waited for: names lead to this computer from the first request on.
-    guest = host.status()["guest"]
+    status = host.status()
+    guest = status["guest"]
+    assert (status["engine_health"], status["engine_problem"]) == ("healthy", "")
     assert 0 < guest["memory_used_bytes"] < guest["memory_total_bytes"]
     assert "  Guest:       uses " in host.good("status")
     assert host.run("shell", "--", "pkill", "-KILL", "-f", "/run/[w]herry/").status == 0

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import subprocess
 import sys
+import time
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 
+import psutil
 import pytest
 from fake_host import SUPPORT, Done, FakeHost, mount_arguments, mounted, wait_until
+
+from wherry.service.stages import Bounds
 
 HOLD_LOCK = """
 import fcntl, os, struct, sys
@@ -392,6 +398,66 @@ def test_each_stage_has_a_bound_and_names_itself(
         service.wait(20)
     host.at_rest()
     assert host.status()["state"] == "broken"
+
+
+NEXT_STEPS = {
+    "image": "repeat the command",
+    "accelerator": "wherry start --accel tcg",
+    "disk": "repeat the command",
+    "machine": "wherry logs",
+    "adopt": "wherry stop --force",
+    "boot": "wherry logs --source console",
+    "tunnel": "wherry logs --source console",
+    "engine": "wherry logs --source console",
+    "names": "wherry logs",
+    "files": "wherry sync status",
+    "ports": "wherry logs",
+}
+
+
+def test_each_bound_is_that_of_a_stage() -> None:
+    bounds = {field.name.removesuffix("_s") for field in fields(Bounds)}
+    assert bounds == {*NEXT_STEPS, "guest_stop"}
+
+
+@pytest.mark.parametrize("stage", NEXT_STEPS)
+def test_a_stage_that_hangs_is_ended_by_its_bound(stage: str, host: FakeHost) -> None:
+    """Whatever it is that does not end, also where nothing can end it."""
+    host.make()
+    qemu = 0
+    if stage == "adopt":
+        host.good("start")
+        status = host.status()
+        qemu = status["qemu_pid"]
+        end_by_force(status["service_pid"])
+        host.paths.control_socket.unlink()
+    begun = time.monotonic()
+    with host.serve(stage, **{f"{stage}_s": 0.2}) as service:
+        try:
+            wait_until(lambda: host.paths.control_socket.exists(), 20, "the service listens")
+            done = host.run("start")
+            assert service.wait(20) == 1
+        finally:
+            service.kill()
+    assert time.monotonic() - begun < 30
+    failed(done, status=1, says="", next_step=NEXT_STEPS[stage])
+    assert re.match(f"{stage}: nothing within [0-9.]+ s", done.line)
+    status = host.status()
+    assert status["state"] == "broken"
+    assert status["reason"].startswith(f"{stage}: nothing within ")
+    if qemu:
+        assert status["qemu_pid"] == qemu
+        host.good("stop", "--force")
+    host.at_rest()
+
+
+def end_by_force(pid: int) -> None:
+    """Kill a service, and wait until it is gone."""
+    process = psutil.Process(pid)
+    process.kill()
+    wait_until(
+        lambda: not process.is_running() or process.status() == psutil.STATUS_ZOMBIE, 10, "dead"
+    )
 
 
 def test_a_guest_with_another_key_is_not_trusted(host: FakeHost) -> None:

@@ -143,10 +143,13 @@ class FakeHost:
             return self.paths.service_log.read_text()
         return ""
 
-    def serve(self, **bounds: float) -> subprocess.Popen[bytes]:
-        """Run the default machine's service with other bounds for its stages."""
+    def serve(self, *hangs: str, **bounds: float) -> subprocess.Popen[bytes]:
+        """Run the default machine's service with other bounds for its stages.
+
+        :param hangs: stages whose work is never done.
+        """
         return subprocess.Popen(
-            [sys.executable, SUPPORT / "quick_service.py", "default", json.dumps(bounds)],
+            [sys.executable, SUPPORT / "quick_service.py", "default", json.dumps(bounds), *hangs],
             env=self.env,
             start_new_session=True,
         )

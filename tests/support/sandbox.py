@@ -100,6 +100,17 @@ class Sandbox:
         self.docker("build", "-q", "-t", "busybox", str(context))
         shutil.rmtree(context)
 
+    def cut_connection(self) -> None:
+        """Cut the service's connection to the guest, and wait until it has noticed."""
+
+        def losses() -> int:
+            return self.wherry("logs").stdout.count(b" tunnel lost: ")
+
+        before = losses()
+        # Its own connection ends too, and with that the command that it waits for.
+        self.wherry("shell", "--", "pkill", "-f", "sshd-session", check=False)
+        wait_until(lambda: losses() > before, 60, "the connection is lost")
+
     def stop_all(self) -> None:
         """Leave nothing running, whatever the tests did."""
         for name in Layout(self.home, current()).machine_names():

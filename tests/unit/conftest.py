@@ -89,12 +89,19 @@ def tools(request: pytest.FixtureRequest) -> Iterator[dict[str, subprocess.Popen
             pass
 
 
+# Below what is no directory nothing can be made.
+_NOWHERE = Path(os.devnull)
+
+
 @pytest.fixture(autouse=True)
-def own_directories(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def own_directories(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing of the user's is read or written."""
-    monkeypatch.setenv("WHERRY_HOME", str(tmp_path / "home"))
-    monkeypatch.setenv("DOCKER_CONFIG", str(tmp_path / "docker"))
-    monkeypatch.setenv("WHERRY_DEFAULT_SOCKET", str(tmp_path / "default.sock"))
+    # Most tests need no directory, and one for each would take a second of the run.
+    asked = "tmp_path" in request.fixturenames
+    own: Path = request.getfixturevalue("tmp_path") if asked else _NOWHERE
+    monkeypatch.setenv("WHERRY_HOME", str(own / "home"))
+    monkeypatch.setenv("DOCKER_CONFIG", str(own / "docker"))
+    monkeypatch.setenv("WHERRY_DEFAULT_SOCKET", str(own / "default.sock"))
 
 
 @pytest.fixture

@@ -60,7 +60,7 @@ def test_an_engine_that_answers_byte_by_byte_is_cut_off(tmp_path: Path) -> None:
     def drip() -> None:
         with listener.accept()[0] as connection:
             try:
-                while not asked.wait(0.02):
+                while not asked.wait(0.01):
                     connection.sendall(b"H")
             except BrokenPipeError:
                 pass
@@ -71,7 +71,7 @@ def test_an_engine_that_answers_byte_by_byte_is_cut_off(tmp_path: Path) -> None:
         thread = threading.Thread(target=drip)
         thread.start()
         with pytest.raises(TimeoutError):
-            engine.ping(path, 0.2)
+            engine.ping(path, 0.05)
         asked.set()
         thread.join(10)
 

@@ -305,7 +305,7 @@ def test_a_service_that_leaves_and_does_not_answer_ends_a_call_too(
 ) -> None:
     """It listens no more, so it is not asked whether it hangs."""
     monkeypatch.setattr(client, "_PULSE_S", 0.02)
-    monkeypatch.setattr(client, "_LEAVES_S", 0.2)
+    monkeypatch.setattr(client, "_LEAVES_S", 0.05)
     left = threading.Event()
 
     def leave(connection: socket.socket) -> None:

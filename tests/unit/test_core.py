@@ -223,7 +223,7 @@ def test_call_waits_for_the_loop_within_its_bound() -> None:
         )
         assert seven == 7
         with pytest.raises(TimeoutError):
-            await bridge.in_thread(lambda: bridge.call(loop, never(), timeout_s=0.3), name="caller")
+            await bridge.in_thread(lambda: bridge.call(loop, never(), timeout_s=0.1), name="caller")
         assert await bridge.in_thread(lambda: cancelled.wait(10), name="cancelled")
 
     asyncio.run(work())

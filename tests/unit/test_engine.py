@@ -51,9 +51,9 @@ def test_an_engine_that_is_stuck_ends_a_question(
 
 def test_a_stream_of_events_has_a_bound_for_its_beginning_alone() -> None:
     stream = Stream(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n")
-    answer, events = engine.request(stream, "/events", timeout_s=0.3)  # type: ignore[arg-type]
+    answer, events = engine.request(stream, "/events", timeout_s=0.1)  # type: ignore[arg-type]
     assert answer.status_code == 200
-    time.sleep(0.4)
+    time.sleep(0.15)
     assert not stream.closed.is_set()
     stream.close()
     with pytest.raises(WherryError, match="broke off"):

@@ -111,6 +111,7 @@ def guest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Guest:
         "_RANDOMIZE": f"{tmp_path}/randomize",
         "_run": made.run,
         "_RELOAD_S": 0.2,
+        "_POLL_S": 0.01,
     }.items():
         monkeypatch.setattr(engine_settings, name, value)
     (tmp_path / "randomize").write_text("2\n")

@@ -17,6 +17,7 @@ from wherry.api.hooks import Hooks, Request, Watch
 from wherry.api.http import parse_answer, parse_request
 from wherry.core.errors import TunnelError, WherryError
 from wherry.service.mounts import Mounts
+from wherry.sync import barrier
 from wherry.sync.barrier import Ticket, hold
 
 ID = "f" * 64
@@ -521,7 +522,10 @@ def test_a_request_whose_root_has_ended_waits_for_the_next_one(
     assert next_one.asked[-1] is False
 
 
-def test_a_wait_without_progress_ends(api: Api, session: Session) -> None:
+def test_a_wait_without_progress_ends(
+    api: Api, session: Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(barrier, "_SLICE_S", 0.01)
     ticket = Ticket(0, True)
     ticket.asked_at -= 61
     session.ask = lambda *, fresh: ticket  # type: ignore[method-assign]

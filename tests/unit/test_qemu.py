@@ -246,7 +246,10 @@ class Trials:
 
 
 @pytest.fixture
-def trials(tmp_path: Path, programs: Any, host: Any, make_image: Any) -> Trials:
+def trials(
+    tmp_path: Path, programs: Any, host: Any, make_image: Any, monkeypatch: pytest.MonkeyPatch
+) -> Trials:
+    monkeypatch.setattr(probe, "_POLL_S", 0.005)
     return Trials(tmp_path, programs, host, image.read(make_image()))
 
 
@@ -268,13 +271,13 @@ def test_the_trial_boots_the_probe_and_no_disk(trials: Trials, programs: Any) ->
 def test_an_accelerator_that_hangs_costs_its_bound_once(
     trials: Trials, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(probe, "_BOUND_HARDWARE_S", 0.5)
+    monkeypatch.setattr(probe, "_BOUND_HARDWARE_S", 0.1)
     for _ in range(2):
         verdict = trials.choose(kvm=HANGS, tcg=BOOTS)
         assert verdict.accelerator == "tcg"
         assert verdict.warning == (
             "running in emulation, many times slower than with acceleration "
-            "(kvm: the trial boot did not leave the kernel within 0.5 s)"
+            "(kvm: the trial boot did not leave the kernel within 0.1 s)"
         )
     assert trials.tried == ["kvm", "tcg"]
 

@@ -148,7 +148,7 @@ def test_much_data_both_ways_with_slow_readers(ends: Ends) -> None:
     threads = [threading.Thread(target=send, args=(end,)) for end in (client, server)]
     for thread in threads:
         thread.start()
-    threading.Event().wait(0.2)  # nobody reads: everything stalls
+    threading.Event().wait(0.05)  # nobody reads: everything stalls
     got: list[bytes] = []
     reader = threading.Thread(target=lambda: got.append(read_all(server)))
     reader.start()

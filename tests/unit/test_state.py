@@ -158,8 +158,9 @@ def test_a_process_runs_while_any_of_its_threads_does() -> None:
 
 
 def test_an_adopted_process_is_killed_though_nobody_reaps_it(
-    paths: MachinePaths, child: Child
+    paths: MachinePaths, child: Child, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("wherry.vm.qemu.process._POLL_S", 0.01)
     adopted = QemuProcess.adopt(identify(child.pid), paths.qemu_log)
     adopted.kill()  # our child, but not known to be: it stays a zombie meanwhile
     assert not adopted.alive

@@ -282,11 +282,12 @@ def test_100_000_entries_are_loaded_within_half_a_second() -> None:
     before = Node(Directory(children), Records(known), nodes)
     data = cache.encode((before, (b"", problem(""))), "t", NOW_NS)
     assert len(data) < 100_000 * 100
-    best = 9.0
     for _ in range(3):
         began = time.process_time()
         found = cache.decode(data, "t")
-        best = min(best, time.process_time() - began)
+        taken = time.process_time() - began
+        if taken < 0.5:
+            break
     assert found is not None
     assert found[0].entry == before.entry
-    assert best < 0.5
+    assert taken < 0.5

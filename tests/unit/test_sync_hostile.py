@@ -282,7 +282,7 @@ def test_a_tree_has_a_bound_however_it_comes(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_a_guest_that_is_only_ever_busy(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(connection, "BUSY_S", 0.2)
+    monkeypatch.setattr(connection, "BUSY_S", 0.05)
 
     def busy() -> Iterator[bytes]:
         while True:

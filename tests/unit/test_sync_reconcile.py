@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from sync_trees import FIFO, text, tree
 
@@ -385,12 +385,9 @@ def edited(draw: st.DrawFn) -> tuple[Entry | None, Entry | None, Entry | None]:
     return ancestor, sides[0], sides[1]
 
 
-@given(edited())
-@settings(deadline=None)
-def test_both_sides_become_equal_and_that_is_the_end_of_it(
-    three: tuple[Entry | None, Entry | None, Entry | None],
+def both_sides_become_equal_and_that_is_the_end_of_it(
+    ancestor: Entry | None, host: Entry | None, guest: Entry | None
 ) -> None:
-    ancestor, host, guest = three
     found = reconcile(ancestor, host, guest)
     now_host, now_guest = carry_out(found, host, guest)
     assert now_host == now_guest == after(found, ancestor)
@@ -399,12 +396,9 @@ def test_both_sides_become_equal_and_that_is_the_end_of_it(
     assert len(paths) == len(set(paths))
 
 
-@given(edited())
-@settings(deadline=None)
-def test_the_sides_are_treated_alike_but_for_conflicts(
-    three: tuple[Entry | None, Entry | None, Entry | None],
+def the_sides_are_treated_alike_but_for_conflicts(
+    ancestor: Entry | None, host: Entry | None, guest: Entry | None
 ) -> None:
-    ancestor, host, guest = three
     found, mirrored = reconcile(ancestor, host, guest), reconcile(ancestor, guest, host)
     # A guest's directory without files in it has nothing to save.
     conflict = any(d.saved is not None for d in (*found.decisions, *mirrored.decisions))
@@ -421,10 +415,7 @@ def _new_bits_differ(ancestor: Entry | None, host: Entry | None, guest: Entry | 
     return False
 
 
-@given(edited())
-@settings(deadline=None)
-def test_no_value_is_lost(three: tuple[Entry | None, Entry | None, Entry | None]) -> None:
-    ancestor, host, guest = three
+def no_value_is_lost(ancestor: Entry | None, host: Entry | None, guest: Entry | None) -> None:
     found = reconcile(ancestor, host, guest)
     saved = {(d.path, d.saved) for d in found.decisions if d.saved is not None}
     result, _ = carry_out(found, host, guest)
@@ -440,12 +431,9 @@ def test_no_value_is_lost(three: tuple[Entry | None, Entry | None, Entry | None]
                 assert kept or (path, entry) in saved, (path, entry)
 
 
-@given(edited())
-@settings(deadline=None)
-def test_what_was_agreed_on_is_skipped_and_nothing_else(
-    three: tuple[Entry | None, Entry | None, Entry | None],
+def what_was_agreed_on_is_skipped_and_nothing_else(
+    ancestor: Entry | None, host: Entry | None, guest: Entry | None
 ) -> None:
-    ancestor, host, guest = three
     agreement = Agreement()
     first = reconcile(ancestor, host, guest, agreement=agreement)
     assert reconcile(ancestor, host, guest, agreement=agreement) == first
@@ -453,6 +441,15 @@ def test_what_was_agreed_on_is_skipped_and_nothing_else(
     base = after(first, ancestor)
     assert len(reconcile(base, both, both, agreement=agreement)) == 0
     assert reconcile(base, host, both, agreement=agreement) == reconcile(base, host, both)
+
+
+@given(edited())
+def test_what_holds_for_all_trees(three: tuple[Entry | None, Entry | None, Entry | None]) -> None:
+    """In one test, since it takes longer to draw trees than to look at what becomes of them."""
+    both_sides_become_equal_and_that_is_the_end_of_it(*three)
+    the_sides_are_treated_alike_but_for_conflicts(*three)
+    no_value_is_lost(*three)
+    what_was_agreed_on_is_skipped_and_nothing_else(*three)
 
 
 def test_a_tracked_tree_has_neither_problems_nor_what_is_untracked() -> None:

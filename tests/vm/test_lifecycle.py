@@ -8,15 +8,17 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import shutil
 import signal
 import socket
 import stat
 import subprocess
+import sys
 import threading
 import time
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
@@ -28,6 +30,7 @@ from sandbox import Sandbox, wait_until
 from wherry.config.layout import Layout
 from wherry.platform import current
 from wherry.service.trust import FIRMWARE_BYTES
+from wherry.vm.image import Image
 
 pytestmark = [pytest.mark.vm, pytest.mark.timeout(600)]
 
@@ -206,9 +209,29 @@ def test_two_starts_at_once_after_both_were_killed(machine: Sandbox) -> None:
 
 
 def test_a_cut_connection_comes_back_under_an_open_endpoint(machine: Sandbox) -> None:
-    """The listener survives; a request after the cut waits for the new connection."""
-    machine.wherry("shell", "--", "pkill", "-f", "sshd-session", check=False)
+    """The listener survives; a request after the cut waits for the new connection.
+
+    One that was under way ends, and its client is not told that all is well.
+    """
+    address = machine.status()["docker_host"].removeprefix("unix://")
+    listener = Path(address).stat().st_ino
+    boot = machine.wherry("shell", "--", "cat", "/proc/sys/kernel/random/boot_id").stdout
+    with socket.socket(socket.AF_UNIX) as client:
+        client.settimeout(60)
+        client.connect(address)
+        client.sendall(b"GET /events HTTP/1.1\r\nHost: docker\r\n\r\n")
+        said = client.recv(65536)
+        assert said.startswith(b"HTTP/1.1 200 ")
+        machine.cut_connection()
+        with suppress(ConnectionError):
+            while more := client.recv(65536):
+                said += more
+    # A chunked answer that is whole ends with a chunk of no bytes (RFC 9112, 7.1).
+    assert b"Transfer-Encoding: chunked" in said
+    assert not said.endswith(b"0\r\n\r\n")
     assert machine.docker("version", "--format", "{{.Server.Version}}", timeout=60).stdout
+    assert Path(address).stat().st_ino == listener
+    assert machine.wherry("shell", "--", "cat", "/proc/sys/kernel/random/boot_id").stdout == boot
 
 
 def test_a_second_machine_beside_the_first(machine: Sandbox) -> None:
@@ -278,3 +301,83 @@ def test_stop_is_orderly_and_images_stay(machine: Sandbox) -> None:
     machine.docker("cp", "writer:/bye", str(machine.home / "bye"))
     assert (machine.home / "bye").read_bytes() == b"bye\n"
     machine.docker("rm", "writer")
+
+
+def test_a_first_format_that_is_interrupted_is_done_again(
+    guest_image: Image, tmp_path: Path
+) -> None:
+    """On the same file alone: what came in its place meanwhile may be somebody's."""
+    sandbox = Sandbox(tmp_path)
+    paths = Layout(sandbox.home, current()).machine("default")
+    data, mark, aside = paths.data_disk, paths.new_disk, paths.directory / "aside"
+    try:
+        kill_while_it_formats(sandbox, data)
+        assert not is_ext4(data, tmp_path)
+        begun = mark.read_bytes()
+        assert begun
+
+        data.rename(aside)
+        shutil.copy(aside, data)
+        done = sandbox.wherry("start", check=False)
+        assert done.returncode == 1
+        assert b"boot: the guest stopped: the data disk " in done.stderr
+        assert b"it is left as it is" in done.stderr
+        subprocess.run(["qemu-img", "compare", aside, data], check=True)
+
+        aside.rename(data)
+        mark.write_bytes(begun)
+        sandbox.wherry("start")
+        assert not mark.exists()
+        sandbox.wherry("stop", "--force")
+        assert is_ext4(data, tmp_path)
+    finally:
+        sandbox.stop_all()
+
+
+_STEP_S = 0.005
+
+
+def kill_while_it_formats(sandbox: Sandbox, data: Path) -> None:
+    """Start a machine for the first time, and kill QEMU once something is on its data disk."""
+    command = [sys.executable, "-m", "wherry", "start", "--cpus", "2", "--memory", "1GiB"]
+    with subprocess.Popen(command, env=sandbox.env, stderr=subprocess.PIPE) as start:
+        try:
+            wait_until(
+                lambda: data.exists() and sandbox.status()["qemu_pid"], 120, "QEMU has started"
+            )
+            qemu = psutil.Process(sandbox.status()["qemu_pid"])
+            empty = data.stat().st_blocks
+            end = time.monotonic() + 120
+            while data.stat().st_blocks == empty:
+                assert time.monotonic() < end
+                assert start.poll() is None
+            # Then step by step, since what is there is to be no file system yet.
+            while not has_data(data):
+                assert time.monotonic() < end
+                qemu.resume()
+                time.sleep(_STEP_S)
+                qemu.suspend()
+            qemu.kill()
+            assert start.stderr is not None
+            assert b"boot: " in start.stderr.read()
+            assert start.wait(60) == 1
+        finally:
+            start.kill()
+
+
+def has_data(disk: Path) -> bool:
+    """Return whether something is on a disk that QEMU perhaps has open."""
+    command = ["qemu-img", "map", "-U", "--output=json", disk]
+    extents = json.loads(subprocess.run(command, check=True, capture_output=True).stdout)
+    return any(each["data"] for each in extents)
+
+
+def is_ext4(disk: Path, directory: Path) -> bool:
+    """Return whether there is a whole file system on a disk; its journal may be full."""
+    raw = directory / "data.raw"
+    subprocess.run(["qemu-img", "convert", "-O", "raw", disk, raw], check=True)
+    found = subprocess.run(["dumpe2fs", "-h", raw], capture_output=True)
+    checked = subprocess.run(["e2fsck", "-p", raw], capture_output=True)
+    raw.unlink()
+    # 1 is "errors corrected" (e2fsck(8)).
+    return found.returncode == 0 and checked.returncode <= 1

@@ -54,6 +54,15 @@ def _guest(fields: dict[str, Any]) -> str | None:
     return f"uses {memory}, {disk}{clock}"
 
 
+def _engine(fields: dict[str, Any]) -> str | None:
+    """Return the engine's version and, of a machine that runs, whether it answers in the guest."""
+    # A service that has run since before an update does not tell the latter two.
+    version, problem = fields["engine_version"], fields.get("engine_problem")
+    health = fields.get("engine_health") or ("health not known" if problem else None)
+    told = ", ".join(filter(None, (version, health)))
+    return f"{told} ({problem})" if problem else told
+
+
 def _rounded(size: int) -> int:
     """Return a size to the MiB, or above 10 GiB to the GiB, which print shortly."""
     unit = 1 << 30 if size >= 10 << 30 else 1 << 20
@@ -79,7 +88,7 @@ def status(name: str, as_json: bool) -> None:
         "Docker host": fields["docker_host"],
         "Context": fields["docker_context"],
         "Default": default.get("problem") or (default["path"] if default.get("claimed") else None),
-        "Engine": fields["engine_version"],
+        "Engine": _engine(fields),
         "Accelerator": fields["accelerator"],
         "Size": f"{fields['cpus']} CPUs, {format_size(memory)} memory" if memory else None,
         "Guest": _guest(fields),

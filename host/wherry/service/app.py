@@ -55,6 +55,9 @@ _LINGER_S = 5.0
 _HEALTH_S = 2.0
 """``wherry status`` does not wait longer for what the guest says of itself."""
 
+_ENGINE_S = 2.0
+"""Nor, besides, for what the engine answers the guest; both are less than the command's bound."""
+
 _QUIT_S = 10.0
 _DRAIN_S = 2.0
 
@@ -436,10 +439,12 @@ class Service:
 
     async def _on_status(self, params: Mapping[str, Any], emit: Emit) -> dict[str, Any]:
         guest, driver = self._guest, self._boot.driver
-        health = None
+        health: dict[str, Any] = {}
         if guest is not None and driver is not None and not driver.paused:
-            health = await in_thread(lambda: guest.describe(_HEALTH_S), name="guest health")
-        return {**self._status(), "guest": health}
+            health = await in_thread(
+                lambda: guest.describe(_HEALTH_S, _ENGINE_S), name="guest health"
+            )
+        return self._status() | health
 
     async def _on_ports(self, params: Mapping[str, Any], emit: Emit) -> list[dict[str, Any]]:
         return self._networking.describe()

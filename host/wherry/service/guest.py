@@ -98,14 +98,18 @@ class Guest:
             self._tunnel_is_new = True
             self._lock.notify_all()
 
-    def describe(self, timeout_s: float) -> dict[str, Any] | None:
-        """Return what ``wherry status --json`` has of the guest; None if it does not tell."""
+    def describe(self, timeout_s: float, engine_timeout_s: float) -> dict[str, Any]:
+        """Return the fields of ``wherry status --json`` that only the agent knows.
+
+        :param timeout_s: how long the agent may take to answer, besides what the engine takes.
+        :param engine_timeout_s: how long the engine may take to answer the agent.
+        """
         try:
-            health = self._running().health(engine_timeout_s=0, timeout_s=timeout_s)
+            health = self._running().health(engine_timeout_s=engine_timeout_s, timeout_s=timeout_s)
         except WherryError as error:
             log.info("how the guest is, is not known: %s", error)
-            return None
-        return {
+            return {"guest": None, "engine_health": None, "engine_problem": error.message}
+        guest = {
             "memory_total_bytes": health.memory_total_bytes,
             "memory_used_bytes": health.memory_total_bytes - health.memory_available_bytes,
             "disk_total_bytes": health.data_total_bytes,
@@ -113,6 +117,11 @@ class Guest:
             "clock_offset_s": round(health.clock_offset_s, 3),
             "load": health.load,
             "uptime_s": round(health.uptime_s, 1),
+        }
+        return {
+            "guest": guest,
+            "engine_health": "healthy" if health.engine_ready else "unhealthy",
+            "engine_problem": health.engine_problem,
         }
 
     def listeners(self, containers: Iterable[str]) -> list[tuple[str, str, str, int]]:

@@ -41,6 +41,8 @@ def describe(
         "disk_bytes": None,
         "image": None,
         "engine_version": None,
+        "engine_health": None,
+        "engine_problem": "",
         "service_pid": record.service.pid if record.service else None,
         "qemu_pid": record.qemu.pid if record.qemu else None,
         "uptime_s": round(state.uptime(record), 1),
