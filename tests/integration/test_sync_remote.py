@@ -243,7 +243,9 @@ def test_59_an_agent_that_is_killed_at_any_moment_loses_nothing(pair: Pair, seed
         pair.barrier()
         assert read(pair.host) == read(pair.there) == {**host.files, **there.files}, number
         assert {path.name for path in stage.iterdir()} == {"journal"}
-    assert pair.session.conflict_count == 0
+    # What was being written in place may have been edited since, so it is kept; nothing else is.
+    kept = pair.session.conflicts_since(0)
+    assert [path for path in kept if not Path(path).name.startswith("h")] == []
 
 
 def test_what_ext4_can_and_the_host_need_not_stays_in_the_guest(pair: Pair) -> None:
