@@ -35,21 +35,19 @@ from __future__ import annotations
 
 import json
 import logging
-import shlex
-import stat
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterable, Iterator
+from typing import TypeVar
 
 from wherry.api.hooks import DEFAULT_BODY_LIMIT_BYTES, Hooks, Refusal, Request, Watch
 from wherry.api.http import ResponseHead
 from wherry.core.errors import WherryError
-from wherry.service import ssh_agent
 from wherry.service.mounted import KNOWN, Mounted
+from wherry.service.shared import Shared, json_object, parse_json
 from wherry.sync import sources
 from wherry.sync.barrier import hold_required
 from wherry.sync.core.reconcile import GUEST, HOST
-from wherry.sync.drives import PathRefused, host_path, of_container, of_volume, to_guest
+from wherry.sync.drives import host_path, of_container, of_volume
 from wherry.sync.roots import Roots
 from wherry.sync.session import Session
 from wherry.sync.sources import Source
@@ -62,13 +60,8 @@ V = TypeVar("V")
 _BY_STREAM = object()
 """An end that a stream has told of."""
 
-_GUEST_SOCKETS = ("/var/run/docker.sock", "/run/docker.sock", ssh_agent.GUEST_SOCKET)
-"""The guest's own, whatever is shared: the engine that the container runs in, and the way to the
-host's SSH agent."""
-
 _BOTH_SIDES = "was changed on both sides"
 
-_QUESTION_S = 10.0
 _ENDINGS = (b'"die"', b'"exec_die"', b'"stop"', b'"kill"', b'"destroy"', b'"oom"')
 
 
@@ -90,12 +83,8 @@ class Mounts:
         drives: bool = False,
     ) -> None:
         self._roots = roots
-        self._tunnel = tunnel
-        self._drives = drives
+        self._shared = Shared(roots, tunnel, shared, drives=drives)
         self._host_path = host_path(drives)
-        self._shared = tuple(
-            (to_guest(path) if drives else path).rstrip("/") or "/" for path in shared
-        )
         self._known = Mounted(tunnel)
         self._used: set[str] = set()
         self._lock = threading.Lock()
@@ -151,7 +140,7 @@ class Mounts:
         self._roots.release(used | before)
 
     def _resume(self, source: Source) -> None:
-        if not self._is_shared(source.path):
+        if not self._shared.has(source.path):
             return
         try:
             if not self._host_path(source.path).exists():
@@ -163,12 +152,12 @@ class Mounts:
     # Making containers and volumes
 
     def _create(self, request: Request) -> Watch | None:
-        body = self._rewritten(request, of_container)
+        body = self._shared.rewritten(request, of_container)
         found = [*sources.of_container(body), *self._known.of_volumes(sources.volumes_of(body))]
 
         def shared() -> Iterator[Session]:
             for source in _outer_first(found):
-                session = self._share(request, source)
+                session = self._shared.share(source)
                 if session is not None:
                     yield session
 
@@ -177,7 +166,7 @@ class Mounts:
         inherits = sources.inherits(body)
 
         def created(line: bytes) -> None:
-            id = _json(line).get("Id")
+            id = parse_json(line).get("Id")
             if inherits:
                 # What the others mount the engine will tell when it is asked about this one.
                 self._known.forget_name(name)
@@ -187,79 +176,15 @@ class Mounts:
         return Watch(line=created)
 
     def _create_volume(self, request: Request) -> Watch | None:
-        body = self._rewritten(request, of_volume)
+        body = self._shared.rewritten(request, of_volume)
         found = sources.of_volume(body)
         for source in found:
-            self._share(request, source)
+            self._shared.share(source)
 
         def created(line: bytes) -> None:
-            self._known.learn_volume(_json(line).get("Name"), body)
+            self._known.learn_volume(parse_json(line).get("Name"), body)
 
         return Watch(line=created) if found else None
-
-    def _rewritten(
-        self, request: Request, rewrite: Callable[[Mapping[str, Any]], dict[str, Any]]
-    ) -> dict[str, Any]:
-        """Return the body, which the engine gets with the guest's paths."""
-        body = _json(request.body)
-        if not self._drives or not body:
-            return body
-        try:
-            rewritten = rewrite(body)
-        except PathRefused as error:
-            raise Refusal(400, str(error)) from error
-        if rewritten != body:
-            request.replace_body(json.dumps(rewritten).encode())
-        return rewritten
-
-    def _is_shared(self, path: str) -> bool:
-        return path not in _GUEST_SOCKETS and any(
-            path == root or path.startswith("/" if root == "/" else f"{root}/")
-            for root in self._shared
-        )
-
-    def _share(self, request: Request, source: Source) -> Session | None:
-        """Begin to keep a source equal; None if it is the guest's own."""
-        if not self._is_shared(source.path):
-            self._check_guest(source.path)
-            return None
-        path = self._host_path(source.path)
-        try:
-            try:
-                mode = path.stat().st_mode
-            except FileNotFoundError:
-                if not source.create:
-                    raise Refusal(
-                        400,
-                        'invalid mount config for type "bind": '
-                        f"bind source path does not exist: {path}",
-                    ) from None
-                path.mkdir(parents=True)
-                mode = path.stat().st_mode
-            if not stat.S_ISDIR(mode) and not stat.S_ISREG(mode):
-                raise Refusal(
-                    400,
-                    f"{path} is neither a file nor a directory; sockets and devices of"
-                    " this computer cannot be mounted into containers",
-                )
-            return self._roots.require(source.path, read_only=source.read_only)
-        except OSError as error:
-            raise Refusal(500, f"{path} cannot be shared: {error.strerror}") from error
-        except WherryError as error:
-            raise Refusal(500, str(error)) from error
-
-    def _check_guest(self, path: str) -> None:
-        """Refuse a path that is nowhere: the engine would make an empty directory of it."""
-        try:
-            done = self._tunnel.run(f"test -e {shlex.quote(path)}", timeout_s=_QUESTION_S)
-        except WherryError as error:
-            raise Refusal(503, str(error)) from error
-        if done.status != 0:
-            raise Refusal(
-                400,
-                f"{path} is not in a directory that is shared with containers; to share it:"
-                f" wherry config set sync.shared {':'.join((*self._shared, path))}",
-            )
 
     # Barriers
 
@@ -296,7 +221,7 @@ class Mounts:
 
         def ended(line: bytes) -> bytes | None:
             failure = self._fetch(request, mounted, marks)
-            result = _json(line)
+            result = parse_json(line)
             if not failure or result.get("Error"):
                 return None
             return json.dumps({**result, "Error": {"Message": failure}}).encode()
@@ -314,7 +239,7 @@ class Mounts:
     def _events(self, request: Request) -> Watch | None:
         def event(line: bytes) -> None:
             if any(word in line for word in _ENDINGS):
-                id = _json(line).get("Actor", {}).get("ID", "")
+                id = parse_json(line).get("Actor", {}).get("ID", "")
                 self._fetch(request, self._mounted(request, str(id), ask=False))
 
         return Watch(line=event)
@@ -326,7 +251,7 @@ class Mounts:
         self._bring(request, lambda: (each for each in self._sessions(mounted) if each.is_troubled))
 
         def created(line: bytes) -> None:
-            self._known.learn_exec(_json(line).get("Id"), container)
+            self._known.learn_exec(parse_json(line).get("Id"), container)
 
         return Watch(line=created)
 
@@ -375,7 +300,7 @@ class Mounts:
                 raise Refusal(500, f"the command has ended, but {now or failure}")
 
         def answered(line: bytes) -> None:
-            command = _json(line)
+            command = parse_json(line)
             if command.get("Running"):
                 # It has closed its streams and goes on.
                 with self._lock:
@@ -391,8 +316,8 @@ class Mounts:
 
     def _inspect(self, request: Request) -> Watch | None:
         def answered(line: bytes) -> None:
-            container = _json(line)
-            state = _json_object(container.get("State"))
+            container = parse_json(line)
+            state = json_object(container.get("State"))
             # One that was never started has no exit status of its own, but a time all the same.
             if state.get("Running") is False and state.get("Status") != "created":
                 id = str(container.get("Id"))
@@ -447,7 +372,7 @@ class Mounts:
             if needed:
                 raise Refusal(503, f"the engine does not tell what container {name} mounts")
             found = []
-        return [source for source in found if self._is_shared(source.path)]
+        return [source for source in found if self._shared.has(source.path)]
 
     def _sessions(self, mounted: Iterable[Source]) -> Iterator[Session]:
         """Yield the sessions of what a container mounts, begun again if need be.
@@ -520,15 +445,3 @@ def _then(function: Callable[[], object]) -> Watch:
         function()
 
     return Watch(head=answered)
-
-
-def _json(data: bytes | None) -> dict[str, Any]:
-    """Return a JSON object; an empty one for anything else, which the engine will refuse."""
-    try:
-        return _json_object(json.loads(data or b""))
-    except ValueError:
-        return {}
-
-
-def _json_object(found: object) -> dict[str, Any]:
-    return found if isinstance(found, dict) else {}
