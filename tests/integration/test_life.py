@@ -254,12 +254,27 @@ def test_a_guest_that_powers_off_by_itself_stops_the_machine(host: FakeHost) -> 
     host.at_rest()
 
 
+def monitor_status(host: FakeHost) -> str:
+    """Return what QEMU says of itself, which no service asks now (QMP's ``query-status``)."""
+    with socket.socket(socket.AF_UNIX) as monitor:
+        monitor.connect(str(host.paths.qmp_socket))
+        lines = monitor.makefile("rw")
+        lines.readline()
+        for command in ("qmp_capabilities", "query-status"):
+            lines.write(json.dumps({"execute": command}) + "\n")
+            lines.flush()
+            while "return" not in (answer := json.loads(lines.readline())):
+                pass
+        return str(answer["return"]["status"])
+
+
 def test_a_guest_that_powers_off_while_no_service_runs(host: FakeHost) -> None:
     host.good("start")
     config = host.directory / "ssh_config"
     config.write_text(host.good("ssh-config"))
     kill(host.status()["service_pid"])
     subprocess.run(["ssh", "-F", config, "wherry-default", "poweroff"], check=False)
+    wait_until(lambda: monitor_status(host) == "shutdown", 10, "powered off")
     host.good("start")
     assert "its guest has powered off" in host.service_log()
     assert host.status()["state"] == "running"

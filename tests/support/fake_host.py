@@ -24,7 +24,8 @@ from wherry.config.layout import Layout, MachinePaths
 from wherry.platform import current
 from wherry.service.machine import create
 
-TIMEOUT_S = 60.0
+TIMEOUT_S = 45.0
+"""Shorter than what a test may take, so that its failure tells more."""
 SUPPORT = Path(__file__).parent
 
 MACHINES = {"default", "other"}
@@ -68,6 +69,7 @@ class FakeHost:
             # It trusts nobody, so there is nothing to give to the guest.
             "SSL_CERT_FILE": os.devnull,
             "SSL_CERT_DIR": str(self.directory / "no-certificates"),
+            "PYTHONFAULTHANDLER": "1",  # see finish()
         }
         self.layout = Layout(self.home, current())
         self.architecture = current().architecture()
@@ -118,12 +120,15 @@ class FakeHost:
         )
 
     def finish(self, command: subprocess.Popen[bytes], timeout: float = TIMEOUT_S) -> Done:
-        """Wait for a command and return what it said."""
+        """Wait for a command and return what it said; one that hangs shows where all is."""
         try:
             stdout, stderr = command.communicate(timeout=timeout)
         except subprocess.TimeoutExpired:
-            command.kill()
-            raise
+            for process in self.processes():
+                if "python" in process.name():
+                    process.send_signal(signal.SIGABRT)
+            stdout, stderr = command.communicate(timeout=10)
+            pytest.fail(f"{command.args} hangs:\n{stderr.decode()}\n{self.service_log()}")
         return Done(command.returncode, stdout.decode(), stderr.decode())
 
     def good(self, *arguments: str, **options: Any) -> str:
