@@ -83,7 +83,7 @@ def test_a_stop_that_cannot_take_the_machine_over_leaves_it_running(host: FakeHo
     with engine_hidden(host):
         qemu = kill_service(host)
         # Long enough for the command to come before it is over, on a busy computer too.
-        with host.serve(engine_s=8.0):
+        with host.serve(engine_s=2.0):  # four times that in emulation
             wait_until(lambda: host.paths.control_socket.exists(), 20, "the service listens")
             done = host.run("stop")
         assert done.status == 1
