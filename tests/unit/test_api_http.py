@@ -8,6 +8,7 @@ from datetime import timedelta
 
 import h11
 import pytest
+from http_messages import split_up
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -142,6 +143,9 @@ MALFORMED = {
     "a bare LF": b"GET / HTTP/1.1\r\nHost: x\nX: y\r\n\r\n",
     "only bare LF": b"GET / HTTP/1.1\nHost: x\n\n",
     "a bare LF before the end": b"GET / HTTP/1.1\r\nHost: x\n\r\n\r\n",
+    "a bare LF and no other end": b"GET /_ping HTTP/1.1\r\nHost: x\n\n",
+    "an end with a bare LF": b"GET /_ping HTTP/1.1\r\nHost: x\r\n\n",
+    "a NUL and no end but bare LF": b"GET /\0 HTTP/1.1\r\nHost: x\n\n",
     "a bare CR": b"GET / HTTP/1.1\r\nHost: x\rX: y\r\n\r\n",
     "a folded line": b"GET / HTTP/1.1\r\nHost: x\r\n folded: y\r\n\r\n",
     "a first line that is folded": b"GET / HTTP/1.1\r\n X: y\r\nHost: x\r\n\r\n",
@@ -286,6 +290,41 @@ def test_credentials_are_not_kept() -> None:
     assert parse_request(raw % b"X") is parse_request(raw % b"X")
 
 
+def read_all(parts: list[bytes]) -> tuple[list[RequestHead], bytes, bool]:
+    """The heads, all bytes that go on, and whether what comes then is refused."""
+    reader, heads, wire = RequestReader(), list[RequestHead](), bytearray()
+    try:
+        for part in parts:
+            reader.receive(memoryview(part))
+            while (item := reader.next()) is not None:
+                if isinstance(item, RequestHead):
+                    heads.append(item)
+                    wire += item.raw
+                else:
+                    wire += item.data
+    except MalformedRequest:
+        return heads, bytes(wire), True
+    return heads, bytes(wire), False
+
+
+@pytest.mark.parametrize("step", [1, 7, 40])
+def test_a_bare_lf_after_a_head_that_came_in_parts(step: int) -> None:
+    bad = b"GET / HTTP/1.1\r\nHost: x\n\n"
+    raw = b"GET /_ping HTTP/1.1\r\nHost: docker\r\nX-Long: yes\r\n\r\n"
+    for data in (raw + bad, raw + raw + bad):
+        heads, wire, refused = read_all([data[at : at + step] for at in range(0, len(data), step)])
+        assert refused
+        assert wire == data[: -len(bad)] == b"".join(each.raw for each in heads)
+
+
+@pytest.mark.parametrize("size", [4090, 4096, 4097, 4120, 4140])
+def test_the_longest_line_between_chunks_is_so_however_it_comes(size: int) -> None:
+    data = CHUNKED + b"5;" + b"a" * (size - 4) + b"\r\nhello\r\n0\r\n\r\n"
+    for step in (1, 17, len(data)):
+        parts = [data[at : at + step] for at in range(0, len(data), step)]
+        assert read_all(parts)[2] is (size > 4096)
+
+
 @settings(max_examples=4 * settings().max_examples, deadline=timedelta(seconds=5))
 @given(st.data())
 def test_any_bytes_are_a_request_or_refused_or_begun(data: st.DataObject) -> None:
@@ -295,27 +334,18 @@ def test_any_bytes_are_a_request_or_refused_or_begun(data: st.DataObject) -> Non
             *(b"GET", b"POST", b" ", b"/", b"/v1.51/x", b"HTTP/1.1", b"HTTP/1.0", b"\r\n", b"\n"),
             *(b"\r", b"Host: x", b"Content-Length: 3", b"Transfer-Encoding: chunked", b":", b"\0"),
             *(b"3\r\nabc\r\n", b"0\r\n\r\n", b"abc", b"\t", b"%", b"Content-Length", b"5", b","),
-            b"POST / HTTP/1.1\r\nHost: x\r\n",
+            *(b"POST / HTTP/1.1\r\nHost: x\r\n", b"GET / HTTP/1.1\r\nHost: x"),
         ]
     )
     whole = b"".join(data.draw(st.lists(fragment | st.binary(max_size=6), max_size=14)))
-    reader, position = RequestReader(), 0
-    heads: list[RequestHead] = []
-    wire = bytearray()
-    try:
-        while position < len(whole):
-            step = data.draw(st.integers(1, 20))
-            reader.receive(memoryview(whole[position : position + step]))
-            position += step
-            while (item := reader.next()) is not None:
-                if isinstance(item, RequestHead):
-                    heads.append(item)
-                    wire += item.raw
-                else:
-                    wire += item.data
-    except MalformedRequest:
-        pass
+    heads, wire, refused = read_all([whole] if whole else [])
     assert whole.startswith(wire)
+    for _ in range(2):
+        others, wire_of_other, other_refused = read_all(data.draw(split_up(whole)))
+        # However the bytes are split, with what is refused too; only how much of a malformed body
+        # goes on differs.
+        assert (others, other_refused) == (heads, refused)
+        assert refused or wire_of_other == wire
     for head in heads:
         other = h11.Connection(h11.SERVER, max_incomplete_event_size=HEAD_LIMIT_BYTES)
         other.receive_data(head.raw)
