@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+import tracemalloc
 from datetime import timedelta
 
 import h11
@@ -13,8 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from wherry.api.http import (
+    ESCAPE_LIMIT,
     HEAD_LIMIT_BYTES,
     HEADER_LIMIT,
+    MARK_LIMIT,
+    PATH_LIMIT_BYTES,
     MalformedAnswer,
     MalformedRequest,
     RequestHead,
@@ -176,6 +180,11 @@ MALFORMED = {
     "a head that is too long": b"GET / HTTP/1.1\r\nHost: x\r\nX: %s\r\n\r\n"
     % (b"y" * HEAD_LIMIT_BYTES),
     "a head without an end": b"GET / HTTP/1.1\r\nHost: x\r\nX: " + b"y" * HEAD_LIMIT_BYTES,
+    "too many blanks": b"GET / HTTP/1.1\r\nHost: x\r\nX: " + b"y \ty" * MARK_LIMIT + b"\r\n\r\n",
+    "too many commas": b"GET / HTTP/1.1\r\nHost: x\r\nX: " + b"y," * MARK_LIMIT + b",\r\n\r\n",
+    "too many parts of a query": b"GET /?" + b"a&" * MARK_LIMIT + b"& HTTP/1.1\r\nHost: x\r\n\r\n",
+    "too many escapes": b"GET /?" + b"%41" * ESCAPE_LIMIT + b"%41 HTTP/1.1\r\nHost: x\r\n\r\n",
+    "a path that is too long": b"GET /" + b"a" * PATH_LIMIT_BYTES + b" HTTP/1.1\r\nHost: x\r\n\r\n",
     "too many headers": b"GET / HTTP/1.1\r\nHost: x\r\n" + b"a: b\r\n" * HEADER_LIMIT + b"\r\n",
 }
 
@@ -248,6 +257,63 @@ def test_the_longest_head_and_the_most_headers() -> None:
             assert [each.raw for each in read(raw + GET.raw, step)] == [raw, GET.raw]  # type: ignore[union-attr]
     with pytest.raises(MalformedRequest, match="longer than"):
         read(begin + b"e" + longest[len(begin) :])
+
+
+def test_what_is_just_within_the_bounds() -> None:
+    path, query = b"/" + b"a" * (PATH_LIMIT_BYTES - 1), b"a=%41" + b"&a=%41" * (MARK_LIMIT - 1)
+    query += b"%41" * (ESCAPE_LIMIT - MARK_LIMIT)
+    head = parse_request(
+        b"GET %b?%b HTTP/1.1\r\nHost: x\r\nX: %b\r\n\r\n"
+        % (path, query, b"a, " * (MARK_LIMIT - 10))
+    )
+    assert head.path == path.decode()
+    assert len(head.query["a"]) == MARK_LIMIT
+
+
+PEAK_BYTES = 20 << 20
+
+
+@pytest.mark.parametrize(
+    "filler",
+    [b" ", b"x ", b"\t", b"e", b",", b"a,", b"abc,", b"%41", b"a&", b"ab=%41&", b"a: b\r\n", b"=a"],
+)
+def test_the_longest_heads_take_little_more_memory_than_they_are_long(filler: bytes) -> None:
+    """Those that are refused, and those that just are not; with all that is asked of a head."""
+    few = {b" ": MARK_LIMIT - 4, b"\t": MARK_LIMIT - 4, b",": MARK_LIMIT, b"&": MARK_LIMIT}
+    few |= {b"%": ESCAPE_LIMIT, b"\n": HEADER_LIMIT - 2}
+    for head in (
+        b"GET / HTTP/1.1\r\nHost: d\r\nX: FILLx\r\n\r\n",
+        b"GET / HTTP/1.1\r\nHost: d\r\nConnection: FILLx\r\n\r\n",
+        b"GET / HTTP/1.1\r\nHost: d\r\nExpect: FILLx\r\n\r\n",
+        b"POST / HTTP/1.1\r\nHost: d\r\nContent-Length: FILL1\r\n\r\n",
+        b"GET / HTTP/1.1\r\nHost: d\r\nXFILL: x\r\n\r\n",
+        b"GET /FILLx HTTP/1.1\r\nHost: d\r\n\r\n",
+        b"GET /?FILLx HTTP/1.1\r\nHost: d\r\n\r\n",
+        b"GFILL / HTTP/1.1\r\nHost: d\r\n\r\n",
+    ):
+        longest = (HEAD_LIMIT_BYTES - len(head)) // len(filler)
+        for count in {longest, *(few[mark] for mark in few if mark in filler)}:
+            raw = head.replace(b"FILL", filler * min(count, longest))
+            tracemalloc.start()
+            try:
+                with contextlib.suppress(MalformedRequest):
+                    found = parse_request(raw)
+                    assert found.query is not None
+                    assert {found.keep_alive, found.expects_continue, found.may_hijack} <= {
+                        True,
+                        False,
+                    }
+                    assert found.with_body(3)
+                peak = tracemalloc.get_traced_memory()[1]
+            finally:
+                tracemalloc.stop()
+            assert peak < PEAK_BYTES, (head, count)
+
+
+def test_a_refusal_does_not_cite_all_of_a_head() -> None:
+    with pytest.raises(MalformedRequest) as caught:
+        parse_request(b"GET / HTTP/1.1\r\nHost: x\r\nX" + b"\xff" * 1_000_000 + b"\r\n\r\n")
+    assert len(str(caught.value)) < 1000
 
 
 @pytest.mark.parametrize("filler", [b" ", b"\t", b"0", b",", b"%", b"/", b":", b"%2e", b"a: b\r\n"])
