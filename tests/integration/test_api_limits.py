@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import random
+import select
 import signal
 import socket
 import threading
@@ -59,6 +60,16 @@ def test_a_malformed_request_reaches_no_engine(proxy: Proxy, data: bytes) -> Non
     assert proxy.engine.wire[0].count(b"\r\n\r\n") == 1
 
 
+def test_a_malformed_request_after_head_gets_a_whole_answer(proxy: Proxy) -> None:
+    with proxy.client() as client:
+        client.request("HEAD", "/_ping")
+        assert client.answer(method="HEAD")[0] == 200
+        client.send(b"GET /a HTTP/1.1\nHost: x\n\n")
+        status, _, body = client.answer()
+        assert status == 400
+        assert json.loads(body)
+
+
 def test_a_long_head_goes_through_and_is_not_kept(proxy: Proxy) -> None:
     """X-Registry-Config has the credentials for all registries of a user."""
     with proxy.client() as client:
@@ -67,6 +78,81 @@ def test_a_long_head_goes_through_and_is_not_kept(proxy: Proxy) -> None:
         assert b"e" * 1_000_000 + b"\r\n" in proxy.engine.wire[0]
         for connection in proxy.endpoint._connections:
             eventually(lambda down=connection._down: down._exchange is None)
+
+
+HALF = b"GET /_ping HTTP/1.1\r\nHost: x\r\nX-Registry-Config: "
+
+
+@pytest.mark.parametrize("earlier", [0, 2])
+def test_a_head_has_a_time_by_which_it_is_whole(make_proxy: MakeProxy, earlier: int) -> None:
+    """From its first byte on; a client that asks nothing has all the time."""
+    proxy = make_proxy(head_timeout_s=0.4)
+    with proxy.client() as client, proxy.client() as idle:
+        for _ in range(earlier):
+            client.send(HALF)
+            time.sleep(0.25)
+            client.send(b"e\r\n\r\n")
+            assert client.answer()[0] == 200
+        begun = time.monotonic()
+        client.send(HALF)
+        for _ in range(2):
+            time.sleep(0.15)
+            client.send(b"e")
+        assert client.rest() == b""
+        assert 0.3 < time.monotonic() - begun < 2
+        eventually(lambda: proxy.endpoint.counters.active == 1)
+        idle.request("GET", "/_ping")
+        assert idle.answer()[0] == 200
+
+
+def test_the_time_of_a_head_on_a_pipe(proxy: Proxy, tmp_path: Path) -> None:
+    path = tmp_path / "pipe"
+    endpoint = Endpoint(PipeListener(path), proxy.open_stream, head_timeout_s=0.4)
+    endpoint.start()
+    try:
+        with Client(path) as client:
+            client.request("GET", "/_ping")
+            assert client.answer()[0] == 200
+            client.send(HALF)
+            time.sleep(0.1)
+            client.send(b"e\r\n\r\n")
+            assert client.answer()[0] == 200
+            time.sleep(0.6)
+            client.send(HALF)
+            assert client.rest() == b""
+        eventually(lambda: endpoint.counters.active == 0)
+    finally:
+        endpoint.close()
+
+
+def test_long_heads_that_are_not_whole_share_a_room(proxy: Proxy) -> None:
+    """Who finds none is told so; what is whole gives its room back, as does who leaves."""
+    size = 1_000_000
+    for _ in range(2):
+        with contextlib.ExitStack() as stack:
+            clients = [stack.enter_context(proxy.client()) for _ in range(30)]
+            for client in clients:
+                with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+                    client.send(HALF + b"e" * size)
+            eventually(lambda: proxy.endpoint._room._left < 1 << 20)
+            eventually(lambda: proxy.endpoint.counters.active <= 17)
+            held = sum(each._reader.held for each in proxy.endpoint._connections)
+            assert held <= (16 << 20) + 30 * (64 << 10)
+            proxy.ping()
+            told = [each for each in clients if select.select([each.sock], [], [], 0.01)[0]]
+            assert 12 <= len(told) <= 16
+            for client in told:
+                status, headers, body = client.answer()
+                assert (status, headers["connection"]) == (503, "close")
+                assert "not whole" in json.loads(body)["message"]
+        eventually(lambda: proxy.endpoint.counters.active == 0)
+        assert proxy.endpoint._room._left == 16 << 20
+    with proxy.client() as client:
+        for _ in range(20):
+            client.send(HALF + b"e" * size)
+            client.send(b"\r\n\r\n")
+            assert client.answer()[0] == 200
+            assert proxy.endpoint._room._left == 16 << 20
 
 
 def test_a_malformed_chunk(proxy: Proxy) -> None:

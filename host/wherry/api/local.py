@@ -37,6 +37,23 @@ class LocalEnd:
         if self.socket is not None:
             self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
 
+    def read_by(self, buffer: memoryview, deadline: float) -> int:
+        """Wait for bytes until a time on the monotonic clock.
+
+        :raises OSError: the client is gone, or sent none until then.
+        """
+        left = max(0.0, deadline - time.monotonic())
+        if self.socket is not None:
+            if not _poll(self.socket, select.POLLIN, left * 1000):
+                raise TimeoutError
+            return self.read([buffer])
+        timer = threading.Timer(left, self.hang_up)
+        timer.start()
+        try:
+            return self.read([buffer])
+        finally:
+            timer.cancel()
+
     def send_some(self, parts: list[memoryview]) -> int:
         """Write what there is room for and return how many bytes; never waits for a socket.
 

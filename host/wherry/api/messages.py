@@ -87,7 +87,8 @@ class _Reader:
             return None
         if end > self._limit:
             raise ValueError
-        head = bytes(begun[:end])
+        with memoryview(begun) as view:
+            head = bytes(view[:end])
         self._data = self._data[end - fed :]
         begun.clear()
         return head
@@ -123,6 +124,11 @@ class RequestReader(_Reader):
     def begun(self) -> bool:
         """Whether a request has begun that is not whole."""
         return not self._body.done or bool(self._begun)
+
+    @property
+    def held(self) -> int:
+        """How many bytes of a head are held that is not whole."""
+        return len(self._begun)
 
     def next(self) -> RequestHead | Piece | None:
         """Return what comes next; None when more bytes are needed.

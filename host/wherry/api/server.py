@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 
 from wherry.api.answers import Refusal, render
 from wherry.api.connection import Connection
+from wherry.api.heads import HEAD_TIMEOUT_S, HeadRoom
 from wherry.api.hooks import Hooks
 from wherry.api.local import LocalEnd
 from wherry.platform.base import AcceptedStream, LocalListener
@@ -64,6 +65,7 @@ class Endpoint:
         open another one then; must not wait.
     :param hooks: what other features do with requests.
     :param limit: connections at once; more get 503.
+    :param head_timeout_s: seconds that a request's head may take; then its client is hung up on.
     """
 
     def __init__(
@@ -74,12 +76,15 @@ class Endpoint:
         prepare: Callable[[], None] = lambda: None,
         hooks: Hooks | None = None,
         limit: int = CONNECTION_LIMIT,
+        head_timeout_s: float = HEAD_TIMEOUT_S,
         name: str = "endpoint",
     ) -> None:
         self.hooks = hooks if hooks is not None else Hooks()
         self._open_stream = open_stream
         self._prepare = prepare
         self._limit = limit
+        self._head_timeout_s = head_timeout_s
+        self._room = HeadRoom()
         self._workers = Workers(name)
         self._acceptors = Acceptors(listener, self._workers, self._serve, most=limit + _REFUSERS)
         self._lock = threading.Lock()
@@ -132,7 +137,13 @@ class Endpoint:
     def _serve(self, local: AcceptedStream) -> None:
         """Serve one client, or tell it that there are too many."""
         connection = Connection(
-            local, self._open_stream, self.hooks, self._workers.spawn, prepare=self._prepare
+            local,
+            self._open_stream,
+            self.hooks,
+            self._workers.spawn,
+            prepare=self._prepare,
+            room=self._room,
+            head_timeout_s=self._head_timeout_s,
         )
         with self._lock:
             full = len(self._connections) >= self._limit
