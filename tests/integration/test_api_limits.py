@@ -16,13 +16,17 @@ from pathlib import Path
 import psutil
 import pytest
 from api_proxy import MakeProxy, PipeListener, Proxy
+from fake_pipes import FakePipes
 from loopback_sshd import LoopbackSshd
 from stub_engine import Client, eventually, pattern
 
+from wherry.api import refusals
 from wherry.api.hooks import Request, Watch
 from wherry.api.http import HEAD_LIMIT_BYTES
+from wherry.api.local import LocalEnd
 from wherry.api.server import CONNECTION_LIMIT, Endpoint
 from wherry.platform import current
+from wherry.platform.windows import pipes
 from wherry.tunnel.connection import Connection
 from wherry.tunnel.tunnel import Tunnel
 
@@ -194,33 +198,110 @@ def test_the_last_connection_within_the_limit_and_a_burst_beyond_it(make_proxy: 
         assert kept[0].answer()[0] == 200
 
 
-def test_clients_beyond_the_limit_that_ask_nothing_delay_the_others_and_no_more(
-    make_proxy: MakeProxy,
-) -> None:
+def test_clients_beyond_the_limit_that_ask_nothing_delay_nobody(make_proxy: MakeProxy) -> None:
+    """They are answered when a moment has passed, or too many others have come after them."""
+    number = refusals.MOST + 200
+    if current().raise_descriptor_limit(4 * number) < 4 * number:
+        pytest.skip("both ends are in this process")
     proxy = make_proxy(limit=1)
     with contextlib.ExitStack() as stack:
         kept = stack.enter_context(proxy.client())
         kept.request("GET", "/_ping")
         kept.answer()
-        silent = [stack.enter_context(proxy.client()) for _ in range(50)]
+        silent = []
+        for _ in range(number):
+            client = stack.enter_context(socket.socket(socket.AF_UNIX))
+            client.connect(str(proxy.path))  # which waits for room in the system's queue
+            silent.append(client)
+        eventually(lambda: proxy.endpoint.counters.refused == number)
+        assert len(proxy.endpoint._refusals._clients) <= refusals.MOST
         last = stack.enter_context(proxy.client())
         begun = time.monotonic()
         last.request("GET", "/_ping")
         assert last.answer()[0] == 503
-        assert time.monotonic() - begun < 8
+        assert time.monotonic() - begun < 1
         threads = [each for each in threading.enumerate() if each.name.startswith("endpoint")]
-        assert len(threads) < 45
+        assert len(threads) <= 6
         for client in silent:
-            assert client.answer()[0] == 503
-        # These are still being refused, or were not yet accepted, when the endpoint closes.
+            client.settimeout(5)
+            assert Client(client).answer()[0] == 503
+        assert time.monotonic() - begun < 4
+        eventually(lambda: not proxy.endpoint._refusals._clients)
+        assert proxy.endpoint.counters.refused == number + 1
+        # These are still being refused when the endpoint closes.
         late = [stack.enter_context(proxy.client()) for _ in range(50)]
-        eventually(lambda: proxy.endpoint.counters.refused >= 51 + 30)
+        eventually(lambda: proxy.endpoint.counters.refused == number + 51)
         begun = time.monotonic()
         proxy.endpoint.close()
-        assert time.monotonic() - begun < 1
-        for client in late:
+        assert time.monotonic() - begun < 0.5
+        for each in late:
             with contextlib.suppress(ConnectionResetError):
-                client.rest()
+                each.rest()
+
+
+def test_a_client_beyond_the_limit_that_goes_on_sending_reads_its_answer(
+    make_proxy: MakeProxy,
+) -> None:
+    proxy = make_proxy(limit=0)
+    with proxy.client() as client:
+        client.request("POST", "/echo", body=bytes(3_000_000))
+        assert client.answer()[0] == 503
+        assert client.rest() == b""
+    with proxy.client() as client:
+        client.sock.shutdown(socket.SHUT_WR)
+        assert client.answer()[0] == 503
+        assert client.rest() == b""
+
+
+def test_a_client_that_is_given_no_time_reads_its_answer_and_the_end(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Though it has sent more than was looked at: what is unread would make its read fail."""
+    monkeypatch.setattr(refusals, "MOST", 0)
+    ours, theirs = socket.socketpair()
+    with ours:
+        ours.settimeout(5)
+        ours.sendall(bytes(150_000))
+        refusals.Refusals(b"the answer", lambda job: None).add(LocalEnd(theirs))
+        assert ours.recv(100) == b"the answer"
+        assert ours.recv(100) == b""
+
+
+def test_without_a_thread_for_it_a_client_is_refused_all_the_same(make_proxy: MakeProxy) -> None:
+    def full(job: Callable[[], None]) -> None:
+        raise RuntimeError("can't start new thread")
+
+    proxy = make_proxy(limit=0)
+    proxy.endpoint._refusals._spawn = full
+    with proxy.client() as client:
+        assert client.answer()[0] == 503
+    assert not proxy.endpoint._refusals._clients
+
+
+def test_clients_of_a_pipe_beyond_the_limit_find_an_instance_each(proxy: Proxy) -> None:
+    """Though none of them reads what it is told, or leaves."""
+    name = r"\\.\pipe\wherry"
+    kernel = FakePipes()
+    endpoint = Endpoint(pipes.PipeListener(kernel, name), proxy.open_stream, limit=1)
+    endpoint.start()
+    clients = []
+    try:
+        for _ in range(4 * pipes.PENDING):
+            clients.append(pipes.connect(kernel, name, 0.0))
+            eventually(
+                lambda: endpoint.counters.connections + endpoint.counters.refused >= len(clients)
+            )
+        for stream in clients[1:]:
+            with contextlib.suppress(BrokenPipeError):
+                stream.sendall(b"GET /_ping HTTP/1.1\r\nHost: x\r\n\r\n")
+            assert Client(stream).answer()[0] == 503
+        threads = [each for each in threading.enumerate() if each.name.startswith("endpoint")]
+        assert len(threads) <= 6
+    finally:
+        for stream in clients:
+            stream.close()
+        endpoint.close()
+    assert kernel.open_handles == 0
 
 
 def test_a_slow_reader_takes_no_memory(proxy: Proxy) -> None:

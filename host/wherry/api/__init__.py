@@ -1,6 +1,7 @@
 """The Docker API's endpoint: a streaming proxy that other features can hook into.
 
     server.Endpoint          listener, limit, counters
+    ├── refusals             clients beyond the limit
     └── connection           one client: its requests, on their way to the engine
         ├── local            the client's socket or pipe
         ├── downstream       the answers on their way back

@@ -206,8 +206,9 @@ class Connection:
 
     def _head_is_over(self) -> None:
         self._head_due = None
-        taken, self._taken = self._taken, 0
-        self._room.give_back(taken)
+        if self._taken:
+            self._room.give_back(self._taken)
+            self._taken = 0
 
     def _read(self) -> memoryview:
         """Wait for bytes of the client; none at their end. They are good until the next call."""
