@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import h11
-from http_messages import Message, answers, requests, split_up
+from http_messages import Message, answers, last_answers, requests, split_up
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -100,6 +100,34 @@ def test_watched_answers(data: st.DataObject) -> None:
 def exchange_of(watch: Watch) -> Exchange:
     request = parse_request(b"POST /containers/a/wait HTTP/1.1\r\nHost: x\r\n\r\n")
     return Exchange(request, [watch])
+
+
+@given(st.data())
+def test_watched_answers_that_the_stream_ends(data: st.DataObject) -> None:
+    """Raw ones have no lines; else the last line is shown before anything of it goes on."""
+    answer = data.draw(last_answers())
+    passed, shown = bytearray(), list[bytes]()
+
+    def line(text: bytes) -> None:
+        # What of it is there already is from before: the bytes of the line are not.
+        assert len(passed) <= len(answer.wire) - len(answer.content) + sum(map(len, seen))
+        shown.append(text)
+        seen.append(lines.pop(0))
+
+    lines, seen = [each + b"\n" for each in answer.content.split(b"\n")], list[bytes]()
+    exchange = Exchange(answer.request, [Watch(line=line)])
+    for part in data.draw(split_up(answer.wire)):
+        for piece in exchange.release(memoryview(part)):
+            passed += piece
+        if exchange.outcome is Outcome.RAW:
+            assert answer.wire.startswith(passed)
+            assert not exchange._held
+    passed += exchange.rest()
+    assert bytes(passed) == answer.wire
+    wanted = [each.rstrip(b"\r").removeprefix(b"\x1e") for each in answer.content.split(b"\n")]
+    if not answer.content or answer.content.endswith(b"\n"):
+        wanted.pop()
+    assert shown == ([] if exchange.outcome is Outcome.RAW else wanted)
 
 
 def test_a_first_line_without_an_end_is_not_held() -> None:
