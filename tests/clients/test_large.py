@@ -26,6 +26,9 @@ GROWTH = 32_000_000
 PAUSE_S = 4.0
 """Long enough for the guest to send more than the bound, were it let."""
 
+SLOW_BYTES, SLOW_S = 256 * 1024, 0.001
+"""And then so much at a time, with a pause after each."""
+
 
 class Memory:
     """The most resident memory that a process has had."""
@@ -55,7 +58,7 @@ def memory(clients: Clients) -> Iterator[Memory]:
 
 
 def read_slowly(clients: Clients, target: Path, *arguments: str) -> None:
-    """Write what the CLI prints to a file; nothing is read for a while."""
+    """Write what the CLI prints to a file; nothing is read for a while, and the rest slowly."""
     with (
         target.open("wb") as file,
         subprocess.Popen(
@@ -65,8 +68,9 @@ def read_slowly(clients: Clients, target: Path, *arguments: str) -> None:
         assert process.stdout is not None
         file.write(process.stdout.read(1))
         time.sleep(PAUSE_S)
-        while chunk := process.stdout.read(1 << 20):
+        while chunk := process.stdout.read(SLOW_BYTES):
             file.write(chunk)
+            time.sleep(SLOW_S)
     assert process.returncode == 0
 
 

@@ -234,6 +234,25 @@ def test_the_end_is_held(proxy: Proxy, target: str) -> None:
         assert held.calls == [True]
 
 
+def test_the_last_line_is_held_though_only_the_stream_ends_it(proxy: Proxy) -> None:
+    """Until ``end`` has returned."""
+    held, lines, body = Held(), list[bytes](), pattern(3000)
+    proxy.hooks.on("GET", "/close", lambda request: Watch(line=lines.append, end=held))
+    with proxy.client() as client:
+        client.request("GET", "/close?n=3000")
+        eventually(lambda: bool(held.calls))
+        last = body.rpartition(b"\n")[2]
+        assert lines[-1] == last
+        client.sock.settimeout(0.1)
+        with pytest.raises(TimeoutError):
+            client.rest()
+        assert client.buffer.endswith(body[: -len(last)])
+        client.sock.settimeout(10)
+        held.let_go.set()
+        client.until(b"\r\n\r\n")
+        assert client.rest() == body
+
+
 @pytest.mark.parametrize("upgrade", [("Upgrade: tcp",), ()])
 def test_the_end_of_a_raw_stream_is_held(proxy: Proxy, upgrade: tuple[str, ...]) -> None:
     held, heads = Held(), []

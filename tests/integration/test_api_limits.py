@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import random
+import select
 import signal
 import socket
 import threading
@@ -15,13 +16,17 @@ from pathlib import Path
 import psutil
 import pytest
 from api_proxy import MakeProxy, PipeListener, Proxy
+from fake_pipes import FakePipes
 from loopback_sshd import LoopbackSshd
 from stub_engine import Client, eventually, pattern
 
+from wherry.api import refusals
 from wherry.api.hooks import Request, Watch
 from wherry.api.http import HEAD_LIMIT_BYTES
+from wherry.api.local import LocalEnd
 from wherry.api.server import CONNECTION_LIMIT, Endpoint
 from wherry.platform import current
+from wherry.platform.windows import pipes
 from wherry.tunnel.connection import Connection
 from wherry.tunnel.tunnel import Tunnel
 
@@ -29,6 +34,9 @@ BAD = [
     b"POST /a HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\nContent-Length: 5\r\n\r\nhello",
     b"POST /a HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0",
     b"GET /a HTTP/1.1\nHost: x\n\n",
+    b"GET /_ping HTTP/1.1\r\nHost: x\n\n",
+    b"GET /_ping HTTP/1.1\r\nHost: x\r\n\n",
+    b"GET /\0 HTTP/1.1\r\nHost: x\n\n",
     b"GET /a HTTP/1.1\r\nHost: x\r\n folded\r\n\r\n",
     b"GET /a HTTP/1.1\r\nHost: x\r\nX: " + b"y" * HEAD_LIMIT_BYTES,
     b"GET /\0 HTTP/1.1\r\nHost: x\r\n\r\n",
@@ -56,6 +64,16 @@ def test_a_malformed_request_reaches_no_engine(proxy: Proxy, data: bytes) -> Non
     assert proxy.engine.wire[0].count(b"\r\n\r\n") == 1
 
 
+def test_a_malformed_request_after_head_gets_a_whole_answer(proxy: Proxy) -> None:
+    with proxy.client() as client:
+        client.request("HEAD", "/_ping")
+        assert client.answer(method="HEAD")[0] == 200
+        client.send(b"GET /a HTTP/1.1\nHost: x\n\n")
+        status, _, body = client.answer()
+        assert status == 400
+        assert json.loads(body)
+
+
 def test_a_long_head_goes_through_and_is_not_kept(proxy: Proxy) -> None:
     """X-Registry-Config has the credentials for all registries of a user."""
     with proxy.client() as client:
@@ -64,6 +82,81 @@ def test_a_long_head_goes_through_and_is_not_kept(proxy: Proxy) -> None:
         assert b"e" * 1_000_000 + b"\r\n" in proxy.engine.wire[0]
         for connection in proxy.endpoint._connections:
             eventually(lambda down=connection._down: down._exchange is None)
+
+
+HALF = b"GET /_ping HTTP/1.1\r\nHost: x\r\nX-Registry-Config: "
+
+
+@pytest.mark.parametrize("earlier", [0, 2])
+def test_a_head_has_a_time_by_which_it_is_whole(make_proxy: MakeProxy, earlier: int) -> None:
+    """From its first byte on; a client that asks nothing has all the time."""
+    proxy = make_proxy(head_timeout_s=0.4)
+    with proxy.client() as client, proxy.client() as idle:
+        for _ in range(earlier):
+            client.send(HALF)
+            time.sleep(0.25)
+            client.send(b"e\r\n\r\n")
+            assert client.answer()[0] == 200
+        begun = time.monotonic()
+        client.send(HALF)
+        for _ in range(2):
+            time.sleep(0.15)
+            client.send(b"e")
+        assert client.rest() == b""
+        assert 0.3 < time.monotonic() - begun < 2
+        eventually(lambda: proxy.endpoint.counters.active == 1)
+        idle.request("GET", "/_ping")
+        assert idle.answer()[0] == 200
+
+
+def test_the_time_of_a_head_on_a_pipe(proxy: Proxy, tmp_path: Path) -> None:
+    path = tmp_path / "pipe"
+    endpoint = Endpoint(PipeListener(path), proxy.open_stream, head_timeout_s=0.4)
+    endpoint.start()
+    try:
+        with Client(path) as client:
+            client.request("GET", "/_ping")
+            assert client.answer()[0] == 200
+            client.send(HALF)
+            time.sleep(0.1)
+            client.send(b"e\r\n\r\n")
+            assert client.answer()[0] == 200
+            time.sleep(0.6)
+            client.send(HALF)
+            assert client.rest() == b""
+        eventually(lambda: endpoint.counters.active == 0)
+    finally:
+        endpoint.close()
+
+
+def test_long_heads_that_are_not_whole_share_a_room(proxy: Proxy) -> None:
+    """Who finds none is told so; what is whole gives its room back, as does who leaves."""
+    size = 1_000_000
+    for _ in range(2):
+        with contextlib.ExitStack() as stack:
+            clients = [stack.enter_context(proxy.client()) for _ in range(30)]
+            for client in clients:
+                with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+                    client.send(HALF + b"e" * size)
+            eventually(lambda: proxy.endpoint._room._left < 1 << 20)
+            eventually(lambda: proxy.endpoint.counters.active <= 17)
+            held = sum(each._reader.held for each in proxy.endpoint._connections)
+            assert held <= (16 << 20) + 30 * (64 << 10)
+            proxy.ping()
+            told = [each for each in clients if select.select([each.sock], [], [], 0.01)[0]]
+            assert 12 <= len(told) <= 16
+            for client in told:
+                status, headers, body = client.answer()
+                assert (status, headers["connection"]) == (503, "close")
+                assert "not whole" in json.loads(body)["message"]
+        eventually(lambda: proxy.endpoint.counters.active == 0)
+        assert proxy.endpoint._room._left == 16 << 20
+    with proxy.client() as client:
+        for _ in range(20):
+            client.send(HALF + b"e" * size)
+            client.send(b"\r\n\r\n")
+            assert client.answer()[0] == 200
+            assert proxy.endpoint._room._left == 16 << 20
 
 
 def test_a_malformed_chunk(proxy: Proxy) -> None:
@@ -105,33 +198,110 @@ def test_the_last_connection_within_the_limit_and_a_burst_beyond_it(make_proxy: 
         assert kept[0].answer()[0] == 200
 
 
-def test_clients_beyond_the_limit_that_ask_nothing_delay_the_others_and_no_more(
-    make_proxy: MakeProxy,
-) -> None:
+def test_clients_beyond_the_limit_that_ask_nothing_delay_nobody(make_proxy: MakeProxy) -> None:
+    """They are answered when a moment has passed, or too many others have come after them."""
+    number = refusals.MOST + 200
+    if current().raise_descriptor_limit(4 * number) < 4 * number:
+        pytest.skip("both ends are in this process")
     proxy = make_proxy(limit=1)
     with contextlib.ExitStack() as stack:
         kept = stack.enter_context(proxy.client())
         kept.request("GET", "/_ping")
         kept.answer()
-        silent = [stack.enter_context(proxy.client()) for _ in range(50)]
+        silent = []
+        for _ in range(number):
+            client = stack.enter_context(socket.socket(socket.AF_UNIX))
+            client.connect(str(proxy.path))  # which waits for room in the system's queue
+            silent.append(client)
+        eventually(lambda: proxy.endpoint.counters.refused == number)
+        assert len(proxy.endpoint._refusals._clients) <= refusals.MOST
         last = stack.enter_context(proxy.client())
         begun = time.monotonic()
         last.request("GET", "/_ping")
         assert last.answer()[0] == 503
-        assert time.monotonic() - begun < 8
+        assert time.monotonic() - begun < 1
         threads = [each for each in threading.enumerate() if each.name.startswith("endpoint")]
-        assert len(threads) < 45
+        assert len(threads) <= 6
         for client in silent:
-            assert client.answer()[0] == 503
-        # These are still being refused, or were not yet accepted, when the endpoint closes.
+            client.settimeout(5)
+            assert Client(client).answer()[0] == 503
+        assert time.monotonic() - begun < 4
+        eventually(lambda: not proxy.endpoint._refusals._clients)
+        assert proxy.endpoint.counters.refused == number + 1
+        # These are still being refused when the endpoint closes.
         late = [stack.enter_context(proxy.client()) for _ in range(50)]
-        eventually(lambda: proxy.endpoint.counters.refused >= 51 + 30)
+        eventually(lambda: proxy.endpoint.counters.refused == number + 51)
         begun = time.monotonic()
         proxy.endpoint.close()
-        assert time.monotonic() - begun < 1
-        for client in late:
+        assert time.monotonic() - begun < 0.5
+        for each in late:
             with contextlib.suppress(ConnectionResetError):
-                client.rest()
+                each.rest()
+
+
+def test_a_client_beyond_the_limit_that_goes_on_sending_reads_its_answer(
+    make_proxy: MakeProxy,
+) -> None:
+    proxy = make_proxy(limit=0)
+    with proxy.client() as client:
+        client.request("POST", "/echo", body=bytes(3_000_000))
+        assert client.answer()[0] == 503
+        assert client.rest() == b""
+    with proxy.client() as client:
+        client.sock.shutdown(socket.SHUT_WR)
+        assert client.answer()[0] == 503
+        assert client.rest() == b""
+
+
+def test_a_client_that_is_given_no_time_reads_its_answer_and_the_end(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Though it has sent more than was looked at: what is unread would make its read fail."""
+    monkeypatch.setattr(refusals, "MOST", 0)
+    ours, theirs = socket.socketpair()
+    with ours:
+        ours.settimeout(5)
+        ours.sendall(bytes(150_000))
+        refusals.Refusals(b"the answer", lambda job: None).add(LocalEnd(theirs))
+        assert ours.recv(100) == b"the answer"
+        assert ours.recv(100) == b""
+
+
+def test_without_a_thread_for_it_a_client_is_refused_all_the_same(make_proxy: MakeProxy) -> None:
+    def full(job: Callable[[], None]) -> None:
+        raise RuntimeError("can't start new thread")
+
+    proxy = make_proxy(limit=0)
+    proxy.endpoint._refusals._spawn = full
+    with proxy.client() as client:
+        assert client.answer()[0] == 503
+    assert not proxy.endpoint._refusals._clients
+
+
+def test_clients_of_a_pipe_beyond_the_limit_find_an_instance_each(proxy: Proxy) -> None:
+    """Though none of them reads what it is told, or leaves."""
+    name = r"\\.\pipe\wherry"
+    kernel = FakePipes()
+    endpoint = Endpoint(pipes.PipeListener(kernel, name), proxy.open_stream, limit=1)
+    endpoint.start()
+    clients = []
+    try:
+        for _ in range(4 * pipes.PENDING):
+            clients.append(pipes.connect(kernel, name, 0.0))
+            eventually(
+                lambda: endpoint.counters.connections + endpoint.counters.refused >= len(clients)
+            )
+        for stream in clients[1:]:
+            with contextlib.suppress(BrokenPipeError):
+                stream.sendall(b"GET /_ping HTTP/1.1\r\nHost: x\r\n\r\n")
+            assert Client(stream).answer()[0] == 503
+        threads = [each for each in threading.enumerate() if each.name.startswith("endpoint")]
+        assert len(threads) <= 6
+    finally:
+        for stream in clients:
+            stream.close()
+        endpoint.close()
+    assert kernel.open_handles == 0
 
 
 def test_a_slow_reader_takes_no_memory(proxy: Proxy) -> None:

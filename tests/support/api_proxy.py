@@ -27,12 +27,17 @@ class Proxy:
     engine: StubEngine
     hooks: Hooks = field(default_factory=Hooks)
     limit: int = 512
+    head_timeout_s: float = 300.0
     problem: TunnelError | None = None
     streams: list[SocketStream] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.endpoint = Endpoint(
-            current().listen_local(self.path), self.open_stream, hooks=self.hooks, limit=self.limit
+            current().listen_local(self.path),
+            self.open_stream,
+            hooks=self.hooks,
+            limit=self.limit,
+            head_timeout_s=self.head_timeout_s,
         )
         self.endpoint.start()
 

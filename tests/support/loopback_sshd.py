@@ -103,12 +103,16 @@ class LoopbackSshd:
         """Kill it and its sessions, as a machine that is switched off does."""
         if self._process is None:
             return
+        # It first, and it begins no more sessions while they are counted: who is cut off tries
+        # again at once, and would find it.
+        self._process.send_signal(signal.SIGSTOP)
+        os.waitid(os.P_PID, self._process.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
         sessions = self.sessions()
+        self._process.kill()
+        self._process.wait()
         for process in sessions:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
-        self._process.kill()
-        self._process.wait()
         psutil.wait_procs(sessions, timeout=5)
         self._process = None
 

@@ -27,7 +27,7 @@ class Relay:
         self._prepare = prepare
         workers = Workers("relay")
         self._relays = Relays(workers, limit=limit, on_limit=on_limit)
-        self._acceptors = Acceptors(listener, workers, self._serve, most=2 * limit)
+        self._acceptors = Acceptors(listener, workers, self._serve)
         self.start = self._acceptors.start
 
     @property

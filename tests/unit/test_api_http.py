@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import time
+import tracemalloc
 from datetime import timedelta
 
 import h11
 import pytest
+from http_messages import split_up
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from wherry.api.http import (
+    ESCAPE_LIMIT,
     HEAD_LIMIT_BYTES,
     HEADER_LIMIT,
+    MARK_LIMIT,
+    PATH_LIMIT_BYTES,
     MalformedAnswer,
     MalformedRequest,
     RequestHead,
@@ -142,6 +147,9 @@ MALFORMED = {
     "a bare LF": b"GET / HTTP/1.1\r\nHost: x\nX: y\r\n\r\n",
     "only bare LF": b"GET / HTTP/1.1\nHost: x\n\n",
     "a bare LF before the end": b"GET / HTTP/1.1\r\nHost: x\n\r\n\r\n",
+    "a bare LF and no other end": b"GET /_ping HTTP/1.1\r\nHost: x\n\n",
+    "an end with a bare LF": b"GET /_ping HTTP/1.1\r\nHost: x\r\n\n",
+    "a NUL and no end but bare LF": b"GET /\0 HTTP/1.1\r\nHost: x\n\n",
     "a bare CR": b"GET / HTTP/1.1\r\nHost: x\rX: y\r\n\r\n",
     "a folded line": b"GET / HTTP/1.1\r\nHost: x\r\n folded: y\r\n\r\n",
     "a first line that is folded": b"GET / HTTP/1.1\r\n X: y\r\nHost: x\r\n\r\n",
@@ -172,6 +180,11 @@ MALFORMED = {
     "a head that is too long": b"GET / HTTP/1.1\r\nHost: x\r\nX: %s\r\n\r\n"
     % (b"y" * HEAD_LIMIT_BYTES),
     "a head without an end": b"GET / HTTP/1.1\r\nHost: x\r\nX: " + b"y" * HEAD_LIMIT_BYTES,
+    "too many blanks": b"GET / HTTP/1.1\r\nHost: x\r\nX: " + b"y \ty" * MARK_LIMIT + b"\r\n\r\n",
+    "too many commas": b"GET / HTTP/1.1\r\nHost: x\r\nX: " + b"y," * MARK_LIMIT + b",\r\n\r\n",
+    "too many parts of a query": b"GET /?" + b"a&" * MARK_LIMIT + b"& HTTP/1.1\r\nHost: x\r\n\r\n",
+    "too many escapes": b"GET /?" + b"%41" * ESCAPE_LIMIT + b"%41 HTTP/1.1\r\nHost: x\r\n\r\n",
+    "a path that is too long": b"GET /" + b"a" * PATH_LIMIT_BYTES + b" HTTP/1.1\r\nHost: x\r\n\r\n",
     "too many headers": b"GET / HTTP/1.1\r\nHost: x\r\n" + b"a: b\r\n" * HEADER_LIMIT + b"\r\n",
 }
 
@@ -246,6 +259,63 @@ def test_the_longest_head_and_the_most_headers() -> None:
         read(begin + b"e" + longest[len(begin) :])
 
 
+def test_what_is_just_within_the_bounds() -> None:
+    path, query = b"/" + b"a" * (PATH_LIMIT_BYTES - 1), b"a=%41" + b"&a=%41" * (MARK_LIMIT - 1)
+    query += b"%41" * (ESCAPE_LIMIT - MARK_LIMIT)
+    head = parse_request(
+        b"GET %b?%b HTTP/1.1\r\nHost: x\r\nX: %b\r\n\r\n"
+        % (path, query, b"a, " * (MARK_LIMIT - 10))
+    )
+    assert head.path == path.decode()
+    assert len(head.query["a"]) == MARK_LIMIT
+
+
+PEAK_BYTES = 20 << 20
+
+
+@pytest.mark.parametrize(
+    "filler",
+    [b" ", b"x ", b"\t", b"e", b",", b"a,", b"abc,", b"%41", b"a&", b"ab=%41&", b"a: b\r\n", b"=a"],
+)
+def test_the_longest_heads_take_little_more_memory_than_they_are_long(filler: bytes) -> None:
+    """Those that are refused, and those that just are not; with all that is asked of a head."""
+    few = {b" ": MARK_LIMIT - 4, b"\t": MARK_LIMIT - 4, b",": MARK_LIMIT, b"&": MARK_LIMIT}
+    few |= {b"%": ESCAPE_LIMIT, b"\n": HEADER_LIMIT - 2}
+    for head in (
+        b"GET / HTTP/1.1\r\nHost: d\r\nX: FILLx\r\n\r\n",
+        b"GET / HTTP/1.1\r\nHost: d\r\nConnection: FILLx\r\n\r\n",
+        b"GET / HTTP/1.1\r\nHost: d\r\nExpect: FILLx\r\n\r\n",
+        b"POST / HTTP/1.1\r\nHost: d\r\nContent-Length: FILL1\r\n\r\n",
+        b"GET / HTTP/1.1\r\nHost: d\r\nXFILL: x\r\n\r\n",
+        b"GET /FILLx HTTP/1.1\r\nHost: d\r\n\r\n",
+        b"GET /?FILLx HTTP/1.1\r\nHost: d\r\n\r\n",
+        b"GFILL / HTTP/1.1\r\nHost: d\r\n\r\n",
+    ):
+        longest = (HEAD_LIMIT_BYTES - len(head)) // len(filler)
+        for count in {longest, *(few[mark] for mark in few if mark in filler)}:
+            raw = head.replace(b"FILL", filler * min(count, longest))
+            tracemalloc.start()
+            try:
+                with contextlib.suppress(MalformedRequest):
+                    found = parse_request(raw)
+                    assert found.query is not None
+                    assert {found.keep_alive, found.expects_continue, found.may_hijack} <= {
+                        True,
+                        False,
+                    }
+                    assert found.with_body(3)
+                peak = tracemalloc.get_traced_memory()[1]
+            finally:
+                tracemalloc.stop()
+            assert peak < PEAK_BYTES, (head, count)
+
+
+def test_a_refusal_does_not_cite_all_of_a_head() -> None:
+    with pytest.raises(MalformedRequest) as caught:
+        parse_request(b"GET / HTTP/1.1\r\nHost: x\r\nX" + b"\xff" * 1_000_000 + b"\r\n\r\n")
+    assert len(str(caught.value)) < 1000
+
+
 @pytest.mark.parametrize("filler", [b" ", b"\t", b"0", b",", b"%", b"/", b":", b"%2e", b"a: b\r\n"])
 @pytest.mark.parametrize(
     "head",
@@ -286,6 +356,41 @@ def test_credentials_are_not_kept() -> None:
     assert parse_request(raw % b"X") is parse_request(raw % b"X")
 
 
+def read_all(parts: list[bytes]) -> tuple[list[RequestHead], bytes, bool]:
+    """The heads, all bytes that go on, and whether what comes then is refused."""
+    reader, heads, wire = RequestReader(), list[RequestHead](), bytearray()
+    try:
+        for part in parts:
+            reader.receive(memoryview(part))
+            while (item := reader.next()) is not None:
+                if isinstance(item, RequestHead):
+                    heads.append(item)
+                    wire += item.raw
+                else:
+                    wire += item.data
+    except MalformedRequest:
+        return heads, bytes(wire), True
+    return heads, bytes(wire), False
+
+
+@pytest.mark.parametrize("step", [1, 7, 40])
+def test_a_bare_lf_after_a_head_that_came_in_parts(step: int) -> None:
+    bad = b"GET / HTTP/1.1\r\nHost: x\n\n"
+    raw = b"GET /_ping HTTP/1.1\r\nHost: docker\r\nX-Long: yes\r\n\r\n"
+    for data in (raw + bad, raw + raw + bad):
+        heads, wire, refused = read_all([data[at : at + step] for at in range(0, len(data), step)])
+        assert refused
+        assert wire == data[: -len(bad)] == b"".join(each.raw for each in heads)
+
+
+@pytest.mark.parametrize("size", [4090, 4096, 4097, 4120, 4140])
+def test_the_longest_line_between_chunks_is_so_however_it_comes(size: int) -> None:
+    data = CHUNKED + b"5;" + b"a" * (size - 4) + b"\r\nhello\r\n0\r\n\r\n"
+    for step in (1, 17, len(data)):
+        parts = [data[at : at + step] for at in range(0, len(data), step)]
+        assert read_all(parts)[2] is (size > 4096)
+
+
 @settings(max_examples=4 * settings().max_examples, deadline=timedelta(seconds=5))
 @given(st.data())
 def test_any_bytes_are_a_request_or_refused_or_begun(data: st.DataObject) -> None:
@@ -295,27 +400,18 @@ def test_any_bytes_are_a_request_or_refused_or_begun(data: st.DataObject) -> Non
             *(b"GET", b"POST", b" ", b"/", b"/v1.51/x", b"HTTP/1.1", b"HTTP/1.0", b"\r\n", b"\n"),
             *(b"\r", b"Host: x", b"Content-Length: 3", b"Transfer-Encoding: chunked", b":", b"\0"),
             *(b"3\r\nabc\r\n", b"0\r\n\r\n", b"abc", b"\t", b"%", b"Content-Length", b"5", b","),
-            b"POST / HTTP/1.1\r\nHost: x\r\n",
+            *(b"POST / HTTP/1.1\r\nHost: x\r\n", b"GET / HTTP/1.1\r\nHost: x"),
         ]
     )
     whole = b"".join(data.draw(st.lists(fragment | st.binary(max_size=6), max_size=14)))
-    reader, position = RequestReader(), 0
-    heads: list[RequestHead] = []
-    wire = bytearray()
-    try:
-        while position < len(whole):
-            step = data.draw(st.integers(1, 20))
-            reader.receive(memoryview(whole[position : position + step]))
-            position += step
-            while (item := reader.next()) is not None:
-                if isinstance(item, RequestHead):
-                    heads.append(item)
-                    wire += item.raw
-                else:
-                    wire += item.data
-    except MalformedRequest:
-        pass
+    heads, wire, refused = read_all([whole] if whole else [])
     assert whole.startswith(wire)
+    for _ in range(2):
+        others, wire_of_other, other_refused = read_all(data.draw(split_up(whole)))
+        # However the bytes are split, with what is refused too; only how much of a malformed body
+        # goes on differs.
+        assert (others, other_refused) == (heads, refused)
+        assert refused or wire_of_other == wire
     for head in heads:
         other = h11.Connection(h11.SERVER, max_incomplete_event_size=HEAD_LIMIT_BYTES)
         other.receive_data(head.raw)

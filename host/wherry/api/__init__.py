@@ -1,11 +1,13 @@
 """The Docker API's endpoint: a streaming proxy that other features can hook into.
 
     server.Endpoint          listener, limit, counters
+    ├── refusals             clients beyond the limit
     └── connection           one client: its requests, on their way to the engine
         ├── local            the client's socket or pipe
         ├── downstream       the answers on their way back
         ├── exchange         one request and its answer; runs what watches the answer
         ├── hooks            what other features fill
+        ├── heads            what a head that is not whole may take
         ├── messages         where requests and answers begin and end (no sockets)
         │   ├── http         heads: h11, and what h11 lets pass
         │   └── framing      bodies, scanned and not rebuilt

@@ -20,6 +20,7 @@ from collections.abc import Callable
 from wherry.api.answers import CONTINUE, Refusal, render
 from wherry.api.downstream import LOOK_S, Downstream, Over
 from wherry.api.exchange import Exchange
+from wherry.api.heads import HEAD_TIMEOUT_S, OWN_BYTES, HeadRoom
 from wherry.api.hooks import ClientGone, Hooks, Match, Request, Watch
 from wherry.api.http import MalformedRequest, RequestHead
 from wherry.api.local import LocalEnd
@@ -47,6 +48,8 @@ class Connection:
     :param hooks: the endpoint's.
     :param spawn: runs helpers in other threads.
     :param prepare: called in one of these when there has been an answer.
+    :param room: the endpoint's, for heads that are long.
+    :param head_timeout_s: seconds that a head may take from its first byte on.
     """
 
     def __init__(
@@ -57,6 +60,8 @@ class Connection:
         spawn: Spawn,
         *,
         prepare: Callable[[], None] = lambda: None,
+        room: HeadRoom | None = None,
+        head_timeout_s: float = HEAD_TIMEOUT_S,
     ) -> None:
         self._local = LocalEnd(local)
         self._open_stream = open_stream
@@ -66,10 +71,15 @@ class Connection:
         self._prepare = prepare
         self._down = self._new_down()
         self._reader = RequestReader()
+        self._room = room if room is not None else HeadRoom()
+        self._taken = 0
+        self._head_timeout_s = head_timeout_s
+        self._head_due: float | None = None
         self._method = ""
         self._answered = False
         self._asked_in_vain = False
         self._buffer = memoryview(bytearray(_FIRST_BUFFER_BYTES))
+        self._wants_more = False
         self._gone = threading.Event()
         self._last_active = time.monotonic()
         self.requests = 0
@@ -111,6 +121,7 @@ class Connection:
             self._answer_and_end(refusal)
         finally:
             self.abort()
+            self._head_is_over()
             with self._down.draining:
                 self._local.close()
                 self._down.finish()
@@ -148,6 +159,8 @@ class Connection:
                 break
             item = self._next()
             if isinstance(item, RequestHead):
+                if self._head_due is not None:
+                    self._head_is_over()
                 self._begin(item)
             elif item is not None:
                 self._send(item.data)
@@ -161,21 +174,51 @@ class Connection:
         try:
             return self._reader.next()
         except MalformedRequest as error:
+            if self._reader.between:
+                self._method = ""  # no request's, and what it was before is answered
             raise Refusal(400, f"wherry: bad request: {error}") from error
 
     def _receive(self) -> bool:
-        """Wait for bytes of the client and hand them to the reader; False at their end."""
-        data = self._read()
+        """Wait for bytes of the client and hand them to the reader; False at their end.
+
+        :raises Refusal: there is no room for more of a head.
+        """
+        data = self._read_head() if self._reader.held else self._read()
         self._reader.receive(data)
         return bool(data)
 
+    def _read_head(self) -> memoryview:
+        """Wait for more of a head that has begun, as :meth:`_read` does.
+
+        :raises OSError: the client takes too long for it.
+        """
+        if self._head_due is None:
+            self._head_due = time.monotonic() + self._head_timeout_s
+        more = self._reader.held - OWN_BYTES - self._taken
+        if more > 0:
+            if not self._room.take(more):
+                self._method = ""
+                raise Refusal(503, "wherry: too many long requests have begun and are not whole")
+            self._taken += more
+        # The room for much at once is for bodies.
+        buffer = self._buffer[:_FIRST_BUFFER_BYTES]
+        return buffer[: self._local.read_by(buffer, self._head_due)]
+
+    def _head_is_over(self) -> None:
+        self._head_due = None
+        if self._taken:
+            self._room.give_back(self._taken)
+            self._taken = 0
+
     def _read(self) -> memoryview:
         """Wait for bytes of the client; none at their end. They are good until the next call."""
+        if self._wants_more:
+            # Most connections never send this much, so they do not pay for it.
+            self._wants_more = False
+            self._buffer = memoryview(bytearray(_FULL_BUFFER_BYTES))
         buffer = self._buffer
         count = self._local.read([buffer])
-        if count == len(buffer) < _FULL_BUFFER_BYTES:
-            # Most connections never send this much, so they do not pay for it.
-            self._buffer = memoryview(bytearray(_FULL_BUFFER_BYTES))
+        self._wants_more = count == len(buffer) < _FULL_BUFFER_BYTES
         return buffer[:count]
 
     def _settle(self) -> bool:

@@ -173,7 +173,10 @@ class Exchange:
             self._line += content[at:]
         self._held += piece.data[released:]
         if len(self._line) > LINE_LIMIT_BYTES:
-            self._too_long = True
+            # It is no first line any more either, which another one could be given for.
+            self._too_long = self._begun = True
+            if self._other is not None:
+                self._other.append(bytes(self._line))
             self._line.clear()
         # Without a begun line only framing is held, which a client may be waiting for; it waits
         # for none before the first line, which may yet get another length.

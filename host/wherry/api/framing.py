@@ -115,11 +115,11 @@ class Chunked:
             # Between chunks there are only short lines, so a small copy is searched.
             window = bytes(data[position : position + _WINDOW_BYTES])
             end = window.find(b"\n") + 1
+            if len(self._line) + (end or len(window)) > _LINE_LIMIT_BYTES:
+                raise MalformedBody("a line between the chunks is too long")
             if not end:
                 self._line += window
                 position += len(window)
-                if len(self._line) > _LINE_LIMIT_BYTES:
-                    raise MalformedBody("a line between the chunks is too long")
                 continue
             begin = position if not self._line else 0
             line = self._line + window[:end]

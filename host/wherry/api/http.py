@@ -27,6 +27,19 @@ HEADER_LIMIT = 4096
 """The most headers of a request. The engine counts none, but each takes a hundred bytes beside
 its own, and no client sends a hundred."""
 
+PATH_LIMIT_BYTES = 64 * 1024
+"""The longest path of a target, before its query."""
+
+MARK_LIMIT = 4 * HEADER_LIMIT
+"""The most blanks, commas and ``&`` of a head each: what stands between them takes some hundred
+bytes while it is split."""
+
+ESCAPE_LIMIT = 64 * 1024
+"""The most ``%`` of a head; each takes two hundred bytes while it is decoded."""
+
+_SHOWN_CHARACTERS = 200
+"""Of what h11 says, since it may cite all of the head."""
+
 Headers = tuple[tuple[bytes, bytes], ...]
 """Names in lower case, and values, in the order in which they came."""
 
@@ -197,12 +210,14 @@ def _parse_request(raw: bytes) -> RequestHead:
         raise MalformedRequest("a control character, a bare CR or LF, or a folded line")
     if raw.count(b"\n") - 2 > HEADER_LIMIT:
         raise MalformedRequest(f"more than {HEADER_LIMIT} headers")
+    if len(raw) > MARK_LIMIT:
+        _bound_marks(raw)
     connection = h11.Connection(h11.SERVER, max_incomplete_event_size=HEAD_LIMIT_BYTES)
     try:
         connection.receive_data(raw)
         request = connection.next_event()
     except h11.RemoteProtocolError as error:
-        raise MalformedRequest(str(error)) from error
+        raise MalformedRequest(str(error)[:_SHOWN_CHARACTERS]) from error
     if not isinstance(request, h11.Request):
         raise MalformedRequest("no request")
     http_version = request.http_version.decode("ascii")
@@ -234,12 +249,24 @@ def _parse_request(raw: bytes) -> RequestHead:
     )
 
 
+def _bound_marks(raw: bytes) -> None:
+    """Refuse what takes many times its own length once it is taken apart."""
+    if raw.count(b" ") + raw.count(b"\t") > MARK_LIMIT:
+        raise MalformedRequest(f"more than {MARK_LIMIT} blanks")
+    if raw.count(b",") > MARK_LIMIT or raw.count(b"&") > MARK_LIMIT:
+        raise MalformedRequest(f"more than {MARK_LIMIT} commas or parts of a query")
+    if raw.count(b"%") > ESCAPE_LIMIT:
+        raise MalformedRequest(f"more than {ESCAPE_LIMIT} escapes")
+
+
 _parse_again: Callable[[bytes], RequestHead] = lru_cache(maxsize=256)(_parse_request)
 
 
 def _split_target(method: str, target: str) -> tuple[str, str]:
     """Return the decoded path and the API's version of a target (RFC 9112 §3.2)."""
     encoded = target.partition("?")[0]
+    if len(encoded) > PATH_LIMIT_BYTES:
+        raise MalformedRequest(f"the path is longer than {PATH_LIMIT_BYTES} bytes")
     if not encoded.startswith("/"):
         if method == "OPTIONS" and target == "*":
             return "*", ""

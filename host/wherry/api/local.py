@@ -37,6 +37,35 @@ class LocalEnd:
         if self.socket is not None:
             self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
 
+    def read_by(self, buffer: memoryview, deadline: float) -> int:
+        """Wait for bytes until a time on the monotonic clock.
+
+        :raises OSError: the client is gone, or sent none until then.
+        """
+        left = max(0.0, deadline - time.monotonic())
+        if self.socket is not None:
+            if not _poll(self.socket, select.POLLIN, left * 1000):
+                raise TimeoutError
+            return self.read([buffer])
+        timer = threading.Timer(left, self.hang_up)
+        timer.start()
+        try:
+            return self.read([buffer])
+        finally:
+            timer.cancel()
+
+    def read_some(self, buffer: bytearray) -> int | None:
+        """Read without waiting; None when there is nothing, and of a client that has no poll(2).
+
+        :raises OSError: the client is gone.
+        """
+        if self.socket is None:
+            return None
+        try:
+            return self.socket.recv_into(buffer, 0, _NOW)
+        except BlockingIOError:
+            return None
+
     def send_some(self, parts: list[memoryview]) -> int:
         """Write what there is room for and return how many bytes; never waits for a socket.
 
@@ -96,15 +125,6 @@ class LocalEnd:
         """End both directions and wake whoever waits here; from any thread."""
         self._hung_up = True
         self._ending.shut(socket.SHUT_RDWR)
-
-    def await_request(self) -> None:
-        """Wait a moment for the client to ask for anything.
-
-        An answer that comes before that is none to Go's clients (``net/http`` logs it as
-        unsolicited, and fails the request that was about to be sent).
-        """
-        if self.socket is not None:
-            _poll(self.socket, select.POLLIN, _LINGER_S * 1000)
 
     def linger(self) -> None:
         """End writing, and read for a moment what the client still sends.

@@ -6,6 +6,7 @@ keep views of what they were fed, so a buffer may be used again once None was re
 
 from __future__ import annotations
 
+import re
 from typing import NamedTuple
 
 from wherry.api.framing import Body, Chunked, Length, MalformedBody, Ranges, UntilEnd
@@ -22,6 +23,8 @@ from wherry.api.http import (
 _ANSWER_HEAD_LIMIT_BYTES = 1 << 20
 _WHOLE_HEAD_BYTES = 64 * 1024
 """A head that is longer is put together like one that comes in parts."""
+
+_BARE_LF = re.compile(rb"(?<!\r)\n")
 
 _NOTHING = memoryview(b"")
 
@@ -84,7 +87,8 @@ class _Reader:
             return None
         if end > self._limit:
             raise ValueError
-        head = bytes(begun[:end])
+        with memoryview(begun) as view:
+            head = bytes(view[:end])
         self._data = self._data[end - fed :]
         begun.clear()
         return head
@@ -121,6 +125,11 @@ class RequestReader(_Reader):
         """Whether a request has begun that is not whole."""
         return not self._body.done or bool(self._begun)
 
+    @property
+    def held(self) -> int:
+        """How many bytes of a head are held that is not whole."""
+        return len(self._begun)
+
     def next(self) -> RequestHead | Piece | None:
         """Return what comes next; None when more bytes are needed.
 
@@ -153,8 +162,8 @@ class RequestReader(_Reader):
         begun = self._begun
         if begun[0] <= 0x20:
             raise MalformedRequest("no request line")
-        end = begun.find(b"\n", self._looked)
-        if end > 0 and begun[end - 1] != 0x0D:
+        # A CR that came before is seen: the pattern looks behind where the search begins.
+        if _BARE_LF.search(begun, self._looked):
             raise MalformedRequest("a line that ends with a bare LF")
         self._looked = len(begun)
 

@@ -10,8 +10,10 @@ from dataclasses import dataclass, replace
 
 from wherry.api.answers import Refusal, render
 from wherry.api.connection import Connection
+from wherry.api.heads import HEAD_TIMEOUT_S, HeadRoom
 from wherry.api.hooks import Hooks
 from wherry.api.local import LocalEnd
+from wherry.api.refusals import Refusals
 from wherry.platform.base import AcceptedStream, LocalListener
 from wherry.relay.acceptors import Acceptors
 from wherry.relay.workers import Workers
@@ -20,11 +22,6 @@ from wherry.tunnel.stream import Stream
 CONNECTION_LIMIT = 512
 """Connections at once; more are answered with 503. Each takes a thread and a descriptor, of
 which a program has 1024 on Linux and 256 on macOS unless it asks for more."""
-
-_REFUSERS = 32
-"""Connections beyond the limit that are told so at once. More wait for that in the system's
-queue (of 512, or 128 on macOS): each of these takes milliseconds, or two seconds of a client
-that asks nothing."""
 
 _CLOSE_TIMEOUT_S = 5.0
 
@@ -64,6 +61,7 @@ class Endpoint:
         open another one then; must not wait.
     :param hooks: what other features do with requests.
     :param limit: connections at once; more get 503.
+    :param head_timeout_s: seconds that a request's head may take; then its client is hung up on.
     """
 
     def __init__(
@@ -74,17 +72,21 @@ class Endpoint:
         prepare: Callable[[], None] = lambda: None,
         hooks: Hooks | None = None,
         limit: int = CONNECTION_LIMIT,
+        head_timeout_s: float = HEAD_TIMEOUT_S,
         name: str = "endpoint",
     ) -> None:
         self.hooks = hooks if hooks is not None else Hooks()
         self._open_stream = open_stream
         self._prepare = prepare
         self._limit = limit
+        self._head_timeout_s = head_timeout_s
+        self._room = HeadRoom()
         self._workers = Workers(name)
-        self._acceptors = Acceptors(listener, self._workers, self._serve, most=limit + _REFUSERS)
+        self._acceptors = Acceptors(listener, self._workers, self._serve, admit=self._admit)
+        message = f"wherry: there are already {limit} connections to the engine"
+        self._refusals = Refusals(render(Refusal(503, message), close=True), self._workers.spawn)
         self._lock = threading.Lock()
         self._connections: set[Connection] = set()
-        self._refusing: set[LocalEnd] = set()
         self._last_active = time.monotonic()
         self._ended = Counters(0, 0, 0, 0, 0, 0, 0, 0)
         self._closing = False
@@ -120,26 +122,43 @@ class Endpoint:
         """Stop listening, end every connection and thread; safe to call twice."""
         with self._lock:
             self._closing = True
-            connections, refusing = list(self._connections), list(self._refusing)
+            connections = list(self._connections)
         self._acceptors.close()
         for connection in connections:
             connection.abort()
-        for end in refusing:
-            end.hang_up()
+        self._refusals.close()
         if not self._workers.close(_CLOSE_TIMEOUT_S):
             _logger.warning("a connection did not end within %g s", _CLOSE_TIMEOUT_S)
+
+    def _admit(self, local: AcceptedStream) -> bool:
+        if len(self._connections) < self._limit:
+            return True
+        self._refuse(local)
+        return False
+
+    def _refuse(self, local: AcceptedStream) -> None:
+        with self._lock:
+            self._ended = replace(self._ended, refused=self._ended.refused + 1)
+        self._refusals.add(LocalEnd(local))
 
     def _serve(self, local: AcceptedStream) -> None:
         """Serve one client, or tell it that there are too many."""
         connection = Connection(
-            local, self._open_stream, self.hooks, self._workers.spawn, prepare=self._prepare
+            local,
+            self._open_stream,
+            self.hooks,
+            self._workers.spawn,
+            prepare=self._prepare,
+            room=self._room,
+            head_timeout_s=self._head_timeout_s,
         )
         with self._lock:
             full = len(self._connections) >= self._limit
             if not full:
                 self._connections.add(connection)
         if full:
-            self._refuse(LocalEnd(local))
+            # Another one was admitted at the same time.
+            self._refuse(local)
             return
         try:
             if self._closing:
@@ -160,23 +179,3 @@ class Endpoint:
                     bytes_up=ended.bytes_up + connection.bytes_up,
                     bytes_down=ended.bytes_down + connection.bytes_down,
                 )
-
-    def _refuse(self, end: LocalEnd) -> None:
-        """Answer its request with 503."""
-        with self._lock:
-            self._ended = replace(self._ended, refused=self._ended.refused + 1)
-            self._refusing.add(end)
-            closing = self._closing
-        if closing:
-            end.hang_up()
-        message = f"wherry: there are already {self._limit} connections to the engine"
-        try:
-            end.await_request()
-            end.send_all([render(Refusal(503, message), close=True)])
-            end.linger()
-        except OSError:
-            pass  # the client did not wait for it
-        finally:
-            with self._lock:
-                self._refusing.discard(end)
-            end.close()

@@ -32,8 +32,9 @@ class Acceptors:
     :param listener: owned from now on: :meth:`close` closes it.
     :param workers: whose threads are used; closed by their owner, after this.
     :param serve: serves one connection to its end, and closes it.
-    :param most: connections that are served at once, give or take one; others are not accepted
-        until one of these has ended, and wait in the system's queue meanwhile.
+    :param admit: called before another thread is had for the waiting; may keep a connection for
+        itself and return False, and must not wait. However many come for that, they take no
+        threads, and none waits to be accepted.
     """
 
     def __init__(
@@ -42,16 +43,13 @@ class Acceptors:
         workers: Workers,
         serve: Callable[[AcceptedStream], None],
         *,
-        most: int,
+        admit: Callable[[AcceptedStream], bool] = lambda local: True,
     ) -> None:
         self._listener = listener
         self._workers = workers
         self._serve = serve
-        self._most = most
-        # Guards what follows; the condition is notified when there is room, or closing begins.
+        self._admit = admit
         self._lock = threading.Lock()
-        self._room = threading.Condition(self._lock)
-        self._serving = 0
         self._waiting = 0
         self._closing = threading.Event()
 
@@ -65,23 +63,18 @@ class Acceptors:
 
     def close(self) -> None:
         """Stop listening; safe to call twice. The threads end with their connections."""
-        with self._room:
-            self._closing.set()
-            self._room.notify_all()
+        self._closing.set()
         self._listener.close()
 
     def _run(self) -> None:
         """Accept and serve, as long as threads are needed that wait; the body of each."""
         while (local := self._accept()) is not None:
-            try:
-                if not self._replace():
-                    local.close()
-                    continue
-                self._serve(local)
-            finally:
-                with self._room:
-                    self._serving -= 1
-                    self._room.notify()
+            if not self._admit(local):
+                continue
+            if not self._replace():
+                local.close()
+                continue
+            self._serve(local)
             with self._lock:
                 if self._waiting >= _WAITING:
                     return
@@ -104,15 +97,8 @@ class Acceptors:
     def _accept(self) -> AcceptedStream | None:
         """Wait for a connection; None when no more come."""
         while not self._closing.is_set():
-            with self._room:
-                self._room.wait_for(lambda: self._serving < self._most or self._closing.is_set())
-            if self._closing.is_set():
-                break
             try:
-                local = self._listener.accept()
-                with self._lock:
-                    self._serving += 1
-                return local
+                return self._listener.accept()
             except OSError as error:
                 if self._closing.is_set():
                     break
