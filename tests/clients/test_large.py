@@ -26,7 +26,7 @@ GROWTH = 32_000_000
 PAUSE_S = 4.0
 """Long enough for the guest to send more than the bound, were it let."""
 
-SLOW_BYTES, SLOW_S = 256 * 1024, 0.001
+SLOW_BYTES, SLOW_S = 256 * 1024, 0.02
 """And then so much at a time, with a pause after each."""
 
 
