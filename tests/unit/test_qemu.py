@@ -21,7 +21,7 @@ from wherry.core.errors import WherryError
 from wherry.vm import image
 from wherry.vm.driver import MachineSpec
 from wherry.vm.image import Image
-from wherry.vm.qemu import probe, programs
+from wherry.vm.qemu import probe, programs, qmp
 from wherry.vm.qemu.arguments import arguments, processor
 from wherry.vm.qemu.driver import QemuDriver
 from wherry.vm.qemu.qmp import HostForward, host_forwards
@@ -448,3 +448,19 @@ def test_only_a_guest_that_shuts_down_by_itself_has_powered_off(
 
     found = asyncio.run(ended())
     assert (found.expected, found.powered_off) == (True, powered_off)
+
+
+def test_a_monitor_is_left_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The library waits as long as QEMU does not read what is still to be written."""
+    monkeypatch.setattr(qmp, "_CLOSE_TIMEOUT_S", 0.05)
+    ended = []
+
+    async def disconnect(client: object) -> None:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            ended.append(client)
+
+    monkeypatch.setattr(qmp.QMPClient, "disconnect", disconnect)
+    asyncio.run(asyncio.wait_for(qmp.Monitor("test", lambda name, data: None).close(), 5))
+    assert len(ended) == 1

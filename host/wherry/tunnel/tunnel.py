@@ -19,6 +19,8 @@ It is called for each attempt, so it looks up the address each time.
 """
 
 _FIRST_DELAY_S = 0.1
+_JOIN_S = 10.0
+"""The thread ends with the connection, or with the attempt at one, that is closed before."""
 
 
 class State(enum.Enum):
@@ -156,7 +158,7 @@ class Tunnel:
             if connection is not None:
                 connection.close()
         if self._thread.ident is not None and self._thread is not threading.current_thread():
-            self._thread.join()
+            self._thread.join(_JOIN_S)
 
     def _count(self, stream: Stream) -> Stream:
         with self._lock:

@@ -14,6 +14,8 @@ from wherry.core.errors import WherryError
 
 _COMMAND_TIMEOUT_S = 10.0
 _RETRY_S = 0.02
+_CLOSE_TIMEOUT_S = 5.0
+"""The library waits until all that it has to say is written, to whoever may not read it."""
 
 
 class Monitor:
@@ -97,9 +99,10 @@ class Monitor:
             await asyncio.gather(self._events, return_exceptions=True)
             self._events = None
         try:
-            await self._client.disconnect()
-        except (QMPError, OSError, EOFError):
-            pass  # QEMU closed it first
+            async with asyncio.timeout(_CLOSE_TIMEOUT_S):
+                await self._client.disconnect()
+        except (QMPError, OSError, EOFError, TimeoutError):
+            pass  # QEMU closed it first, or does not answer any more
 
     async def _watch(self, listener: EventListener) -> None:
         async for event in listener:
