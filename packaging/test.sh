@@ -10,7 +10,7 @@ set -euo pipefail
 # Print what differs from what was committed; nothing where this is no checkout of git's.
 changes() {
     if [ -e "$top/.git" ] && command -v git >/dev/null; then
-        git -C "$top" status --porcelain
+        git -C "$top" status --porcelain || true # as where it is another user's
     fi
 }
 before=$(changes)
@@ -31,7 +31,9 @@ if [ "${1-} ${2-}" = "-m windows" ]; then
     prepare_python "[test]"
     prepare_wine
     cd "$top"
-    exec python tests/support/wine.py -m pytest "$@" tests/windows
+    status=0
+    python tests/support/wine.py -m pytest "$@" tests/windows || status=$?
+    leave "$status"
 fi
 
 prepare_system

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import random
 import select
@@ -12,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -20,7 +22,7 @@ from fake_pipes import FakePipes
 from loopback_sshd import LoopbackSshd
 from stub_engine import Client, eventually, pattern
 
-from wherry.api import refusals
+from wherry.api import refusals, server
 from wherry.api.hooks import Request, Watch
 from wherry.api.http import HEAD_LIMIT_BYTES
 from wherry.api.local import LocalEnd
@@ -90,20 +92,20 @@ HALF = b"GET /_ping HTTP/1.1\r\nHost: x\r\nX-Registry-Config: "
 @pytest.mark.parametrize("earlier", [0, 2])
 def test_a_head_has_a_time_by_which_it_is_whole(make_proxy: MakeProxy, earlier: int) -> None:
     """From its first byte on; a client that asks nothing has all the time."""
-    proxy = make_proxy(head_timeout_s=0.4)
+    proxy = make_proxy(head_timeout_s=1.0)
     with proxy.client() as client, proxy.client() as idle:
         for _ in range(earlier):
             client.send(HALF)
-            time.sleep(0.25)
+            time.sleep(0.6)
             client.send(b"e\r\n\r\n")
             assert client.answer()[0] == 200
         begun = time.monotonic()
         client.send(HALF)
         for _ in range(2):
-            time.sleep(0.15)
+            time.sleep(0.3)
             client.send(b"e")
         assert client.rest() == b""
-        assert 0.3 < time.monotonic() - begun < 2
+        assert 0.9 < time.monotonic() - begun < 5
         eventually(lambda: proxy.endpoint.counters.active == 1)
         idle.request("GET", "/_ping")
         assert idle.answer()[0] == 200
@@ -111,7 +113,7 @@ def test_a_head_has_a_time_by_which_it_is_whole(make_proxy: MakeProxy, earlier: 
 
 def test_the_time_of_a_head_on_a_pipe(proxy: Proxy, tmp_path: Path) -> None:
     path = tmp_path / "pipe"
-    endpoint = Endpoint(PipeListener(path), proxy.open_stream, head_timeout_s=0.4)
+    endpoint = Endpoint(PipeListener(path), proxy.open_stream, head_timeout_s=1.0)
     endpoint.start()
     try:
         with Client(path) as client:
@@ -121,7 +123,7 @@ def test_the_time_of_a_head_on_a_pipe(proxy: Proxy, tmp_path: Path) -> None:
             time.sleep(0.1)
             client.send(b"e\r\n\r\n")
             assert client.answer()[0] == 200
-            time.sleep(0.6)
+            time.sleep(1.2)
             client.send(HALF)
             assert client.rest() == b""
         eventually(lambda: endpoint.counters.active == 0)
@@ -225,18 +227,39 @@ def test_clients_beyond_the_limit_that_ask_nothing_delay_nobody(make_proxy: Make
         for client in silent:
             client.settimeout(5)
             assert Client(client).answer()[0] == 503
-        assert time.monotonic() - begun < 4
+        assert time.monotonic() - begun < 10
         eventually(lambda: not proxy.endpoint._refusals._clients)
         assert proxy.endpoint.counters.refused == number + 1
         # These are still being refused when the endpoint closes.
         late = [stack.enter_context(proxy.client()) for _ in range(50)]
         eventually(lambda: proxy.endpoint.counters.refused == number + 51)
+        assert proxy.endpoint._refusals._clients
         begun = time.monotonic()
         proxy.endpoint.close()
-        assert time.monotonic() - begun < 0.5
+        assert time.monotonic() - begun < 2
         for each in late:
             with contextlib.suppress(ConnectionResetError):
                 each.rest()
+
+
+def test_one_that_cannot_be_refused_is_in_nobody_s_way(
+    make_proxy: MakeProxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where a system sets no option of a socket whose client has left."""
+    proxy = make_proxy(limit=0)
+
+    class Gone(LocalEnd):
+        def __init__(self, local: Any) -> None:
+            raise OSError(errno.EINVAL, "Invalid argument")
+
+    for _ in range(5):
+        with monkeypatch.context() as patch:
+            patch.setattr(server, "LocalEnd", Gone)
+            with proxy.client() as client:
+                assert client.rest() == b""
+    with proxy.client() as client:
+        client.request("GET", "/_ping")
+        assert client.answer()[0] == 503
 
 
 def test_a_client_beyond_the_limit_that_goes_on_sending_reads_its_answer(

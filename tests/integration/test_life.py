@@ -14,7 +14,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from fake_host import FakeHost, wait_until
+from fake_host import FakeHost, kill, wait_until
 from filelock import FileLock
 
 from wherry.core.errors import TunnelError
@@ -32,17 +32,6 @@ def ping(host: FakeHost) -> str:
         while chunk := client.recv(65536):
             answer += chunk
     return answer.decode()
-
-
-def kill(pid: int) -> None:
-    """Kill without a word, and wait until it is gone."""
-    process = psutil.Process(pid)
-    process.kill()
-
-    def gone() -> bool:
-        return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
-
-    wait_until(gone, 10, f"{pid} ends")
 
 
 def test_from_nothing_to_running_and_back(host: FakeHost) -> None:

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from fake_host import Done, FakeHost, mount_arguments, mounted, wait_until
+from fake_host import Done, FakeHost, kill, mount_arguments, mounted, wait_until
 from fake_qemu import unshare
 
 pytestmark = pytest.mark.timeout(180)
@@ -29,17 +29,7 @@ GONE = "the virtual machine, which ran before, goes on; repeat the command, or e
 def kill_service(host: FakeHost) -> int:
     """Kill the service; return QEMU's process."""
     status = host.status()
-    process = psutil.Process(status["service_pid"])
-    process.kill()
-
-    def is_dead() -> bool:
-        try:
-            # With its last thread it lets go of its lock.
-            return process.status() == psutil.STATUS_ZOMBIE and process.num_threads() <= 1
-        except psutil.NoSuchProcess:
-            return True
-
-    wait_until(is_dead, 10, "dead")
+    kill(status["service_pid"])
     return int(status["qemu_pid"])
 
 

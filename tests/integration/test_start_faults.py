@@ -12,9 +12,8 @@ from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 
-import psutil
 import pytest
-from fake_host import SUPPORT, Done, FakeHost, mount_arguments, mounted, wait_until
+from fake_host import SUPPORT, Done, FakeHost, kill, mount_arguments, mounted, wait_until
 
 from wherry.service.stages import Bounds
 
@@ -429,7 +428,7 @@ def test_a_stage_that_hangs_is_ended_by_its_bound(stage: str, host: FakeHost) ->
         host.good("start")
         status = host.status()
         qemu = status["qemu_pid"]
-        end_by_force(status["service_pid"])
+        kill(status["service_pid"])
         host.paths.control_socket.unlink()
     begun = time.monotonic()
     with host.serve(stage, **{f"{stage}_s": 0.2}) as service:
@@ -449,15 +448,6 @@ def test_a_stage_that_hangs_is_ended_by_its_bound(stage: str, host: FakeHost) ->
         assert status["qemu_pid"] == qemu
         host.good("stop", "--force")
     host.at_rest()
-
-
-def end_by_force(pid: int) -> None:
-    """Kill a service, and wait until it is gone."""
-    process = psutil.Process(pid)
-    process.kill()
-    wait_until(
-        lambda: not process.is_running() or process.status() == psutil.STATUS_ZOMBIE, 10, "dead"
-    )
 
 
 def test_a_guest_with_another_key_is_not_trusted(host: FakeHost) -> None:

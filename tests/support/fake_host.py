@@ -239,6 +239,21 @@ class FakeHost:
         shutil.rmtree(self.directory, ignore_errors=True)
 
 
+def kill(pid: int) -> None:
+    """Kill without a word, and wait until all of it is gone."""
+
+    def is_gone() -> bool:
+        try:
+            # With its last thread it lets go of its files and their locks.
+            return process.status() == psutil.STATUS_ZOMBIE and process.num_threads() <= 1
+        except psutil.NoSuchProcess:
+            return True
+
+    process = psutil.Process(pid)
+    process.kill()
+    wait_until(is_gone, 10, f"{pid} ends")
+
+
 def wait_until(condition: Callable[[], object], timeout_s: float, what: str) -> None:
     """Wait until a condition holds."""
     end = time.monotonic() + timeout_s

@@ -282,12 +282,16 @@ def test_the_end_of_a_stream_is_the_command_s_unless_it_goes_on(api: Api, sessio
     made = api.send("POST", "/containers/box/exec")
     assert made.line is not None
     made.line(b'{"Id": "e1"}')
-    for status, expected in (("101 UPGRADED", []), ("200 OK", [False])):
+    for status, whole, expected in (
+        ("101 UPGRADED", True, []),
+        ("101 UPGRADED", False, [False]),  # the client has left, and the command goes on
+        ("200 OK", True, [False]),
+    ):
         watch = api.send("POST", "/exec/e1/start")
         assert watch.head is not None
         assert watch.end is not None
         watch.head(parse_answer(f"HTTP/1.1 {status}\r\n\r\n".encode()))
-        watch.end(True)
+        watch.end(whole)
         assert asked(False) == expected
         assert asked(True) == []
         assert asked(False) == [False]

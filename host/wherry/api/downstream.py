@@ -295,8 +295,10 @@ class Downstream:
             if exchange is not None:
                 complete = error is None and exchange.ends_with_stream
                 try:
-                    rest = exchange.rest() if complete else b""
-                    exchange.finish(complete=complete)
+                    try:
+                        rest = exchange.rest() if complete else b""
+                    finally:
+                        exchange.finish(complete=complete)
                     if rest:
                         self._local.send_all([rest])
                         self.bytes += len(rest)

@@ -81,19 +81,27 @@ class Refusals:
             self._clients.clear()
 
     def _run(self) -> None:
-        while not self._closing.wait(_LOOK_S):
-            now = time.monotonic()
+        try:
+            while not self._closing.wait(_LOOK_S) and self._look_at_all():
+                pass
+        except BaseException:
             with self._lock:
-                kept = []
-                for client in self._clients:
-                    if self._look(client, now):
-                        kept.append(client)
-                    else:
-                        self._dismiss(client)
-                self._clients = kept
-                self._running = bool(kept)
-                if not kept:
-                    return
+                self._running = False  # the next client has another helper
+            raise
+
+    def _look_at_all(self) -> bool:
+        """Go on with each client; False when there are no more."""
+        now = time.monotonic()
+        with self._lock:
+            kept = []
+            for client in self._clients:
+                if self._look(client, now):
+                    kept.append(client)
+                else:
+                    self._dismiss(client)
+            self._clients = kept
+            self._running = bool(kept)
+            return self._running
 
     def _look(self, client: _Refused, now: float) -> bool:
         """Tell a client once it has asked, or can wait no longer; False when it is over."""

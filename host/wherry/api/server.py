@@ -21,7 +21,8 @@ from wherry.tunnel.stream import Stream
 
 CONNECTION_LIMIT = 512
 """Connections at once; more are answered with 503. Each takes a thread and a descriptor, of
-which a program has 1024 on Linux and 256 on macOS unless it asks for more."""
+which a program has 1024 on Linux and 256 on macOS unless it asks for more; clients that are being
+refused take descriptors too (:data:`refusals.MOST`)."""
 
 _CLOSE_TIMEOUT_S = 5.0
 

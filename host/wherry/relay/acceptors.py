@@ -69,7 +69,11 @@ class Acceptors:
     def _run(self) -> None:
         """Accept and serve, as long as threads are needed that wait; the body of each."""
         while (local := self._accept()) is not None:
-            if not self._admit(local):
+            try:
+                if not self._admit(local):
+                    continue
+            except OSError:
+                local.close()  # its client has left
                 continue
             if not self._replace():
                 local.close()

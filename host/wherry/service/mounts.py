@@ -47,7 +47,7 @@ from wherry.service.shared import Shared, json_object, parse_json
 from wherry.sync import sources
 from wherry.sync.barrier import hold_required
 from wherry.sync.core.reconcile import GUEST, HOST
-from wherry.sync.drives import host_path, of_container, of_volume
+from wherry.sync.drives import of_container, of_volume
 from wherry.sync.roots import Roots
 from wherry.sync.session import Session
 from wherry.sync.sources import Source
@@ -84,7 +84,7 @@ class Mounts:
     ) -> None:
         self._roots = roots
         self._shared = Shared(roots, tunnel, shared, drives=drives)
-        self._host_path = host_path(drives)
+        self._host_path = self._shared.host_path
         self._known = Mounted(tunnel)
         self._used: set[str] = set()
         self._lock = threading.Lock()
@@ -239,8 +239,8 @@ class Mounts:
     def _events(self, request: Request) -> Watch | None:
         def event(line: bytes) -> None:
             if any(word in line for word in _ENDINGS):
-                id = parse_json(line).get("Actor", {}).get("ID", "")
-                self._fetch(request, self._mounted(request, str(id), ask=False))
+                id = str(json_object(parse_json(line).get("Actor")).get("ID", ""))
+                self._fetch(request, self._mounted(request, id, ask=False))
 
         return Watch(line=event)
 
@@ -282,7 +282,7 @@ class Mounts:
             failure = self._fetch(request, mounted, marks)
             if failure:
                 self._note(self._unfetched, id, (mounted, failure))
-            elif attached:
+            elif attached and whole:
                 self._note(self._brought, id, _BY_STREAM)
 
         return Watch(head=answered, end=ended)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shlex
 import stat
 from collections.abc import Callable, Iterable, Mapping
@@ -34,7 +33,8 @@ class Shared:
         self._roots = roots
         self._tunnel = tunnel
         self._drives = drives
-        self._host_path = host_path(drives)
+        self.host_path = host_path(drives)
+        """Gives the host's path of one of the guest's."""
         self._directories = tuple(
             (to_guest(path) if drives else path).rstrip("/") or "/" for path in directories
         )
@@ -72,7 +72,7 @@ class Shared:
         if not self.has(source.path):
             self._check_guest(source.path)
             return None
-        path = self._host_path(source.path)
+        path = self.host_path(source.path)
         try:
             try:
                 mode = path.stat().st_mode
@@ -104,11 +104,11 @@ class Shared:
         except WherryError as error:
             raise Refusal(503, str(error)) from error
         if done.status != 0:
-            raise Refusal(
-                400,
-                f"{path} is not in a directory that is shared with containers; to share it:"
-                f" wherry config set sync.shared {os.pathsep.join((*self._directories, path))}",
-            )
+            message = f"{path} is not in a directory that is shared with containers"
+            if not self._drives:  # else it is on none, and all are shared unless the user says so
+                shared = ":".join((*self._directories, path))
+                message += f"; to share it: wherry config set sync.shared {shared}"
+            raise Refusal(400, message)
 
 
 def parse_json(data: bytes | None) -> dict[str, Any]:

@@ -24,7 +24,7 @@ not missed: what it had before came.
 Nor does it wait without a bound. A round is finite: so is what is on either side when its scans
 begin, and a file that does not hold still is read three times and left to the next round. Who waits
 is told of a failure when the session has made no progress for a minute, or when the guest has been
-at work on the same path for ten, by that path's name; the session goes on.
+at work on the same path for ten, by that path's name if it has one; the session goes on.
 """
 
 from __future__ import annotations
