@@ -100,13 +100,19 @@ def start_machine(
                 machine.reconfigure(where, paths, settings)
             launch.ensure(where, paths)
         with stages() as show:
-            status: dict[str, Any] = call(
-                where.platform,
-                paths.control_socket,
-                "wait_running",
-                {"ssh_auth_sock": os.environ.get("SSH_AUTH_SOCK", "")},
-                on_event=show,
-            )
+            try:
+                status: dict[str, Any] = call(
+                    where.platform,
+                    paths.control_socket,
+                    "wait_running",
+                    {"ssh_auth_sock": os.environ.get("SSH_AUTH_SOCK", "")},
+                    on_event=show,
+                )
+            except WherryError:
+                # It says why before it has cleaned up, and until then is neither running nor not.
+                with contextlib.suppress(WherryError):
+                    launch.wait_gone(where, paths)
+                raise
         # It runs. An interrupt from here to the end of the program would leave a context
         # without its machine, or be reported as one while the machine runs.
         interrupts.ignore()
