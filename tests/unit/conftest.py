@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 import sys
@@ -33,6 +34,12 @@ TOOLS = (
 settings.register_profile("default", deadline=None)
 settings.load_profile("default")
 settings.register_profile("thorough", max_examples=1500, stateful_step_count=60, deadline=None)
+
+
+def pytest_collection_finish() -> None:
+    """Have the collector of cycles not look at all that is there from now on, again and again."""
+    gc.collect()
+    gc.freeze()
 
 
 class Host(Linux):

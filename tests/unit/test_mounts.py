@@ -540,7 +540,10 @@ def test_a_wait_without_progress_ends(
         api.send("POST", "/containers/box/start")
 
 
-def test_a_wait_for_a_guest_that_is_only_busy_ends(api: Api, session: Session) -> None:
+def test_a_wait_for_a_guest_that_is_only_busy_ends(
+    api: Api, session: Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(barrier, "_SLICE_S", 0.01)
     ticket = Ticket(0, True)
     ticket.asked_at -= 601
     session.ask = lambda *, fresh: ticket  # type: ignore[method-assign]
