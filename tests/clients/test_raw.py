@@ -109,16 +109,21 @@ def test_the_oldest_version_is_the_engine_s(clients: Clients) -> None:
 ECHO = "cat; echo after; echo beside >&2"
 
 
+def converse(client: Client) -> None:
+    """Talk to a program that runs :data:`ECHO` until both directions have ended."""
+    client.send(b"first\n")
+    assert frame(client) == ("stdout", b"first\n")
+    client.send(b"second\n")
+    client.sock.shutdown(socket.SHUT_WR)
+    assert frames(client) == {"stdout": b"second\nafter\n", "stderr": b"beside\n"}
+
+
 def test_attach_without_an_upgrade(raw: Raw) -> None:
     """What comes after the client has ended its input arrives, and then the stream ends."""
     box = raw.create(ECHO)
     with raw.hijacked(f"/containers/{box}/attach?stream=1&stdin=1&stdout=1&stderr=1") as client:
         assert raw.ask("POST", f"/containers/{box}/start")[0] == 204
-        client.send(b"first\n")
-        assert frame(client) == ("stdout", b"first\n")
-        client.send(b"second\n")
-        client.sock.shutdown(socket.SHUT_WR)
-        assert frames(client) == {"stdout": b"second\nafter\n", "stderr": b"beside\n"}
+        converse(client)
     assert json.loads(raw.ask("POST", f"/containers/{box}/wait")[1])["StatusCode"] == 0
 
 
@@ -131,11 +136,7 @@ def test_exec_without_an_upgrade(clients: Clients, raw: Raw) -> None:
     assert status == 201, content
     identity = json.loads(content)["Id"]
     with raw.hijacked(f"/exec/{identity}/start", {"Detach": False, "Tty": False}) as client:
-        client.send(b"first\n")
-        assert frame(client) == ("stdout", b"first\n")
-        client.send(b"second\n")
-        client.sock.shutdown(socket.SHUT_WR)
-        assert frames(client) == {"stdout": b"second\nafter\n", "stderr": b"beside\n"}
+        converse(client)
     assert json.loads(raw.ask("GET", f"/exec/{identity}/json")[1])["ExitCode"] == 7
 
 

@@ -24,7 +24,6 @@ from wherry.api.http import ResponseHead
 from wherry.api.server import Endpoint
 from wherry.core.errors import TunnelError
 from wherry.platform import current
-from wherry.tunnel.connection import Connection
 from wherry.tunnel.inbox import Inbox
 from wherry.tunnel.tunnel import Tunnel
 
@@ -38,15 +37,7 @@ BAD_CHUNK = b"5\nbad\r\n"
 def through_ssh(tmp_path: Path, sshd: LoopbackSshd) -> Iterator[Path]:
     """An endpoint over a real sshd, whose streams may take a second to open; its path."""
     engine = StubEngine(tmp_path / "engine.sock")
-    tunnel = Tunnel(
-        lambda watcher: Connection.connect(
-            sshd.address,
-            user=sshd.user,
-            user_key=sshd.keys.user,
-            host_public=sshd.keys.host.public,
-            watcher=watcher,
-        )
-    )
+    tunnel = Tunnel(sshd.connect)
     tunnel.start()
     tunnel.wait(20)
     path = tmp_path / "docker.sock"
@@ -84,13 +75,7 @@ def test_a_tunnel_that_stays_down(tmp_path: Path) -> None:
     server, engine = LoopbackSshd(tmp_path / "sshd"), StubEngine(tmp_path / "engine.sock")
     path = tmp_path / "docker.sock"
     tunnel = Tunnel(
-        lambda watcher: Connection.connect(
-            server.address,
-            user=server.user,
-            user_key=server.keys.user,
-            host_public=server.keys.host.public,
-            watcher=watcher,
-        ),
+        server.connect,
         outage_timeout_s=OUTAGE_S,
         longest_delay_s=OUTAGE_S / 4,
     )

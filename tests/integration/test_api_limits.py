@@ -29,7 +29,6 @@ from wherry.api.local import LocalEnd
 from wherry.api.server import CONNECTION_LIMIT, Endpoint
 from wherry.platform import current
 from wherry.platform.windows import pipes
-from wherry.tunnel.connection import Connection
 from wherry.tunnel.tunnel import Tunnel
 
 BAD = [
@@ -262,6 +261,28 @@ def test_one_that_cannot_be_refused_is_in_nobody_s_way(
         assert client.answer()[0] == 503
 
 
+def test_a_helper_that_fails_is_followed_by_another(
+    make_proxy: MakeProxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failed = threading.Event()
+
+    def fail(self: refusals.Refusals) -> bool:
+        failed.set()
+        raise RuntimeError("a fault of ours")
+
+    proxy = make_proxy(limit=0)
+    with proxy.client() as first:
+        with monkeypatch.context() as patch:
+            patch.setattr(refusals.Refusals, "_look_at_all", fail)
+            first.send(b"GET")
+            assert failed.wait(5)
+        eventually(lambda: not proxy.endpoint._refusals._running)
+        with proxy.client() as second:
+            second.request("GET", "/_ping")
+            assert second.answer()[0] == 503
+        assert first.answer()[0] == 503
+
+
 def test_a_client_beyond_the_limit_that_goes_on_sending_reads_its_answer(
     make_proxy: MakeProxy,
 ) -> None:
@@ -467,16 +488,7 @@ def test_200_requests_while_the_tunnel_is_cut(proxy: Proxy, tmp_path: Path) -> N
     cuts = 0
     with contextlib.ExitStack() as stack:
         stack.callback(sshd.stop)
-        tunnel = Tunnel(
-            lambda watcher: Connection.connect(
-                sshd.address,
-                user=sshd.user,
-                user_key=sshd.keys.user,
-                host_public=sshd.keys.host.public,
-                timeout_s=10,
-                watcher=watcher,
-            )
-        )
+        tunnel = Tunnel(lambda watcher: sshd.connect(watcher, timeout_s=10))
         stack.callback(tunnel.close)
         tunnel.start()
         tunnel.wait(10)

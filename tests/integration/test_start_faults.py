@@ -367,6 +367,14 @@ def test_a_guest_that_gives_up(
     host.at_rest()
 
 
+def test_a_failure_is_told_when_the_machine_is_at_rest(host: FakeHost) -> None:
+    host.behave(engine="absent", last_line="wherry: ssh", quit_s=1.5)
+    host.make()
+    with host.serve(engine_s=0.1):
+        failed(host.run("start"), status=1, says="engine: nothing within", next_step="console")
+        assert host.status()["state"] == "broken"
+
+
 @pytest.mark.parametrize(
     ("behaviour", "bounds", "says", "next_step"),
     [

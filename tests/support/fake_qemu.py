@@ -251,6 +251,7 @@ class Machine:
                 reply["id"] = request["id"]
             self._send(reply)
             if command == "quit" and not behaviour().get("stays"):
+                time.sleep(behaviour().get("quit_s", 0))
                 self._end("host-qmp-quit")
         with self._lock:
             self._client = None

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import psutil
 
+from wherry.tunnel.connection import Connection, Watcher
 from wherry.tunnel.keys import MachineKeys, make_keys
 
 _CONFIG = """\
@@ -58,6 +59,17 @@ class LoopbackSshd:
     def address(self) -> tuple[str, int]:
         """Where it listens."""
         return "127.0.0.1", self.port
+
+    def connect(self, watcher: Watcher, *, timeout_s: float = 30.0) -> Connection:
+        """Connect to it as the tunnel of a machine does."""
+        return Connection.connect(
+            self.address,
+            user=self.user,
+            user_key=self.keys.user,
+            host_public=self.keys.host.public,
+            timeout_s=timeout_s,
+            watcher=watcher,
+        )
 
     def start(self) -> None:
         """Start it on the same port as before."""

@@ -17,8 +17,10 @@ from wherry.api.hooks import Hooks, Request, Watch
 from wherry.api.http import parse_answer, parse_request
 from wherry.core.errors import TunnelError, WherryError
 from wherry.service.mounts import Mounts
+from wherry.service.shared import Shared
 from wherry.sync import barrier
 from wherry.sync.barrier import Ticket, hold
+from wherry.sync.sources import Source
 
 ID = "f" * 64
 DONE = parse_answer(b"HTTP/1.1 204 No Content\r\n\r\n")
@@ -526,31 +528,29 @@ def test_a_request_whose_root_has_ended_waits_for_the_next_one(
     assert next_one.asked[-1] is False
 
 
+@pytest.mark.parametrize(
+    ("attribute", "waited_s", "where"),
+    [
+        ("idle_s", 61, " at a/b, after 2 of 3 files"),
+        ("busy_s", 601, " at db/base, which is being read in the guest"),
+    ],
+)
 def test_a_wait_without_progress_ends(
-    api: Api, session: Session, monkeypatch: pytest.MonkeyPatch
+    api: Api,
+    session: Session,
+    monkeypatch: pytest.MonkeyPatch,
+    attribute: str,
+    waited_s: float,
+    where: str,
 ) -> None:
     monkeypatch.setattr(barrier, "_SLICE_S", 0.01)
     ticket = Ticket(0, True)
-    ticket.asked_at -= 61
+    ticket.asked_at -= waited_s
     session.ask = lambda *, fresh: ticket  # type: ignore[method-assign]
-    session.idle_s = 61
-    session.where = " at a/b, after 2 of 3 files"
+    setattr(session, attribute, waited_s)
+    session.where = where
     session.root = type("Root", (), {"path": Path("/src")})()  # type: ignore[attr-defined]
-    with pytest.raises(Refusal, match="makes no progress at a/b, after 2 of 3 files"):
-        api.send("POST", "/containers/box/start")
-
-
-def test_a_wait_for_a_guest_that_is_only_busy_ends(
-    api: Api, session: Session, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(barrier, "_SLICE_S", 0.01)
-    ticket = Ticket(0, True)
-    ticket.asked_at -= 601
-    session.ask = lambda *, fresh: ticket  # type: ignore[method-assign]
-    session.busy_s = 601
-    session.where = " at db/base, which is being read in the guest"
-    session.root = type("Root", (), {"path": Path("/src")})()  # type: ignore[attr-defined]
-    with pytest.raises(Refusal, match="makes no progress at db/base, which is being read"):
+    with pytest.raises(Refusal, match=f"makes no progress{where}"):
         api.send("POST", "/containers/box/start")
 
 
@@ -614,6 +614,16 @@ def test_paths_of_drives_are_rewritten_before_the_engine_sees_them(shared: str) 
     assert "D:\\elsewhere\\x" in str(refused.value)
     request = send("/volumes/create", {"Name": "v", "DriverOpts": {"device": "C:\\x"}})
     assert not request.replaced
+
+
+@pytest.mark.parametrize("drives", [False, True])
+def test_what_to_share_is_told_where_anything_is_left(drives: bool) -> None:
+    """With drives all are shared, so a path on none cannot be."""
+    tunnel = SimpleNamespace(run=lambda *command, **options: SimpleNamespace(status=1))
+    shared = Shared(Roots(), tunnel, ["/home"], drives=drives)  # type: ignore[arg-type]
+    with pytest.raises(Refusal, match="/srv is not in a directory that is shared") as refused:
+        shared.share(Source("/srv"))
+    assert ("wherry config set sync.shared /home:/srv" in str(refused.value)) != drives
 
 
 @pytest.mark.parametrize("path", ["/var/run/docker.sock", "/run/host-services/ssh-auth.sock"])

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from api_proxy import PipeLike
 
 from wherry.core.errors import TunnelError
 from wherry.relay import workers as workers_module
@@ -69,18 +70,6 @@ class PairStream(CopyingSender):
         while self._inbox.drain(sink_write, taken):
             pass
         self._inbox.tell_end(None, gone=False)
-
-
-class PipeLike:
-    """A LocalStream that is no socket and cannot be polled, as a named pipe of Windows."""
-
-    def __init__(self, end: socket.socket) -> None:
-        self._end = end
-        self.recv, self.recv_into, self.send = end.recv, end.recv_into, end.send
-        self.sendall, self.shutdown, self.close = end.sendall, end.shutdown, end.close
-
-    def fileno(self) -> int:
-        return -1
 
 
 @pytest.fixture
