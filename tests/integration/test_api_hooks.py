@@ -234,6 +234,20 @@ def test_the_end_is_held(proxy: Proxy, target: str) -> None:
         assert held.calls == [True]
 
 
+def test_an_answer_is_whole_though_its_client_leaves_at_the_last_line(proxy: Proxy) -> None:
+    ended, last = list[bool](), pattern(3000).rpartition(b"\n")[2]
+
+    def line(text: bytes) -> None:
+        if text == last:
+            raise ClientGone
+
+    proxy.hooks.on("GET", "/close", lambda request: Watch(line=line, end=ended.append))
+    with proxy.client() as client:
+        client.request("GET", "/close?n=3000")
+        eventually(lambda: bool(ended))
+        assert ended == [True]
+
+
 def test_the_last_line_is_held_though_only_the_stream_ends_it(proxy: Proxy) -> None:
     """Until ``end`` has returned."""
     held, lines, body = Held(), list[bytes](), pattern(3000)

@@ -17,7 +17,7 @@ import pytest
 from loopback_sshd import LoopbackSshd, echo, unix_server
 
 from wherry.core.errors import TunnelError
-from wherry.tunnel import transport
+from wherry.tunnel import transport, tunnel
 from wherry.tunnel.connection import Connection
 from wherry.tunnel.keys import make_keys
 from wherry.tunnel.packetizer import FastPacketizer
@@ -566,3 +566,24 @@ def test_data_does_not_wait_for_the_acknowledgement_of_an_opening(
             other.close()
         stream.close()
     assert sorted(times)[len(times) // 2] < 0.03
+
+
+def test_a_tunnel_whose_attempt_does_not_end_is_closed_in_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(tunnel, "_JOIN_S", 0.1)
+    begun, end = threading.Event(), threading.Event()
+
+    def connect(watcher: object) -> Connection:
+        begun.set()
+        end.wait(30)
+        raise TunnelError("too late")
+
+    made = Tunnel(connect)
+    made.start()
+    assert begun.wait(5)
+    started = time.monotonic()
+    made.close()
+    assert time.monotonic() - started < 5
+    end.set()
+    made._thread.join(5)

@@ -344,6 +344,7 @@ def test_events_of_an_ending_wait(api: Api, session: Session) -> None:
     for action, asked in (("start", []), ("die", [False]), ("exec_die", [False, False])):
         watch.line(json.dumps({"Action": action, "Actor": {"ID": ID}}).encode())
         assert session.asked == asked
+    watch.line(b'{"Action": "die", "Actor": null}')  # of nobody's, and no fault
 
 
 def test_a_container_without_mounts_costs_nothing(api: Api) -> None:
