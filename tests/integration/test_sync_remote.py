@@ -305,8 +305,8 @@ def test_what_changes_while_no_agent_runs_travels_by_itself(
     monkeypatch.setattr(session_module, "_FLUSH_S", 0.0)
     (pair.host / "f").write_text("f")
     pair.barrier()
-    # The round that follows is over then, and all is on the disk.
-    time.sleep(0.5)
+    # Until the round that follows is over, and all is on the disk: else either brings it.
+    until(lambda: not (pair.session._follow_up or pair.session._unflushed_since))
     pair.guest.kill()
     (pair.there / "g").write_text("g")
     pair.guest.restart()
