@@ -21,6 +21,8 @@ import pytest
 from fake_image import write_image
 
 from wherry.config.layout import Layout, MachinePaths
+from wherry.control.client import call
+from wherry.core.errors import NotRunning
 from wherry.platform import current
 from wherry.service.machine import create
 
@@ -151,13 +153,24 @@ class FakeHost:
     def serve(self, *hangs: str, **bounds: float) -> subprocess.Popen[bytes]:
         """Run the default machine's service with other bounds for its stages.
 
+        It listens when this returns: a command that finds none starts one of its own.
+
         :param hangs: stages whose work is never done.
         """
-        return subprocess.Popen(
+        service = subprocess.Popen(
             [sys.executable, SUPPORT / "quick_service.py", "default", json.dumps(bounds), *hangs],
             env=self.env,
             start_new_session=True,
         )
+        wait_until(self._is_served, 20, "the service listens")
+        return service
+
+    def _is_served(self) -> bool:
+        try:
+            call(current(), self.paths.control_socket, "hello", timeout_s=TIMEOUT_S)
+        except NotRunning:
+            return False
+        return True
 
     def ssh(self) -> Callable[..., subprocess.CompletedProcess[bytes]]:
         """Return what runs a command in the guest, also when no service does."""
