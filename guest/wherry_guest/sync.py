@@ -52,6 +52,7 @@ from wherry_wire.messages import (
     SyncStage,
     SyncStageBlocks,
     SyncStageLocal,
+    SyncStamps,
     SyncSums,
     SyncYes,
 )
@@ -173,6 +174,7 @@ class _Root:
             SyncRead: self._read,
             SyncStage: self._stage,
             SyncStageLocal: self._stage_local,
+            SyncStamps: self._stamps,
             SyncSums: self._sums,
             SyncReadBlocks: self._read_blocks,
             SyncStageBlocks: self._stage_blocks,
@@ -371,6 +373,11 @@ class _Root:
                 if leaf.digest not in taken
             )
         )
+        return Done()
+
+    def _stamps(self, request: SyncStamps) -> Done:
+        paths = [wire.parse_path(path) for (path,) in self._link.rows(1)]
+        self._link.send(wire.rows((stamp,) for stamp in self._end.stamps(paths)))
         return Done()
 
     def _sums(self, request: SyncSums) -> Done:

@@ -6,6 +6,7 @@ method promises, whichever side of the wire it is on.
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 import time
@@ -279,6 +280,11 @@ class LocalEndpoint:
             taken.add(leaf.digest)
         return taken
 
+    def stamps(self, paths: Iterable[str]) -> list[bytes]:
+        """Return of what is at each path what any write to it changes."""
+        with self._opened() as (fd, root_name):
+            return [_stamp(fd, path, root_name) for path in paths]
+
     def read_all(
         self, wanted: Sequence[tuple[str, Leaf]]
     ) -> Iterator[tuple[Leaf, int, Iterator[bytes]]]:
@@ -387,6 +393,20 @@ class LocalEndpoint:
 
     def _opened(self) -> _Root:
         return _Root(self._path, self._single)
+
+
+def _stamp(fd: int, path: str, root_name: str) -> bytes:
+    parent, name = split(path)
+    try:
+        with handles.open_directory(fd, parent) as directory:
+            status = os.stat(name or root_name or ".", dir_fd=directory, follow_symlinks=False)
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
+            return b""
+        raise
+    # What is in a directory has stamps of its own.
+    time_ns = 0 if stat.S_ISDIR(status.st_mode) else status.st_ctime_ns
+    return f"{status.st_ino} {time_ns}".encode()
 
 
 class _Root:

@@ -429,6 +429,12 @@ class SyncStageLocal(Message):
     TYPE = 0x2B
 
 
+class SyncStamps(Message):
+    """Request: the stamps of what is at some paths."""
+
+    TYPE = 0x3D
+
+
 class SyncSums(Message):
     """Request: the digests of a file's blocks, if it is still that file."""
 

@@ -442,7 +442,7 @@ def test_what_no_container_mounts_ends_and_is_ready_again(machine: Machine, sour
     machine.barrier()
     machine.roots.release([])
     assert len(machine.roots.all()) == 3, "somebody needed them just now"
-    machine.roots.release([str(source / "in")], idle_s=0)
+    machine.roots.release([str(source / "in")], [str(source / "in")], idle_s=0)
     assert machine.roots.holding(str(source)) is session
     assert machine.roots.holding(str(other)) is None
     assert machine.roots.holding(str(kept)) is not None
@@ -646,6 +646,41 @@ def test_rules_that_are_changed_hold_from_the_next_command_on(
     assert kept == b"guest's own"
     # As costs nothing while nothing changes.
     assert machine.roots.require(str(source)) is machine.roots.require(str(source / "in"))
+
+
+@pytest.mark.parametrize("around", [False, True])
+@pytest.mark.parametrize("ended", [False, True])
+def test_what_others_write_where_containers_only_read_stays_in_the_guest(
+    around: bool, ended: bool, machine: Machine, source: Path
+) -> None:
+    inner, there = source / "in", machine.guest.tree(Place("", str(source / "in")))
+    session = machine.roots.require(str(inner), read_only=True)
+    machine.barrier()
+    (there / "g").write_text("other's")
+    (there / "new").write_text("other's")
+    if ended:
+        machine.roots.close()
+        machine.open()
+    session = machine.roots.require(str(source if around else inner))
+    machine.barrier()
+    (there / "made").write_text("made")
+    machine.barrier()
+    assert read(inner) == {"g": "g", "made": "made"}
+    assert sorted(Path(each.path).name for each in session.status().problems) == ["g", "new"]
+    # As long as a container is there that may write; then it is as at first.
+    machine.roots.release([str(inner)], [str(inner)], idle_s=-1)
+    assert session.writes
+    machine.roots.release([str(inner)], idle_s=-1)
+    assert not session.writes
+    machine.barrier()
+    machine.barrier()
+    (there / "made").write_text("other's")
+    machine.roots.require(str(inner))
+    machine.barrier()
+    assert read(inner) == {"g": "g", "made": "made"}
+    (there / "new").write_text("made")
+    machine.barrier()
+    assert read(inner) == {"g": "g", "made": "made", "new": "made"}
 
 
 def test_rules_that_cannot_be_read_are_named(machine: Machine, source: Path) -> None:

@@ -144,6 +144,7 @@ CALLS: list[Callable[[RemoteEndpoint], object]] = [
     lambda end: drained(end.read_all([("a", LEAVES[0]), ("b", LEAVES[1])])),  # type: ignore[arg-type]
     lambda end: list(end.read("a")[1]),
     lambda end: end.stage_all([(LEAVES[0], 0, [b"one"])]),
+    lambda end: end.stamps(["a", "b"]),
     lambda end: end.stage_local([("a", LEAVES[0]), ("b", LEAVES[1])]),
     lambda end: list(end.apply(OPERATIONS)),
     lambda end: end.recall(LEAVES[0]),

@@ -23,7 +23,7 @@ from wherry.sync.core.keep import Keep
 from wherry.sync.core.reconcile import GUEST, HOST
 from wherry.sync.core.recover import Pending, recover
 from wherry.sync.core.safety import Halt, check
-from wherry.sync.core.store import Store
+from wherry.sync.core.store import Store, Withheld
 from wherry_sync.diff import diff
 from wherry_sync.entry import Entry, updated, walk
 
@@ -204,13 +204,52 @@ def test_several_roots_may_begin_at_once(tmp_path: Path, number: int) -> None:
     assert failures == []
 
 
-@pytest.mark.parametrize("version", [1, 2, 3, 4])
+WITHHELD = Withheld(text("1"), b"1 2", text("2"))
+
+
+def test_what_is_withheld_is_remembered(tmp_path: Path) -> None:
+    path = tmp_path / "sync.db"
+    with closing(Store(path, 1)) as store:
+        store.withhold({"f": WITHHELD, "g": Withheld(None, b"")}, written=False)
+    with closing(Store(path, 1)) as store, closing(Store(path, 2)) as other:
+        assert store.withheld() == {"f": WITHHELD, "g": Withheld(None, b"")}
+        assert (store.written(), other.written(), other.withheld()) == (False, None, {})
+        store.withhold({"f": None, "g": WITHHELD}, written=True)
+        assert (store.withheld(), store.written()) == ({"g": WITHHELD}, True)
+        store.forget()
+        assert (store.withheld(), store.written()) == ({}, None)
+
+
+@pytest.mark.parametrize("owes", [None, 1, 2])
+def test_what_is_withheld_goes_along(tmp_path: Path, owes: int | None) -> None:
+    path = tmp_path / "sync.db"
+    with (
+        closing(Store(path, 1)) as one,
+        closing(Store(path, 2)) as two,
+        closing(Store(path, 3)) as outer,
+    ):
+        for number, store in enumerate((one, two), 1):
+            store.commit(diff(None, tree({"f": "1"})))
+            store.withhold({"f": WITHHELD}, written=number == owes)
+        outer.take(1, "", "a")
+        outer.take(2, "", "b")
+        assert outer.withheld() == {"a/f": WITHHELD, "b/f": WITHHELD}
+        assert (outer.written(), one.withheld()) == (owes is not None, {})
+        two.withhold({}, written=False)
+        two.take(3, "b", "")
+        assert (two.withheld(), outer.withheld()) == ({"f": WITHHELD}, {"a/f": WITHHELD})
+        assert two.written() is (owes is not None)
+
+
+@pytest.mark.parametrize("version", [1, 2, 3, 4, 5])
 def test_a_file_of_an_earlier_release_is_read(tmp_path: Path, version: int) -> None:
     path = tmp_path / "sync.db"
     with closing(Store(path, 1)) as store:
         store.meet(("h1", "g1"), (7, 8), diff(None, tree({"f": "1"})))
     with closing(sqlite3.connect(path)) as database:
-        database.execute("ALTER TABLE side DROP COLUMN inode")
+        database.executescript("DROP TABLE withheld; DROP TABLE written")
+        if version < 5:
+            database.execute("ALTER TABLE side DROP COLUMN inode")
         if version < 4:
             database.execute("DROP TABLE copies")
         if version < 3:
@@ -222,6 +261,7 @@ def test_a_file_of_an_earlier_release_is_read(tmp_path: Path, version: int) -> N
         assert store.load() == tree({"f": "1"})
         assert (store.boot(HOST), store.device(HOST)) == ("h1", (7, "h1" if version > 2 else ""))
         assert store.copies() == [1]
+        assert (store.written(), store.withheld()) == (None, {})
         store.begin({"f": (None, text("2"))}, {"f": HOST})
         store.meet(("h2", "g2"), (9, 8), {})
         assert (store.device(HOST), store.inode(HOST)) == ((9, "h2"), None)

@@ -24,6 +24,7 @@ import docker
 import pytest
 from mount_trees import LIST, Editor, listed
 from sandbox import Sandbox, wait_until
+from sync_trees import read
 
 pytestmark = [pytest.mark.vm, pytest.mark.timeout(900)]
 
@@ -231,6 +232,11 @@ def test_what_is_written_to_a_read_only_mount_stays_in_the_guest(
         (other / "f").write_text("again")
         assert said(machine.docker("exec", "ro", "cat", "/src/f", "/src/g")) == "againguest\n"
         assert sorted(path.name for path in other.iterdir()) == ["f"]
+        # Nor does it come when a container may write, unless that writes it.
+        assert run(machine, other, "cat /src/g; echo mine >/src/h") == "guest"
+        assert read(other) == {"f": "again", "h": "mine\n"}
+        assert run(machine, other, "cat /src/g >/tmp/g; cat /tmp/g >/src/g") == ""
+        assert read(other) == {"f": "again", "g": "guest\n", "h": "mine\n"}
     finally:
         machine.docker("rm", "-f", "ro")
 

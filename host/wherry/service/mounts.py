@@ -86,7 +86,7 @@ class Mounts:
         self._shared = Shared(roots, tunnel, shared, drives=drives)
         self._host_path = self._shared.host_path
         self._known = Mounted(tunnel)
-        self._used: set[str] = set()
+        self._used: set[Source] = set()
         self._lock = threading.Lock()
         self._unfetched: dict[str, tuple[list[Source], str]] = {}
         # Of commands and containers by their id, up to which end their changes were brought.
@@ -119,25 +119,31 @@ class Mounts:
 
         :raises WherryError: the engine does not tell.
         """
-        for path in {*self._roots.kept, *self._roots.with_conflicts}:
-            self._resume(Source(path))
-        for state, found in self._known.fetch():
-            if state in ("running", "paused", "restarting"):
-                for source in found:
-                    self._resume(source)
+        running = ("running", "paused", "restarting")
+        found = [each for state, those in self._known.fetch() for each in those if state in running]
+        # Those that may have written come first, as what they wrote is still to come.
+        found += map(Source, self._roots.kept)
+        found += [Source(path, read_only=True) for path in self._roots.with_conflicts]
+        for source in sorted(found, key=lambda source: source.read_only):
+            self._resume(source)
 
     def tidy(self) -> None:
         """End the roots that no container mounts, nor did when this was called last.
 
-        So a directory that is mounted by one short container after the other stays ready.
+        So a directory that is mounted by one short container after the other stays ready. Those
+        that are mounted to read alone are not written to any more.
 
         :raises WherryError: the engine does not tell.
         """
         if not self._roots.all():
             return
-        used = {source.path for _, found in self._known.fetch() for source in found}
+        used = {source for _, found in self._known.fetch() for source in found}
         before, self._used = self._used, used
-        self._roots.release(used | before)
+        both = used | before
+        self._roots.release(
+            {source.path for source in both},
+            {source.path for source in both if not source.read_only},
+        )
 
     def _resume(self, source: Source) -> None:
         if not self._shared.has(source.path):

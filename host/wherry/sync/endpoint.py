@@ -37,6 +37,12 @@ class Endpoint(Protocol):
         :param like: another tree, whose objects the end may hold instead of equal ones.
         """
 
+    def stamps(self, paths: Sequence[str]) -> list[bytes]:
+        """Return of what is at each path what any write to it changes, and nothing else but a
+        change of its name, owner or mode. Empty where nothing is; a directory's is of itself
+        alone. Idempotent.
+        """
+
     def missing(self, files: Iterable[Leaf]) -> list[Leaf]:
         """Return those files whose contents the end does not hold staged. Idempotent."""
 

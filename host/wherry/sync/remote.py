@@ -52,6 +52,7 @@ from wherry_wire.messages import (
     SyncStage,
     SyncStageBlocks,
     SyncStageLocal,
+    SyncStamps,
     SyncSums,
     SyncYes,
     pack,
@@ -175,6 +176,15 @@ class RemoteEndpoint(Connection):
             self._entries_at_most = count(self._known)
             if self._entries_at_most > wire.MAX_ROWS:
                 raise self._broken(WireError("the tree has too many entries"))
+
+    def stamps(self, paths: Sequence[str]) -> list[bytes]:
+        """Return of what is at each path what any write to it changes."""
+        self._send(wire.rows((path.encode(),) for path in paths))
+        rows: list[tuple[bytes, ...]] = []
+        self._call(SyncStamps(), Done, self._collect(rows, 1))
+        if len(rows) != len(paths):
+            raise self._broken(WireError("not every path has a stamp"))
+        return [stamp for (stamp,) in rows]
 
     def missing(self, files: Iterable[Leaf]) -> list[Leaf]:
         """Return those files whose contents have to be sent."""

@@ -99,7 +99,8 @@ class Roots:
             session = self._holding(path)
             # If it is over, a full disk ended it, say: it is tried again when somebody needs it.
             if session is not None and (session.is_over or self._other_rules(session.root)):
-                session = self._replace(session.root.place.path, session.root.place.single)
+                place = session.root.place
+                session = self._replace(place.path, place.single, writes=not read_only)
             inside = ""
             if session is not None and path != session.root.place.path:
                 inside = posixpath.relpath(path, session.root.place.path)
@@ -108,7 +109,7 @@ class Roots:
                 # A container mounts the file itself, so no other one must replace it.
                 self._pin(path)
             if session is None:
-                session = self._replace(path, single)
+                session = self._replace(path, single, writes=not read_only)
             elif single and inside:
                 session.pin(inside)
             if not read_only:
@@ -155,22 +156,28 @@ class Roots:
             path for path, number in numbers.items() if has_conflicts(self._state(number))
         )
 
-    def release(self, used: Iterable[str], *, idle_s: float = _UNUSED_S) -> None:
+    def release(
+        self, used: Iterable[str], written: Iterable[str] = (), *, idle_s: float = _UNUSED_S
+    ) -> None:
         """End the roots that none of some paths is in; what both sides have stays.
 
         Those that are kept go on, and those with conflicts, which could not be listed else.
 
+        :param written: those of the paths that are mounted to write. What changes in the guest
+            in a root that none of them is in stays there from now on.
         :param idle_s: nor is one ended that somebody needed so shortly ago: for a container,
             perhaps, that is being made.
         """
-        needed = set(used)
+        needed, writable = set(used), set(written)
         with self._lock:
             for path, session in list(self._sessions.items()):
-                inside = any(each == path or _contains(path, each) for each in needed | self._kept)
-                busy = session.idle_s < idle_s or session.status().conflicts
-                if not inside and not busy:
+                if session.idle_s < idle_s:
+                    continue
+                if not _has_any(path, needed | self._kept) and not session.status().conflicts:
                     log.info("%s is not synchronised any more: no container mounts it", path)
                     self._end(path)
+                elif not _has_any(path, writable | self._kept):
+                    session.forbid_writes()
             self._unpin(needed, idle_s)
 
     def holding(self, path: str) -> Session | None:
@@ -260,16 +267,18 @@ class Roots:
                 return session
         return None
 
-    def _replace(self, path: str, single: bool) -> Session:
+    def _replace(self, path: str, single: bool, *, writes: bool) -> Session:
         """Begin a root in place of those that are in it, or of itself with other rules.
 
         It does what those did for containers that run.
+
+        :param writes: whether the container may write for whose sake it begins.
 
         :raises WherryError: it cannot begin. If its rules are why, those go on.
         """
         ignore = NOTHING if single else self._rules(path)
         inner = [key for key in self._sessions if key == path or _contains(path, key)]
-        writes = any(self._sessions[key].writes for key in inner)
+        writes = writes or any(self._sessions[key].writes for key in inner)
         for key in inner:
             self._end(key)
         return self._begin(path, single, ignore, writes)
@@ -454,6 +463,11 @@ def _is_case_sensitive(directory: Path, name: str) -> bool | None:
         return any(each.name == swapped for each in directory.iterdir())
     except OSError:
         return None
+
+
+def _has_any(path: str, others: Iterable[str]) -> bool:
+    """Whether any of other paths is a path itself or in it."""
+    return any(each == path or _contains(path, each) for each in others)
 
 
 def _contains(outer: str, inner: str) -> bool:

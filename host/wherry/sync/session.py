@@ -163,6 +163,14 @@ class Session:
                 self._guest_changed = True
                 self._lock.notify()
 
+    def forbid_writes(self) -> None:
+        """Leave changes in the guest there once all up to now are on the host."""
+        with self._lock:
+            if self._writes:
+                self._writes = False
+                self._guest_changed = True
+                self._lock.notify()
+
     @property
     def writes(self) -> bool:
         """Whether changes in the guest come to the host: see :meth:`allow_writes`."""
@@ -514,7 +522,7 @@ class Session:
                 dirty = seen.union(also)
             # What was taken from the watch is lost if the round fails before the scan.
             self._missed = True
-            cycle.one_way = not self._writes
+            cycle.writes = self._writes
             if self._status.state == "connecting":
                 # Later rounds are short, and how the last one ended says more than that.
                 self._tell("scanning")

@@ -7,7 +7,7 @@ it goes on from what is on the two sides and in the store. The order is what mak
 2. What was rescued on either side is kept, then forgotten there. A root that cannot be believed
    ends the round.
 3. After a loss of power the ancestor is changed (:mod:`recover`), once.
-4. All paths decided on are pending, on the disk.
+4. What is withheld is sifted out (:mod:`withhold`). All paths decided on are pending, on the disk.
 5. What a conflict would overwrite is kept, on the disk. Contents are staged.
 6. Both sides carry out their operations.
 7. The ancestor takes the results of what both sides have done.
@@ -26,7 +26,7 @@ from collections.abc import (
     Mapping,
     Sequence,
 )
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from wherry.sync.core import safety
 from wherry.sync.core.keep import Keep
@@ -37,13 +37,13 @@ from wherry.sync.core.reconcile import (
     Agreement,
     Decision,
     Problem,
-    Reconciliation,
     reconcile,
 )
 from wherry.sync.core.recover import recover, resume
 from wherry.sync.core.store import Store
 from wherry.sync.core.traits import Traits
 from wherry.sync.core.transfer import Transfer
+from wherry.sync.core.withhold import Withholding
 from wherry.sync.endpoint import Endpoint
 from wherry_sync import blocks
 from wherry_sync.apply import no_fault
@@ -154,8 +154,9 @@ class Cycle:
         self._saved_in_place: set[str] = set()
         # What was kept for conflicts that are not carried out yet.
         self._saved: dict[str, Leaf] = {}
-        self.one_way = False
-        """Whether changes in the guest stay there."""
+        self._withholding = Withholding(store, guest)
+        self.writes = True
+        """Whether a container may write in the guest: see :mod:`withhold`."""
         self.transfer: Transfer | None = None
         """What is being carried over, while a round does that."""
 
@@ -180,14 +181,15 @@ class Cycle:
         if outcome.halt is not None:
             return outcome
         found = reconcile(self._ancestor, host.root, guest.root, self._traits, self._agreement)
+        self._withholding.sift(found, self._ancestor, guest.root, writes=self.writes)
         outcome.problems = found.problems
-        if self.one_way:
-            _stay(found, outcome)
         self._saved_in_place.intersection_update(each.path for each in found.decisions)
         if self._saved:
             now = {each.path: each.saved for each in found.decisions}
             self._saved = {path: leaf for path, leaf in self._saved.items() if now.get(path)}
         if not found.decisions and not found.ancestor:
+            if outcome.quiescent and not any(outcome.lacked_by(HOST)):
+                self._withholding.rest(writes=self.writes)
             return outcome
         _follow(found.decisions, self._saved_in_place)
         outcome.changed = True
@@ -498,26 +500,3 @@ def _is_small_data(entry: Entry | None) -> bool:
         and entry.size <= ALONG_BYTES
         and not entry.executable
     )
-
-
-def _stay(found: Reconciliation, outcome: Outcome) -> None:
-    """Drop what would change the host, and say that it stays as it is.
-
-    Of a file, what the host has changed comes to the guest all the same: its contents to what is
-    executable there alone, or its executable bit to contents that are there alone. The ancestor
-    then has what the host has, and the guest's own change is one still.
-    """
-    kept = []
-    outcome.problems = [
-        replace(problem, lacking=tuple(side for side in problem.lacking if side != HOST))
-        for problem in found.problems
-    ]
-    for decision in found.decisions:
-        if decision.host is None:
-            kept.append(decision)
-        else:
-            reason = "it was changed in the guest, where the mount is read-only"
-            outcome.problems.append(Problem(decision.path, reason))
-            if decision.guest is not None:
-                kept.append(replace(decision, result=decision.host.before, host=None))
-    found.decisions = kept

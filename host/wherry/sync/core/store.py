@@ -25,6 +25,7 @@ import sqlite3
 import threading
 from collections.abc import Callable, Mapping
 from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
 
 from wherry.core.errors import WherryError
@@ -52,12 +53,19 @@ CREATE TABLE copies (
     root INTEGER NOT NULL, copy INTEGER NOT NULL, PRIMARY KEY (root, copy)
 ) WITHOUT ROWID;
 """
+_WITHHELD = """
+CREATE TABLE withheld (
+    root INTEGER NOT NULL, path BLOB NOT NULL, entry BLOB, stamp BLOB NOT NULL, coming BLOB,
+    PRIMARY KEY (root, path)
+) WITHOUT ROWID;
+CREATE TABLE written (root INTEGER PRIMARY KEY, written INTEGER NOT NULL);
+"""
 _FROM_1 = "ALTER TABLE pending ADD COLUMN origin INTEGER;"
 _FROM_2 = "ALTER TABLE side ADD COLUMN device_boot TEXT;"
 _FROM_4 = "ALTER TABLE side ADD COLUMN inode TEXT;"
 """As text, for SQLite's integers have a sign."""
 
-_VERSION = 5
+_VERSION = 6
 _PATIENCE_S = 60.0
 """For another root's transaction, which may be a large one on a slow disk."""
 
@@ -65,8 +73,25 @@ _DIRECTORY = b"D"
 _UNCERTAIN = "uncertain"
 """Stands for two boots of a side, of which at least one is over."""
 
+_TREES = ("ancestor", "pending", "withheld")
+"""The tables of what is known of paths."""
+
 _OPENING = threading.Lock()
 """SQLite does not wait for another connection that makes or removes the write-ahead log."""
+
+
+@dataclass(frozen=True, slots=True)
+class Withheld:
+    """What does not come to the host: see :mod:`wherry.sync.core.withhold`.
+
+    :ivar entry: what is in the guest, without children.
+    :ivar stamp: what any write to it changes.
+    :ivar coming: what we have begun to make of it, if anything.
+    """
+
+    entry: Entry | None
+    stamp: bytes
+    coming: Entry | None = None
 
 
 class Store:
@@ -110,13 +135,15 @@ class Store:
         # Not only consistent after a loss of power but complete: "begin" is relied on.
         self._execute("PRAGMA synchronous = FULL")
         ((version,),) = self._execute("PRAGMA user_version")
-        from_3 = _COPIES + _FROM_4
+        from_4 = _FROM_4 + _WITHHELD
+        from_3 = _COPIES + from_4
         changes = {
-            0: _SCHEMA + _COPIES,
+            0: _SCHEMA + _COPIES + _WITHHELD,
             1: _FROM_1 + _FROM_2 + from_3,
             2: _FROM_2 + from_3,
             3: from_3,
-            4: _FROM_4,
+            4: from_4,
+            5: _WITHHELD,
         }.get(version)
         if changes is not None:
             self._database.executescript(
@@ -304,13 +331,47 @@ class Store:
         self.confirm(side, ticket)
         self._execute("UPDATE side SET boot = '' WHERE root = ? AND side = ?", self._root, side)
 
+    def written(self) -> bool | None:
+        """Return whether containers may have written what is not on the host; None if unknown."""
+        for (written,) in self._execute("SELECT written FROM written WHERE root = ?", self._root):
+            return bool(written)
+        return None
+
+    def withheld(self) -> dict[str, Withheld]:
+        """Return what does not come to the host."""
+        return {
+            path.decode(): Withheld(_entry(entry), stamp, _entry(coming))
+            for path, entry, stamp, coming in self._execute(
+                "SELECT path, entry, stamp, coming FROM withheld WHERE root = ?", self._root
+            )
+        }
+
+    def withhold(self, changes: Mapping[str, Withheld | None], *, written: bool) -> None:
+        """Change what :meth:`withheld` and :meth:`written` return, in one transaction."""
+        self._checkpoint("withhold")
+        with _Transaction(self._database):
+            self._execute("INSERT OR REPLACE INTO written VALUES (?, ?)", self._root, written)
+            self._database.executemany(
+                "DELETE FROM withheld WHERE root = ? AND path = ?",
+                ((self._root, path.encode()) for path in changes),
+            )
+            self._database.executemany(
+                "INSERT INTO withheld VALUES (?, ?, ?, ?, ?)",
+                (
+                    (self._root, path.encode(), _data(new.entry), new.stamp, _data(new.coming))
+                    for path, new in changes.items()
+                    if new is not None
+                ),
+            )
+        self._checkpoint("withheld")
+
     def forget(self) -> None:
         """Forget what both sides had; of the boots is known what was known.
 
         For what an end remembers of the contents of files it has to tell a loss of power.
         """
         with _Transaction(self._database):
-            for table in ("ancestor", "pending", "copies"):
+            for table in (*_TREES, "copies", "written"):
                 self._execute(f"DELETE FROM {table} WHERE root = ?", self._root)
             self._execute("UPDATE side SET device = NULL, inode = NULL WHERE root = ?", self._root)
 
@@ -326,6 +387,9 @@ class Store:
         pending = self._execute(
             f"SELECT side, path, before, after, number, origin FROM pending WHERE {_PART}", *part
         )
+        withheld = self._execute(
+            f"SELECT path, entry, stamp, coming FROM withheld WHERE {_PART}", *part
+        )
         if not ancestor and not pending:
             return
         cut, at = len(_bytes(theirs)) + 1 if theirs else 0, _bytes(ours)
@@ -335,13 +399,20 @@ class Store:
 
         known = self._execute(f"SELECT 1 FROM ancestor WHERE {_PART} LIMIT 1", *own)
         with _Transaction(self._database):
-            for table in ("ancestor", "pending"):
+            for table in _TREES:
                 for which in (part, own):
                     self._execute(f"DELETE FROM {table} WHERE {_PART}", *which)
             if known:
                 return
             self._take_boots(other, with_devices=not ours)
             self._take_copies(other)
+            # What containers owe to one of them, this one owes.
+            self._execute(
+                "INSERT INTO written SELECT ?, written FROM written WHERE root = ?"
+                " ON CONFLICT (root) DO UPDATE SET written = max(written, excluded.written)",
+                self._root,
+                other,
+            )
             if ancestor:
                 names = at.split(b"/") if at else []
                 above = [b"/".join(names[:depth]) for depth in range(len(names))]
@@ -355,6 +426,10 @@ class Store:
             self._database.executemany(
                 "INSERT INTO pending VALUES (?, ?, ?, ?, ?, ?, ?)",
                 ((self._root, side, moved(path), *values) for side, path, *values in pending),
+            )
+            self._database.executemany(
+                "INSERT INTO withheld VALUES (?, ?, ?, ?, ?)",
+                ((self._root, moved(path), *values) for path, *values in withheld),
             )
 
     def _take_boots(self, other: int, *, with_devices: bool) -> None:
