@@ -31,10 +31,12 @@ from wherry_wire.messages import (
     Done,
     Message,
     SyncApply,
+    SyncBeginFlush,
     SyncBuild,
     SyncChanged,
     SyncCopies,
     SyncFlush,
+    SyncFlushed,
     SyncForgetRescued,
     SyncListen,
     SyncListening,
@@ -181,6 +183,8 @@ class _Root:
             SyncApply: self._apply,
             SyncBuild: self._build,
             SyncFlush: self._flush,
+            SyncBeginFlush: self._begin_flush,
+            SyncFlushed: self._flushed,
             SyncRescued: self._rescued,
             SyncReadRescued: self._read_rescued,
             SyncForgetRescued: self._forget_rescued,
@@ -462,10 +466,23 @@ class _Root:
 
     def _flush(self, request: SyncFlush) -> Done:
         self._end.flush()
-        if self._files_read or request.last:
-            self._end.save_cache(_ORDERED if request.last else system.boot_id())
-            self._files_read = 0
+        self._save_cache(last=request.last)
         return Done()
+
+    def _begin_flush(self, request: SyncBeginFlush) -> Done:
+        self._end.begin_flush()
+        return Done()
+
+    def _flushed(self, request: SyncFlushed) -> SyncYes:
+        done = self._end.flushed()
+        if done:
+            self._save_cache(last=False)
+        return SyncYes(done=done)
+
+    def _save_cache(self, *, last: bool) -> None:
+        if self._files_read or last:
+            self._end.save_cache(_ORDERED if last else system.boot_id())
+            self._files_read = 0
 
     def _rescued(self, request: SyncRescued) -> Done:
         self._link.send(

@@ -17,6 +17,7 @@ from wherry_sync.apply import Applier, Policy, no_fault
 from wherry_sync.build import Builder
 from wherry_sync.cache import load, save
 from wherry_sync.entry import Leaf, is_file, split
+from wherry_sync.flush import Flush
 from wherry_sync.ignore import NOTHING, Ignore
 from wherry_sync.moves import Moves
 from wherry_sync.replace import Replacer
@@ -75,6 +76,7 @@ class LocalEndpoint:
         self._touched: set[str] = set()
         self._checkpoint = checkpoint
         self._progress = progress
+        self._flush: Flush | None = None
         self._stage = Stage(stage, durable)
         try:
             self._granularity_ns = granularity_ns = records.granularity_ns(
@@ -357,6 +359,17 @@ class LocalEndpoint:
     def flush(self) -> None:
         """Wait until all that was done so far is on the disk."""
         kernel.flush(self._stage.fd)
+
+    def begin_flush(self) -> None:
+        """Begin that, and do not wait for it."""
+        self._flush = Flush(self._stage.fd)
+
+    def flushed(self) -> bool:
+        """Whether what was begun is done.
+
+        :raises OSError: it has failed.
+        """
+        return self._flush is not None and self._flush.is_done()
 
     def save_cache(self, trust: str | None = None) -> None:
         """Write down what is known, so that another endpoint's first scan need not read it all.

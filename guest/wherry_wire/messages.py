@@ -477,6 +477,18 @@ class SyncFlush(Message):
     last: bool  # nothing more comes: the next opening can be an ordered one
 
 
+class SyncBeginFlush(Message):
+    """Request: begin to have on the disk what is in the copy now."""
+
+    TYPE = 0x3E
+
+
+class SyncFlushed(Message):
+    """Request: whether what was begun is done."""
+
+    TYPE = 0x3F
+
+
 class SyncRescued(Message):
     """Request: what was saved from being overwritten?"""
 

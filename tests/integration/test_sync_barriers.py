@@ -23,12 +23,12 @@ from sync_trees import read, write
 from wherry.core.errors import WherryError
 from wherry.platform import current
 from wherry.platform.base import ChangeSink, TreeWatcher
-from wherry.sync import barrier, session, watch
+from wherry.sync import barrier, flushing, session, watch
 from wherry.sync.core.reconcile import GUEST, HOST
 from wherry.sync.model import Paths, Root
 from wherry.sync.remote import Place, RemoteEndpoint
 from wherry.sync.session import Session
-from wherry_sync import handles, hashing
+from wherry_sync import handles, hashing, kernel
 from wherry_sync.local import LocalEndpoint
 from wherry_wire.messages import SyncBusy, SyncOpened, SyncYes, pack
 
@@ -60,8 +60,8 @@ class Pair:
                 silence_s=silence_s,
             ),
             boot="host-1",
+            writes=True,
         )
-        self.session.allow_writes()
         self.guest.sessions[:] = [self.session]
 
     def barrier(self, *, fresh: bool) -> None:
@@ -250,11 +250,40 @@ def test_25_a_write_in_the_guest_by_a_name_outside_of_the_copy(
     outside.write_text("one")
     os.link(outside, pair.there / "d" / "f")
     pair.barrier(fresh=False)
-    monkeypatch.setattr(session, "_FLUSH_S", 0.1)
+    monkeypatch.setattr(flushing, "_CALM_S", 0.1)
+    monkeypatch.setattr(flushing, "_ASK_S", 0.1)
     monkeypatch.setattr(session, "_CHECK_S", 0.1)
     outside.write_text("two")
     deadline = time.monotonic() + 15
     while (pair.host / "d" / "f").read_text() != "two":
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_nobody_waits_for_the_disk(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To write all that others have in the page cache may take long."""
+    monkeypatch.setattr(flushing, "_CALM_S", 0.0)
+    monkeypatch.setattr(flushing, "_ASK_S", 0.01)
+    begun, release = threading.Event(), threading.Event()
+
+    def flush(fd: int) -> None:
+        begun.set()
+        assert release.wait(30)
+
+    monkeypatch.setattr(kernel, "flush", flush)
+    try:
+        (pair.host / "f").write_text("1")
+        pair.barrier(fresh=True)
+        assert begun.wait(10)
+        for number in range(3):
+            (pair.host / "f").write_text(str(number))
+            pair.barrier(fresh=True)
+            assert (pair.there / "f").read_text() == str(number)
+        assert not pair.session._flushing.is_idle
+    finally:
+        release.set()
+    deadline = time.monotonic() + 15
+    while not pair.session._flushing.is_idle:
         assert time.monotonic() < deadline
         time.sleep(0.01)
 

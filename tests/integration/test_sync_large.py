@@ -64,7 +64,6 @@ def test_300_000_files(tmp_path: Path, guest: Guest) -> None:
     clock = Clock()
     roots = opened(tmp_path, guest)
     session = roots.require(str(source))
-    session.allow_writes()
     hold([session], fresh=True)
     clock.tell("first")
     there = guest.tree(session.root.place)
@@ -116,7 +115,6 @@ def test_29_a_file_of_5_gb(tmp_path: Path, guest: Guest) -> None:
     roots = opened(tmp_path, guest)
     try:
         session = roots.require(str(source))
-        session.allow_writes()
         hold([session], fresh=True)
         clock.tell("first")
         there = guest.tree(session.root.place) / "large"

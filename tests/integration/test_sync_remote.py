@@ -23,6 +23,7 @@ from sync_trees import read, write
 
 from wherry.core.errors import WherryError
 from wherry.service.syncing import describe
+from wherry.sync import flushing
 from wherry.sync import session as session_module
 from wherry.sync.core.cycle import Cycle
 from wherry.sync.core.keep import Keep
@@ -70,8 +71,8 @@ class Pair:
                 Stream(self.guest.connect()), place, ordered=ordered, progress=progress
             ),
             boot="host-1",
+            writes=True,
         )
-        self.session.allow_writes()
         self.guest.sessions[:] = [self.session]
 
     def barrier(self, *, fresh: bool = True) -> None:
@@ -302,11 +303,12 @@ def test_what_changes_while_no_agent_runs_travels_by_itself(
     pair: Pair, monkeypatch: pytest.MonkeyPatch, told: str
 ) -> None:
     """Nobody tells of it, and nobody waits for it; not even the disk comes first."""
-    monkeypatch.setattr(session_module, "_FLUSH_S", 0.0)
+    monkeypatch.setattr(flushing, "_CALM_S", 0.0)
+    monkeypatch.setattr(flushing, "_ASK_S", 0.01)
     (pair.host / "f").write_text("f")
     pair.barrier()
     # Until the round that follows is over, and all is on the disk: else either brings it.
-    until(lambda: not (pair.session._follow_up or pair.session._unflushed_since))
+    until(lambda: not (pair.session._follow_up or not pair.session._flushing.is_idle))
     pair.guest.kill()
     (pair.there / "g").write_text("g")
     pair.guest.restart()

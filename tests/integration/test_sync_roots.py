@@ -412,7 +412,7 @@ def test_a_root_that_is_kept_is_known_the_next_time(machine: Machine, source: Pa
 def test_a_root_that_is_halted_can_be_begun_anew(
     released: bool, machine: Machine, source: Path
 ) -> None:
-    machine.roots.require(str(source)).allow_writes()
+    machine.roots.require(str(source))
     machine.barrier()
     shutil.rmtree(source)
     source.mkdir()
@@ -420,12 +420,12 @@ def test_a_root_that_is_halted_can_be_begun_anew(
         with pytest.raises(WherryError, match=f"halted.*wherry sync remove {source}"):
             machine.barrier()
         machine.roots.release([], idle_s=-1)
-        machine.roots.require(str(source)).allow_writes()
+        machine.roots.require(str(source))
     if released:
         machine.roots.release([], idle_s=-1)
     machine.roots.remove(str(source))
     (source / "mine").write_text("mine")
-    machine.roots.require(str(source)).allow_writes()
+    machine.roots.require(str(source))
     machine.barrier()
     assert machine.copy(source) == read(source) == {"f": "f", "in": {"g": "g"}, "mine": "mine"}
 
@@ -451,14 +451,14 @@ def test_what_no_container_mounts_ends_and_is_ready_again(machine: Machine, sour
     # Meanwhile both sides go their own ways, and what was deleted is not taken for new.
     (source / "f").unlink()
     (machine.guest.tree(Place("", str(source))) / "new").write_text("n")
-    machine.roots.require(str(source)).allow_writes()
+    machine.roots.require(str(source))
     machine.barrier()
     assert machine.copy(source) == read(source) == {"in": {"g": "g"}, "new": "n"}
 
 
 def test_a_root_s_own_rules_hold_until_it_is_removed(machine: Machine, source: Path) -> None:
     path, here = str(source), source / "in"
-    machine.roots.require(path).allow_writes()
+    machine.roots.require(path)
     machine.barrier()
     with pytest.raises(WherryError, match="is synchronised as a part of"):
         machine.roots.ignore(str(here), ["*"])
@@ -484,13 +484,12 @@ def test_what_conflicts_left_can_be_listed_though_no_container_mounts_it(
     machine: Machine, source: Path
 ) -> None:
     there = machine.guest.tree(Place("", str(source)))
-    machine.roots.require(str(source)).allow_writes()
+    machine.roots.require(str(source))
     machine.barrier()
     machine.roots.release([], idle_s=0)
     (source / "f").write_text("host")
     (there / "f").write_text("guest")
     session = machine.roots.require(str(source))
-    session.allow_writes()
     count = session.conflict_count
     machine.barrier()
     assert session.conflicts_since(count) == [str(source / "f")]
@@ -595,7 +594,7 @@ def test_what_a_guest_has_not_that_lost_its_copies_was_not_deleted(
         for marker in stage.glob("*.known"):
             marker.unlink() if lost == "markers" else marker.write_bytes(b"")
     for path in (first, source):
-        machine.roots.require(str(path)).allow_writes()
+        machine.roots.require(str(path))
         machine.barrier()
         machine.roots.release([], idle_s=-1)
     assert machine.copy(source) == read(source) == wanted
@@ -623,7 +622,6 @@ def test_rules_that_are_changed_hold_from_the_next_command_on(
 
     def command() -> None:
         session = machine.roots.require(str(source))
-        session.allow_writes()
         hold([session], fresh=True)
 
     command()
@@ -706,7 +704,7 @@ def test_what_is_each_side_s_own_stays_so_in_a_root_around_it(
         machine.roots.ignore(str(inner), ["own"])
     else:
         (inner / ".wherryignore").write_text("own\n")
-    machine.roots.require(str(inner)).allow_writes()
+    machine.roots.require(str(inner))
     # A file among them has no rules.
     machine.roots.require(str(source / "f"))
     machine.barrier()
@@ -717,7 +715,6 @@ def test_what_is_each_side_s_own_stays_so_in_a_root_around_it(
         machine.open()
     host, guest = read(inner), read(there)
     outer = machine.roots.require(str(source))
-    outer.allow_writes()
     machine.barrier()
     machine.barrier()
     assert (read(inner), read(there), outer.status().conflicts) == (host, guest, 0)

@@ -6,6 +6,8 @@ import os
 import random
 import shutil
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -387,6 +389,40 @@ def test_what_is_rescued_ends_with_the_conflicts(pair: Pair) -> None:
     assert pair.trees() == ({"f": "2"}, {"f": "2"})
     assert pair.saved() == {"first", "second"}
     assert not pair.ends[GUEST].rescued()
+
+
+def test_rounds_go_on_while_a_disk_is_written(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What they do meanwhile is not on it when that is done."""
+    release = threading.Event()
+    monkeypatch.setattr(kernel, "flush", lambda fd: release.wait(10))
+    assert not any(end.flushed() for end in pair.ends)
+    write(pair.host, {"f": "1", "g": "1"})
+    pair.settle()
+    pair.cycle.begin_flush()
+    save(pair.host / "f", "2")
+    save(pair.host / "h", "1")
+    pair.settle()
+    assert pair.trees()[1] == {"f": "2", "g": "1", "h": "1"}
+    assert not pair.cycle.flushed()
+    assert {"f", "g", "h"} <= pair.store.pending(GUEST).keys()
+    release.set()
+    while not pair.cycle.flushed():
+        time.sleep(0.001)
+    for side in (HOST, GUEST):
+        assert pair.store.pending(side).keys() == {"f", "h"}
+
+
+def test_a_disk_that_fails_is_told(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(fd: int) -> None:
+        raise OSError("the disk failed")
+
+    monkeypatch.setattr(kernel, "flush", fail)
+    write(pair.host, {"f": "1"})
+    pair.settle()
+    pair.cycle.begin_flush()
+    with pytest.raises(OSError, match="the disk failed"):
+        any(iter(pair.cycle.flushed, True))
+    assert "f" in pair.store.pending(GUEST)
 
 
 def test_one_path_that_fails_holds_up_no_other(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:

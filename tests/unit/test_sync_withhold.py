@@ -174,6 +174,23 @@ def test_what_was_there_before_it_was_mounted_does_not_come() -> None:
     shutil.rmtree(place)
 
 
+def test_a_single_file_stays_so_too() -> None:
+    place = scratch()
+    pair = Pair(place, file=True)
+    pair.host.write_text("1")
+    pair.cycle.writes = False
+    pair.settle()
+    pair.guest.write_text("other")
+    let_write(pair)
+    pair.settle()
+    assert (pair.host.read_text(), pair.guest.read_text()) == ("1", "other")
+    rewrite(pair.guest)
+    pair.settle()
+    assert pair.host.read_text() == "other"
+    pair.close()
+    shutil.rmtree(place)
+
+
 @pytest.mark.parametrize("crash", [None, *range(30)])
 def test_what_the_host_changes_of_it_is_not_a_container_s(pair: Pair, crash: int | None) -> None:
     """A new executable bit comes to contents that stay, and the other way round."""

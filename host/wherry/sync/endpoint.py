@@ -141,6 +141,15 @@ class Endpoint(Protocol):
     def flush(self) -> None:
         """Return when all that was in the tree at the call is on the disk. Idempotent."""
 
+    def begin_flush(self) -> None:
+        """Begin what :meth:`flush` does, and return. The other methods may be called meanwhile."""
+
+    def flushed(self) -> bool:
+        """Whether what was begun last is done; so again and again. False too if nothing was.
+
+        :raises OSError: it has failed; it is not known then what is on the disk.
+        """
+
     def rescued(self) -> list[Rescued]:
         """Return the files that were saved from being overwritten up to the last scan; see
         :mod:`wherry_sync.stage`."""

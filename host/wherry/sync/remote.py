@@ -33,10 +33,12 @@ from wherry_wire.messages import (
     Done,
     Message,
     SyncApply,
+    SyncBeginFlush,
     SyncBuild,
     SyncCopies,
     SyncEnd,
     SyncFlush,
+    SyncFlushed,
     SyncForgetRescued,
     SyncMissing,
     SyncMount,
@@ -373,8 +375,16 @@ class RemoteEndpoint(Connection):
         """Wait until all that is in the copy is on the guest's disk."""
         self._call(SyncFlush(last=False), Done)
 
+    def begin_flush(self) -> None:
+        """Begin that, and do not wait for it."""
+        self._call(SyncBeginFlush(), Done)
+
+    def flushed(self) -> bool:
+        """Whether what was begun is done."""
+        return self._call(SyncFlushed(), SyncYes).done
+
     def part(self) -> None:
-        """Likewise, for the last time: see ``ordered``."""
+        """Do as :meth:`flush` for the last time: see ``ordered``."""
         self._call(SyncFlush(last=True), Done)
 
     def rescued(self) -> list[Rescued]:

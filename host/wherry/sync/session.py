@@ -27,6 +27,7 @@ from wherry.sync.core.keep import Keep
 from wherry.sync.core.reconcile import GUEST, HOST
 from wherry.sync.core.store import Store
 from wherry.sync.core.traits import Traits
+from wherry.sync.flushing import Flushing
 from wherry.sync.model import Paths, Root, Status, id_of
 from wherry.sync.remote import Place, RemoteEndpoint
 from wherry.sync.watch import HostWatch
@@ -37,8 +38,6 @@ log = logging.getLogger(__name__)
 
 _TRIES = 3
 _SETTLE_S = 0.01
-_FLUSH_S = 5.0
-_FLUSH_LATEST_S = 30.0
 _CHECK_S = 900.0
 _POLL_S = 5.0
 """How often everything is looked at where the host's changes cannot be watched."""
@@ -116,7 +115,7 @@ class Session:
         self._watch: HostWatch | None = None
         self._watched_at = 0.0
         self._rested_at = 0.0
-        self._unflushed_since = 0.0
+        self._flushing = Flushing()
         self._missed = False
         # Whether there was a round since the guest was connected.
         self._looked = False
@@ -431,8 +430,8 @@ class Session:
         if not connected:
             # A barrier does not wait for this: see _await_work.
             return 0.0 if not self._failures else _RETRY_S[min(self._failures, len(_RETRY_S)) - 1]
-        if self._unflushed_since:
-            return max(0.0, self._unflushed_since + _FLUSH_S - time.monotonic())
+        if (wait_s := self._flushing.wait_s) is not None:
+            return wait_s
         if self._watch is not None and self._watch.problem:
             return _POLL_S
         if self._unsettled:
@@ -448,12 +447,11 @@ class Session:
             following = self._follow_up and not news
             guest_changed = self._guest_changed or self._follow_up
             self._guest_changed = self._follow_up = False
-        waited_s = time.monotonic() - self._unflushed_since if self._unflushed_since else 0.0
         first = self._status.rounds == 0
         # After a connection was lost a round comes first: nothing tells of what changed meanwhile.
         due = tickets or host_changed or guest_changed or first or not self._looked
-        if not due and waited_s >= _FLUSH_S:
-            self._flush(cycle, host)
+        if not due and not self._flushing.is_idle:
+            self._flush(cycle, host, calm=True)
             return
         self._rewatch()
         # Not all that mends what is a problem is told by an event.
@@ -499,9 +497,7 @@ class Session:
                 ticket.finish(self._failure(outcome))
             else:
                 ticket.finish(None, (self._failure(outcome, HOST), self._failure(outcome, GUEST)))
-        if waited_s >= _FLUSH_LATEST_S:
-            # It never becomes calm.
-            self._flush(cycle, host)
+        self._flush(cycle, host, calm=False)
 
     def _rounds(
         self, cycle: Cycle, *, full: bool, full_guest: bool = False, also: Collection[str] = ()
@@ -532,8 +528,8 @@ class Session:
             self._status.rounds += 1
             stuck = outcome.stuck if stuck is None else stuck & outcome.stuck
             outcome.stuck = stuck
-            if outcome.changed and not self._unflushed_since:
-                self._unflushed_since = time.monotonic()
+            if outcome.changed:
+                self._flushing.changed()
             if outcome.halt is None and (first or not self._mounted):
                 self._remote.mount()
                 self._mounted = True
@@ -543,14 +539,9 @@ class Session:
             requeued += 1
             time.sleep(_SETTLE_S)
 
-    def _flush(self, cycle: Cycle, host: LocalEndpoint) -> None:
-        # While a root is halted it may not be known yet what a loss of power has done to it: what
-        # is pending stays so.
-        if cycle.met:
-            for side in (GUEST, HOST):
-                cycle.flush(side)
+    def _flush(self, cycle: Cycle, host: LocalEndpoint, *, calm: bool) -> None:
+        if self._flushing.step(cycle, calm=calm):
             host.save_cache(self._boot)
-        self._unflushed_since = 0.0
 
     def _part(self, cycle: Cycle, host: LocalEndpoint, store: Store) -> bool:
         """Carry over what is left, and end in order; whether that was possible.
@@ -610,6 +601,7 @@ class Session:
             self._remote.close()
             self._remote = None
         self._mounted = False
+        self._flushing.lost()
         with self._lock:
             self._pins = dict.fromkeys(self._pins, False)
         self._failures += 1

@@ -150,6 +150,7 @@ class Cycle:
         self._agreement = Agreement()
         self._ancestor = store.load()
         self._met = False
+        self._flushed = 0
         # On the host, and not yet in the guest.
         self._saved_in_place: set[str] = set()
         # What was kept for conflicts that are not carried out yet.
@@ -216,6 +217,24 @@ class Cycle:
         ticket = self._store.ticket()
         self._ends[side].flush()
         self._store.confirm(side, ticket)
+
+    def begin_flush(self) -> None:
+        """Begin that on both sides. Between two rounds; more of them may come meanwhile."""
+        self._flushed = self._store.ticket()
+        for end in self._ends:
+            end.begin_flush()
+
+    def flushed(self) -> bool:
+        """Whether what :meth:`begin_flush` began is done; remember that it is.
+
+        :raises OSError: a side cannot be reached, or its disk has failed.
+        """
+        # Both are asked, as each tells of its failure once.
+        if not all([end.flushed() for end in self._ends]):
+            return False
+        for side in (HOST, GUEST):
+            self._store.confirm(side, self._flushed)
+        return True
 
     def _collect_rescued(self) -> None:
         for end in self._ends:

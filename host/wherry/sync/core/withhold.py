@@ -77,7 +77,7 @@ class Withholding:
             stays = {path for path, each in seen.items() if self._has_stayed(path, each)}
             _spread(brought, stays)
         else:
-            if writes:
+            if writes and now:
                 # A stamp outlasts a loss of power only if what it is of does.
                 self._guest.flush()
             seen = self._stamped(
