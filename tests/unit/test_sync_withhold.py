@@ -177,7 +177,8 @@ def test_what_was_there_before_it_was_mounted_does_not_come() -> None:
 def test_a_single_file_stays_so_too() -> None:
     place = scratch()
     pair = Pair(place, file=True)
-    pair.host.write_text("1")
+    for root in (pair.host, pair.guest):
+        root.write_text("1")
     pair.cycle.writes = False
     pair.settle()
     pair.guest.write_text("other")
