@@ -233,7 +233,7 @@ def test_what_is_written_to_a_read_only_mount_stays_in_the_guest(
         assert said(machine.docker("exec", "ro", "cat", "/src/f", "/src/g")) == "againguest\n"
         assert sorted(path.name for path in other.iterdir()) == ["f"]
         # Nor does it come when a container may write, unless that writes it.
-        assert run(machine, other, "cat /src/g; echo mine >/src/h") == "guest"
+        assert run(machine, other, "cat /src/g; echo mine >/src/h") == "guest\n"
         assert read(other) == {"f": "again", "h": "mine\n"}
         assert run(machine, other, "cat /src/g >/tmp/g; cat /tmp/g >/src/g") == ""
         assert read(other) == {"f": "again", "g": "guest\n", "h": "mine\n"}
