@@ -74,8 +74,8 @@ class Roots:
     def all(self) -> list[Session]:
         return list(self.sessions.values())
 
-    def release(self, used: set[str]) -> None:
-        self.used = used
+    def release(self, used: set[str], written: set[str]) -> None:
+        self.used, self.written = used, written
 
 
 class Engine:
@@ -581,7 +581,12 @@ def test_what_no_container_mounts_is_released(tmp_path: Path) -> None:
     assert not hasattr(roots, "used"), "the engine need not be asked"
     roots.require("/src/a")
     mounts.tidy()
-    assert roots.used == {"/src/a"}
+    assert (roots.used, roots.written) == ({"/src/a"}, {"/src/a"})
+    engine.mounts = [[{"Type": "bind", "Source": "/src/a", "RW": False}]]
+    mounts.tidy()
+    assert (roots.used, roots.written) == ({"/src/a"}, {"/src/a"})
+    mounts.tidy()
+    assert (roots.used, roots.written) == ({"/src/a"}, set())
     engine.mounts = [[{"Type": "volume", "Name": "bound"}], []]
     mounts.tidy()
     # A short container after the other: only what was not mounted at two times ends.

@@ -18,7 +18,10 @@ import platformdirs
 from wherry.platform import resolvers
 from wherry.platform.resolvers import Resolvers
 
-_BACKLOG = 512
+_BACKLOG = 4096
+"""As the Docker engine asks for, which Linux grants: a client that does not wait gets EAGAIN from a
+socket whose queue is full (connect(2))."""
+
 _SHARED = Path("/tmp")
 _PROBE_TIMEOUT_S = 1.0
 
