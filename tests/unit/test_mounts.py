@@ -59,11 +59,14 @@ class Session:
 
 class Roots:
     kept: tuple[str, ...] = ()
+    with_conflicts: tuple[str, ...] = ()
 
     def __init__(self) -> None:
         self.sessions: dict[str, Session] = {}
+        self.required: list[tuple[str, bool]] = []
 
     def require(self, path: str, *, read_only: bool = False) -> Session:
+        self.required.append((path, read_only))
         session = self.sessions.setdefault(path, Session(path))
         session.writes = session.writes or not read_only
         return session
@@ -82,8 +85,9 @@ class Engine:
     """A tunnel to an engine that has a volume, and containers as given."""
 
     def __init__(self) -> None:
-        self.mounts: list[list[dict[str, str]]] = []
-        self.inspected: dict[str, list[dict[str, str]]] = {}
+        self.state = "exited"
+        self.mounts: list[list[dict[str, Any]]] = []
+        self.inspected: dict[str, list[dict[str, Any]]] = {}
 
     def open_unix(self, path: str) -> Engine:
         return self
@@ -92,7 +96,7 @@ class Engine:
         answers = {
             "/volumes": {"Volumes": [{"Name": "bound", "Options": BOUND}]},
             "/containers/json?all=1": [
-                {"Id": str(number), "State": "exited", "Mounts": mounts}
+                {"Id": str(number), "State": self.state, "Mounts": mounts}
                 for number, mounts in enumerate(self.mounts)
             ],
         }
@@ -571,6 +575,29 @@ def test_a_wait_that_begins_after_a_rest_goes_on(session: Session) -> None:
 
     hold([session], fresh=True, wait=wait)  # type: ignore[list-item]
     assert waits == 3
+
+
+@pytest.mark.parametrize("state", ["running", "paused", "restarting", "exited"])
+def test_what_may_have_been_written_is_gone_on_with_first(tmp_path: Path, state: str) -> None:
+    """What a container wrote while no service ran is still to come to the host."""
+    engine, roots = Engine(), Roots()
+    read, written, kept, conflict = (str(tmp_path / name) for name in ("r", "w", "k", "c"))
+    for path in (read, written, kept, conflict):
+        Path(path).mkdir()
+    roots.kept, roots.with_conflicts = (kept,), (kept, conflict)
+    engine.state = state
+    bind = {"Type": "bind", "RW": False}
+    engine.mounts = [
+        [{**bind, "Source": read}, {**bind, "Source": written}],
+        [{**bind, "Source": written, "RW": True}, {**bind, "Source": "/nowhere"}],
+    ]
+    mounts = Mounts(Hooks(), roots, engine, [str(tmp_path)])  # type: ignore[arg-type]
+    mounts.restore()
+    writable = [path for path, read_only in roots.required if not read_only]
+    assert [path for path, _ in roots.required[: len(writable)]] == writable
+    running = state != "exited"
+    assert set(writable) == {kept, *[written] * running}
+    assert roots.sessions.keys() == {kept, conflict, *[read, written] * running}
 
 
 def test_what_no_container_mounts_is_released(tmp_path: Path) -> None:
