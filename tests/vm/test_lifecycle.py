@@ -247,27 +247,40 @@ def test_a_second_machine_beside_the_first(machine: Sandbox) -> None:
     assert b"wherry-second" not in contexts
 
 
-def test_a_container_that_starts_with_the_machine_has_its_port(
-    machine: Sandbox, tmp_path: Path
-) -> None:
-    """No request of a client's brings it up, only its restart policy."""
+def test_what_a_stop_leaves_and_a_start_brings(machine: Sandbox, tmp_path: Path) -> None:
+    """Both take long here, so this is all of it."""
+    before = machine.docker("images", "-q", "--no-trunc").stdout
+    machine.docker("run", "-d", "--name", "writer", "busybox", "sh", "-c",
+                   "trap 'echo bye >/bye; exit 3' TERM; while :; do sleep 0.1; done")  # fmt: skip
     port = free_port()
     machine.docker(
         "run", "-d", "--name", "web", "--restart", "always", "-p", f"{port}:80", "busybox",
         "sh", "-c", "mkdir -p /www; echo back >/www/index.html; exec httpd -f -h /www",
     )  # fmt: skip
     machine.wherry("stop")
+    status = machine.status()
+    assert status["state"] == "stopped"
+    assert (status["service_pid"], status["qemu_pid"]) == (None, None)
+    assert "guest did not shut down" not in machine.wherry("logs").stdout.decode()
+    assert machine.docker("ps", check=False).returncode != 0
     with socket.socket() as probe:
         assert probe.connect_ex(("127.0.0.1", port)) != 0
     with many_authorities(machine) as authority, tls_registry(tmp_path, authority) as registry:
         machine.wherry("start")
+        # No request of a client's brings it up, only its restart policy.
         assert fetch(f"http://127.0.0.1:{port}/") == b"back\n"
-        machine.docker("rm", "-f", "web")
         # The engine's first request already.
         name = f"{registry}/team/tool:1"
         machine.docker("tag", "busybox", name)
         machine.docker("push", "-q", name)
         machine.docker("rmi", name)
+    assert machine.docker("images", "-q", "--no-trunc").stdout == before
+    # The container was asked to end, and what it wrote then is there.
+    code = machine.docker("inspect", "-f", "{{.State.ExitCode}}", "writer").stdout
+    assert code == b"3\n"
+    machine.docker("cp", "writer:/bye", str(machine.home / "bye"))
+    assert (machine.home / "bye").read_bytes() == b"bye\n"
+    machine.docker("rm", "-f", "writer", "web")
 
 
 @contextmanager
@@ -281,26 +294,6 @@ def many_authorities(machine: Sandbox) -> Iterator[trustme.CA]:
     (trusted / "many.pem").write_bytes(pem)
     yield found[-1]
     (trusted / "many.pem").unlink()
-
-
-def test_stop_is_orderly_and_images_stay(machine: Sandbox) -> None:
-    before = machine.docker("images", "-q", "--no-trunc").stdout
-    machine.docker("run", "-d", "--name", "writer", "busybox", "sh", "-c",
-                   "trap 'echo bye >/bye; exit 3' TERM; while :; do sleep 0.1; done")  # fmt: skip
-    machine.wherry("stop")
-    status = machine.status()
-    assert status["state"] == "stopped"
-    assert (status["service_pid"], status["qemu_pid"]) == (None, None)
-    assert "guest did not shut down" not in machine.wherry("logs").stdout.decode()
-    assert machine.docker("ps", check=False).returncode != 0
-    machine.wherry("start")
-    assert machine.docker("images", "-q", "--no-trunc").stdout == before
-    # The container was asked to end, and what it wrote then is there.
-    code = machine.docker("inspect", "-f", "{{.State.ExitCode}}", "writer").stdout
-    assert code == b"3\n"
-    machine.docker("cp", "writer:/bye", str(machine.home / "bye"))
-    assert (machine.home / "bye").read_bytes() == b"bye\n"
-    machine.docker("rm", "writer")
 
 
 def test_a_first_format_that_is_interrupted_is_done_again(
@@ -326,20 +319,21 @@ def test_a_first_format_that_is_interrupted_is_done_again(
 
         aside.rename(data)
         mark.write_bytes(begun)
-        sandbox.wherry("start")
-        assert not mark.exists()
-        sandbox.wherry("stop", "--force")
+        with subprocess.Popen(START, env=sandbox.env, stderr=subprocess.DEVNULL):
+            wait_until(lambda: not mark.exists(), 120, "the disk is the guest's")
+            sandbox.wherry("stop", "--force")
         assert is_ext4(data, tmp_path)
     finally:
         sandbox.stop_all()
 
 
+START = [sys.executable, "-m", "wherry", "start"]
 _STEP_S = 0.005
 
 
 def kill_while_it_formats(sandbox: Sandbox, data: Path) -> None:
     """Start a machine for the first time, and kill QEMU once something is on its data disk."""
-    command = [sys.executable, "-m", "wherry", "start", "--cpus", "2", "--memory", "1GiB"]
+    command = [*START, "--cpus", "2", "--memory", "1GiB"]
     with subprocess.Popen(command, env=sandbox.env, stderr=subprocess.PIPE) as start:
         try:
             wait_until(
