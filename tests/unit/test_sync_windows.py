@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from sync_pair import Pair, scratch
-from windows_files import WindowsFiles
+from windows_files import WindowsFiles, apfs, ntfs
 
 from wherry.sync.core.traits import Traits
 
@@ -56,20 +56,42 @@ def test_the_fake_is_like_windows(pair: Windows) -> None:
     (pair.host / "Foo").rename(pair.host / "foo")
     assert pair.names()[0] == ["foo"]
     (pair.host / "é").write_text("1")
-    assert (pair.host / "e\u0301").read_text() == "1"
-    for name in ("a:b", "con", "NUL.txt", 'say "x"'):
+    assert (pair.host / "É").read_text() == "1"
+    assert not (pair.host / "e\u0301").exists()
+    assert not (pair.host / "foss").exists()
+    for name in ("a:b", "con", "NUL.txt", 'say "x"', "com\u00b9.c", "CONIN$"):
         with pytest.raises(OSError, match="not correct"):
             (pair.host / name).write_text("1")
     pair.files.held.add("foo")
     for change in (Path.read_text, Path.unlink, lambda path: path.rename(pair.host / "bar")):
         with pytest.raises(PermissionError):
             change(pair.host / "FOO")
+    (pair.host / "d").mkdir()
+    (pair.host / "d" / "open").write_text("1")
+    pair.files.read_only.add("open")
+    assert (pair.host / "d" / "open").read_text() == "1"
+    for change in (
+        Path.unlink,
+        lambda path: path.write_text("2"),
+        lambda path: path.open("r+"),
+        lambda path: os.open(path, os.O_RDWR),
+        lambda path: path.parent.rename(pair.host / "e"),
+    ):
+        with pytest.raises(PermissionError):
+            change(pair.host / "d" / "open")
+    pair.files.fold = apfs
+    assert (pair.host / "e\u0301").read_text() == "1"
 
 
+@pytest.mark.parametrize("fold", [ntfs, apfs])
 @pytest.mark.parametrize(
     ("one", "other"), [("Foo", "foo"), ("é", "e\u0301"), ("ß", "SS"), ("ǅ", "ǆ")]
 )
-def test_15_17_twins_in_the_guest(pair: Windows, one: str, other: str) -> None:
+def test_15_17_twins_in_the_guest(
+    pair: Windows, one: str, other: str, fold: Callable[[str], str]
+) -> None:
+    """What any such host takes for one name is not put on this one."""
+    pair.files.fold = fold
     (pair.guest / one).write_text("one")
     (pair.guest / other).write_text("other")
     (pair.guest / "d").mkdir()
@@ -99,6 +121,29 @@ def test_15_17_twins_in_the_guest(pair: Windows, one: str, other: str) -> None:
     (pair.guest / second).unlink()
     pair.settle()
     assert pair.names() == (["d", "d/x"], ["d", "d/x"])
+
+
+@pytest.mark.parametrize(
+    ("one", "other"), [("é", "e\u0301"), ("ß", "SS"), ("Makefile", "makefile")]
+)
+def test_15_names_that_the_host_has_both(pair: Windows, one: str, other: str) -> None:
+    """NTFS tells more names apart than APFS, and any in a directory that is made so."""
+    pair.files.fold = str
+    for side, name in ((pair.host, one), (pair.host, other), (pair.host, "x")):
+        (side / name).write_text("1")
+    assert not pair.settle().problems
+    (pair.host / one).write_text("of the host")
+    (pair.guest / other).write_text("of the guest")
+    assert not pair.settle().problems
+    for side in (pair.host, pair.guest):
+        assert (side / one).read_text() == "of the host"
+        assert (side / other).read_text() == "of the guest"
+    for name, side in ((one, pair.host), (other, pair.guest)):
+        (side / name).unlink()
+        assert not pair.settle().problems
+        assert not (pair.host / name).exists()
+        assert not (pair.guest / name).exists()
+    assert pair.names() == (["x"], ["x"])
 
 
 def test_15_directories_that_are_twins(pair: Windows) -> None:
@@ -137,7 +182,22 @@ def test_16_another_case_of_the_same_name(pair: Windows, on_host: bool, director
 
 @pytest.mark.parametrize(
     "name",
-    ["a:b", "what?", "tab\there", "line\nbreak", "con", "aux.c", "nul", "dot.", "blank ", "a\\b"],
+    [
+        "a:b",
+        "what?",
+        "tab\there",
+        "line\nbreak",
+        "con",
+        "aux.c",
+        "nul",
+        "dot.",
+        "blank ",
+        "a\\b",
+        "COM\u00b9",
+        "lpt\u00b3.txt",
+        "conin$",
+        "CONOUT$.x",
+    ],
 )
 def test_19_names_that_windows_has_not(pair: Windows, name: str) -> None:
     (pair.guest / "d").mkdir()
@@ -203,6 +263,65 @@ def test_36_a_file_that_a_program_holds(pair: Windows, what: str) -> None:
     assert (pair.host / "held").exists() == (what == "edit")
     stage = pair.directory / "host-stage"
     assert [path.name for path in stage.iterdir()] == ["journal"]
+
+
+@pytest.mark.parametrize("what", ["edit", "delete"])
+def test_36_a_file_that_a_program_lets_others_read(pair: Windows, what: str) -> None:
+    """What the program writes travels; what the guest does waits until it lets go."""
+    (pair.host / "log").write_text("1")
+    (pair.host / "other").write_text("1")
+    pair.settle()
+    (pair.host / "log").write_text("2, of the program")
+    pair.files.read_only.add("log")
+    outcome = pair.settle()
+    assert outcome.problems == outcome.failed == []
+    assert (pair.guest / "log").read_text() == "2, of the program"
+    (pair.guest / "log").write_text("3") if what == "edit" else (pair.guest / "log").unlink()
+    outcome = pair.run()
+    assert [(problem.path, problem.reason) for problem in outcome.failed] == [
+        ("log", "it is used by another program")
+    ]
+    assert (pair.host / "log").read_text() == "2, of the program"
+    pair.files.read_only.clear()
+    pair.settle()
+    assert pair.trees()[0] == pair.trees()[1]
+    assert (pair.host / "log").exists() == (what == "edit")
+
+
+@pytest.mark.parametrize(
+    ("becomes", "remains"),
+    # A directory that could not be given another case keeps the one that it has.
+    [("e", "e"), ("D", "d"), (None, None)],
+)
+def test_36_a_directory_around_a_file_that_a_program_holds(
+    pair: Windows, becomes: str | None, remains: str | None
+) -> None:
+    """Nothing is lost, the file is named, and it heals when the program lets go."""
+    (pair.host / "d").mkdir()
+    for name in ("held", "free"):
+        (pair.host / "d" / name).write_text(name)
+    (pair.host / "other").write_text("1")
+    pair.settle()
+    pair.files.held.add("held")
+    if becomes is None:
+        shutil.rmtree(pair.guest / "d")
+    else:
+        (pair.guest / "d").rename(pair.guest / becomes)
+    outcome = pair.run()
+    assert ("d/held", "it is used by another program") in [
+        (problem.path, problem.reason) for problem in outcome.failed
+    ]
+    assert (pair.host / "d" / "held").exists()
+    (pair.guest / "new").write_text("goes on")
+    pair.run()
+    assert (pair.host / "new").read_text() == "goes on"
+    pair.files.held.clear()
+    outcome = pair.settle()
+    assert outcome.problems == outcome.failed == []
+    kept = [] if remains is None else [remains, f"{remains}/free", f"{remains}/held"]
+    assert pair.names() == ([*kept, "new", "other"],) * 2
+    for path in kept[1:]:
+        assert (pair.host / path).read_text() == Path(path).name
 
 
 def test_36_a_file_that_cannot_be_read_is_not_taken_for_deleted(pair: Windows) -> None:

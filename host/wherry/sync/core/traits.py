@@ -60,8 +60,9 @@ class Traits:
         """Return the guest's names that the host cannot tell from another of the guest's.
 
         :param guest: all names of one directory in the guest.
-        :param preferred: names that the host or the ancestor has; one of these stays.
-        :returns: each name that cannot be on the host, with the one that is there.
+        :param preferred: names that the host or the ancestor has. All of these stay: where there
+            are several, this host tells more names apart than others of its kind.
+        :returns: each name that cannot be on the host, with one that is there.
         """
         if self.case_sensitive:
             return {}
@@ -72,5 +73,6 @@ class Traits:
         for names in groups.values():
             if len(names) > 1:
                 stays = min(names, key=lambda name: (name not in preferred, name))
-                twins.update({name: stays for name in names if name != stays})
+                refused = (name for name in names if name != stays and name not in preferred)
+                twins.update(dict.fromkeys(refused, stays))
         return twins
