@@ -81,7 +81,7 @@ class _Reader(winapi.DirectoryChangeReader):
             self._read(handle, event_buffer, nbytes)
         except OSError as error:
             number = getattr(error, "winerror", None)
-            if number == winapi.ERROR_OPERATION_ABORTED:
+            if number == winapi.ERROR_OPERATION_ABORTED or self._should_stop:
                 return
             if number != _ERROR_NOTIFY_ENUM_DIR:
                 if winapi._is_observed_path_deleted(handle, self._path):
