@@ -207,8 +207,8 @@ def test_16_another_case_on_the_host_of_what_the_guest_has_edited(
     assert (pair.host / new).read_text() == "an edit"
 
 
-class Random:
-    """Somebody who changes names, contents and what is held, on both sides of a pair."""
+class Somebody:
+    """Changes names, contents and what is held, on both sides of a pair."""
 
     def __init__(self, pair: Windows, seed: int) -> None:
         self._pair = pair
@@ -244,7 +244,7 @@ class Random:
 @pytest.mark.parametrize("seed", range(100))
 def test_15_16_36_any_changes_come_to_rest(pair: Windows, seed: int) -> None:
     """And what is named by no problem is the same on both sides."""
-    somebody = Random(pair, seed)
+    somebody = Somebody(pair, seed)
     for _ in range(6):
         for _ in range(4):
             somebody.change()
