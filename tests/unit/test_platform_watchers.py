@@ -218,6 +218,7 @@ class Kernel32:
     An answer of no bytes is what the system gives when its buffer ran over, or error 1022.
 
     :ivar plain: whether the filesystem has no extended information.
+    :ivar aborted: the error of a read that was cancelled; Wine has another one.
     """
 
     made: Kernel32
@@ -227,6 +228,7 @@ class Kernel32:
         self.answers: queue.Queue[bytes | WindowsError_] = queue.Queue()
         self.missing = False
         self.plain = False
+        self.aborted = 995
         self.closed = 0
         self.recursive: list[bool] = []
         self.final_path: str | None = None
@@ -249,7 +251,7 @@ class Kernel32:
         return 1
 
     def call_CancelIoEx(self, handle: int, _: object) -> int:  # noqa: N802
-        self.answers.put(WindowsError_(995, "The I/O operation has been aborted"))
+        self.answers.put(WindowsError_(self.aborted, "The I/O operation has been aborted"))
         return 1
 
     def call_GetFinalPathNameByHandleW(  # noqa: N802
@@ -403,6 +405,13 @@ def test_windows_says_when_reading_fails(windows: Place) -> None:
     assert windows.take() is None
     assert windows.watch.problem is not None
     assert "network error" in windows.watch.problem
+
+
+@pytest.mark.parametrize("error", [995, 997])
+def test_windows_tells_no_failure_when_it_is_closed(windows: Place, error: int) -> None:
+    Kernel32.made.aborted = error
+    windows.watch.close()
+    assert windows.watch.problem is None
 
 
 def test_windows_says_why_it_could_not_start(tmp_path: Path, changes: Callable[..., Any]) -> None:
