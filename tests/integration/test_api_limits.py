@@ -348,6 +348,25 @@ def test_clients_of_a_pipe_beyond_the_limit_find_an_instance_each(proxy: Proxy) 
     assert kernel.open_handles == 0
 
 
+def test_a_client_of_a_pipe_beyond_the_limit_is_told_when_it_has_asked() -> None:
+    """An answer that comes before is none to Go's clients."""
+    name = r"\\.\pipe\wherry"
+    kernel = FakePipes()
+    listener = pipes.PipeListener(kernel, name)
+    refused = refusals.Refusals(b"the answer", lambda job: None)
+    client = pipes.connect(kernel, name, 0.0)
+    refused.add(LocalEnd(listener.accept()))
+    assert refused._look_at_all()
+    assert kernel.available(client._pipe) == 0
+    client.sendall(b"GET /_ping")
+    assert refused._look_at_all()
+    assert client.recv(100) == b"the answer"
+    client.close()
+    assert not refused._look_at_all()
+    listener.close()
+    assert kernel.open_handles == 0
+
+
 def test_a_slow_reader_takes_no_memory(proxy: Proxy) -> None:
     """1 GB each way; the engine is in this process as well."""
     size = 1_000_000_000

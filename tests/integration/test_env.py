@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -15,6 +16,7 @@ EVALUATE = {
     "bash": 'eval "$(wherry env)"; printf %s "$DOCKER_HOST"',
     "zsh": 'eval "$(wherry env)"; printf %s "$DOCKER_HOST"',
     "fish": 'wherry env | source; printf %s "$DOCKER_HOST"',
+    "pwsh": "wherry env | Invoke-Expression; [Console]::Out.Write($Env:DOCKER_HOST)",
 }
 """What `wherry env` itself says that is to be run, and what came of it for a child."""
 
@@ -22,7 +24,7 @@ EVALUATE = {
 @pytest.fixture
 def strange(host: FakeHost) -> Iterator[FakeHost]:
     """A computer whose paths have what every shell gives a meaning to."""
-    made = FakeHost(home=host.directory / 'it\'s "$HOME" `x` \\n (ü) ;&')
+    made = FakeHost(home=host.directory / 'it\'s \u2019\u2018 "$HOME" `x` \\n (ü) ;&')
     made.make()
     yield made
     made.close()
@@ -47,13 +49,18 @@ def test_a_real_shell_reads_it(strange: FakeHost, shell: str) -> None:
 
 
 def test_powershell_reads_it_by_its_quoting_rules(strange: FakeHost) -> None:
-    """In single quotes all is literal, and two of them are one (about_Quoting_Rules)."""
-    line, use = strange.good("env", "--shell", "powershell").splitlines()
-    assert line.startswith("$Env:DOCKER_HOST = '")
-    assert line.endswith("'")
+    """Quotes end a string unless there are two, which are one; all else is literal.
+
+    See about_Quoting_Rules, and for what it takes for one IsSingleQuote in its CharTraits.cs.
+    """
+    line, use = strange.good("env", SHELL="/usr/bin/pwsh").splitlines()
+    quote = "['\u2018\u2019\u201a\u201b]"
     inner = line.removeprefix("$Env:DOCKER_HOST = '").removesuffix("'")
-    assert "'" not in inner.replace("''", "")
-    assert inner.replace("''", "'") == strange.status()["docker_host"]
+    assert line == f"$Env:DOCKER_HOST = '{inner}'"
+    pairs = re.findall(f"{quote}{{2}}", inner)
+    assert pairs == ["''", "\u2019\u2019", "\u2018\u2018"]
+    assert not re.search(quote, re.sub(f"{quote}{{2}}", "", inner))
+    assert re.sub(f"{quote}({quote})", r"\1", inner) == strange.status()["docker_host"]
     assert use == "# Run: wherry env | Invoke-Expression"
 
 

@@ -94,6 +94,12 @@ class PipeLike:
     def fileno(self) -> int:
         return -1
 
+    def recv_ready(self, buffer: memoryview) -> int | None:
+        try:
+            return self._end.recv_into(buffer, 0, socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return None
+
     def await_gone(self) -> None:
         # Its descriptor may be another one's after close().
         with self._end.dup() as end:

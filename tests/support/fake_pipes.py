@@ -138,6 +138,13 @@ class FakePipes:
             self.news.notify_all()
             return count
 
+    def available(self, pipe: End) -> int:
+        with self.news:
+            assert not pipe.closed, "a handle was used after it was closed"
+            if not pipe.into.messages and pipe.into.writer_gone:
+                raise ConnectionResetError(errno.ECONNRESET, "The pipe has been ended.")
+            return pipe.into.queued
+
     def write(self, pipe: End, data: memoryview, stop: threading.Event) -> None:
         way = pipe.out
         with self.news:

@@ -6,6 +6,7 @@ A module that imports these has the fixtures ``kernel``, ``name``, ``listener`` 
 from __future__ import annotations
 
 import contextlib
+import random
 import socket
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -94,6 +95,74 @@ def test_nothing_to_send_is_not_the_end(pair: Pair) -> None:
         assert waits(reading)
         client.sendall(b"x")
         assert reading.result(WAIT_S) == b"x"
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_any_pieces_are_one_stream_each_way(pair: Pair, seed: int) -> None:
+    def send(stream: PipeStream, data: bytes, choices: random.Random) -> None:
+        while data:
+            size = choices.choice((0, 1, 7, 1000, 65_536, 200_000))
+            stream.sendall(data[:size])
+            data = data[size:]
+        stream.shutdown(socket.SHUT_WR)
+
+    def receive(stream: PipeStream, choices: random.Random) -> bytes:
+        data = bytearray()
+        while part := stream.recv(choices.choice((1, 100, 5000, 65_536, 300_000))):
+            data += part
+        return bytes(data)
+
+    data = [pattern(700_000, seed + number) for number in range(2)]
+    one, two, three, four = (random.Random(f"{seed} {number}") for number in range(4))
+    with ThreadPoolExecutor(4) as pool:
+        received = [pool.submit(receive, *ends) for ends in zip(pair, (one, two), strict=True)]
+        sent = [
+            pool.submit(send, pair[1], data[0], three),
+            pool.submit(send, pair[0], data[1], four),
+        ]
+        assert [each.result(WAIT_S) for each in received] == data
+        for each in sent:
+            each.result(WAIT_S)
+
+
+@pytest.mark.parametrize("from_client", [True, False])
+def test_a_message_without_bytes_is_the_end(kernel: Calls, pair: Pair, from_client: bool) -> None:
+    """As go-winio has it, which reads and writes here."""
+    ours, theirs = pair if from_client else pair[::-1]
+    stop, buffer = kernel.make_event(), memoryview(bytearray(100))
+    kernel.write(theirs._pipe, memoryview(b"all"), stop)
+    assert ours.recv(100) == b"all"
+    kernel.write(theirs._pipe, memoryview(b""), stop)
+    assert (ours.recv(100), ours.recv(100)) == (b"", b"")
+    ours.sendall(b"still")
+    assert bytes(buffer[: kernel.read(theirs._pipe, buffer, stop)]) == b"still"
+    ours.shutdown(socket.SHUT_WR)
+    assert kernel.read(theirs._pipe, buffer, stop) == 0
+    kernel.close(stop)
+
+
+def test_what_is_there_is_read_without_waiting(pair: Pair) -> None:
+    server, client = pair
+    buffer = memoryview(bytearray(2))
+    assert server.recv_ready(buffer) is None
+    client.sendall(b"abc")
+    assert (server.recv_ready(buffer), bytes(buffer)) == (2, b"ab")
+    assert (server.recv_ready(buffer), bytes(buffer)) == (1, b"cb")
+    assert server.recv_ready(buffer) is None
+    client.sendall(b"d")
+    client.close()
+    assert server.recv_ready(buffer) == 1
+    with pytest.raises(ConnectionResetError):
+        server.recv_ready(buffer)
+
+
+def test_the_end_is_told_without_waiting_once_it_was_read(pair: Pair) -> None:
+    server, client = pair
+    client.shutdown(socket.SHUT_WR)
+    buffer = memoryview(bytearray(2))
+    assert server.recv_ready(buffer) is None
+    assert server.recv(1) == b""
+    assert server.recv_ready(buffer) == 0
 
 
 def test_both_directions_at_once(pair: Pair) -> None:

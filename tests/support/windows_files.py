@@ -1,12 +1,11 @@
 """What a Windows filesystem does, on top of one that can do more: names and locks.
 
-Calls of :mod:`os` on paths below one directory find a name whatever its case, as NTFS does, and
-its composed and decomposed forms alike, as APFS does; refuse names that Windows refuses; drop
-dots and blanks at a name's end; and fail with a sharing violation where a program holds a file
-open. All other paths are as they are.
+Calls of :mod:`os` on paths below one directory find a name whatever its case; refuse names that
+Windows refuses; drop dots and blanks at a name's end; fail with a sharing violation where a
+program holds a file open, and rename no directory around one. All other paths are as they are.
 
-Sources: "Naming Files, Paths, and Namespaces" and "CreateFileW function" (dwShareMode) of the
-Windows documentation.
+Sources: "Naming Files, Paths, and Namespaces", "CreateFileW function" (dwShareMode) and
+"FILE_RENAME_INFORMATION structure" (Remarks) of the Windows documentation.
 """
 
 from __future__ import annotations
@@ -25,10 +24,20 @@ import pytest
 from wherry_sync import kernel
 
 _RESERVED = re.compile(r'[<>:"\\|?*\x00-\x1f]')
-_DEVICE = re.compile(r"(CON|PRN|AUX|NUL|COM[1-9]|LPT[1-9])\s*(\.|\Z)", re.IGNORECASE)
+_DEVICE = re.compile(
+    r"(CON|PRN|AUX|NUL|CONIN\$|CONOUT\$|(COM|LPT)[1-9\u00b9\u00b2\u00b3])\s*(\.|\Z)", re.IGNORECASE
+)
 
 
-def _fold(name: str) -> str:
+def ntfs(name: str) -> str:
+    """Return what NTFS compares: capitals one by one, and of the first 65,536 characters alone."""
+    return "".join(
+        upper if each <= "\uffff" and len(upper := each.upper()) == 1 else each for each in name
+    )
+
+
+def apfs(name: str) -> str:
+    """Return what APFS compares: all forms of a letter are one."""
     return unicodedata.normalize("NFC", unicodedata.normalize("NFD", name).casefold())
 
 
@@ -36,10 +45,14 @@ class WindowsFiles:
     """The files below a directory, until the test ends.
 
     :ivar held: names of files that a program holds open without sharing them.
+    :ivar read_only: names of files that a program holds open and lets others read.
+    :ivar fold: what of a name is compared.
     """
 
     def __init__(self, root: Path, patch: pytest.MonkeyPatch) -> None:
         self.held: set[str] = set()
+        self.read_only: set[str] = set()
+        self.fold = ntfs
         self._root = os.fspath(root)
         self._listdir = os.listdir
         self._readlink = os.readlink
@@ -71,15 +84,24 @@ class WindowsFiles:
                 raise OSError(errno.EINVAL, "the file name is not correct", name)
             wanted = name.rstrip(". ")
             try:
-                there = [each for each in self._listdir(found) if _fold(each) == _fold(wanted)]
+                same = self.fold(wanted)
+                there = [each for each in self._listdir(found) if self.fold(each) == same]
             except OSError:
                 there = []
             found = f"{found}/{there[0] if there else wanted}"
         return found
 
-    def _check(self, path: str) -> None:
-        if path.startswith(self._root) and path.rpartition("/")[2] in self.held:
+    def _check(self, path: str, *, reading: bool = False) -> None:
+        kept = self.held if reading else self.held | self.read_only
+        if path.startswith(self._root) and path.rpartition("/")[2] in kept:
             raise PermissionError(errno.EACCES, "it is used by another program", path)
+
+    def _check_below(self, directory: str) -> None:
+        if not directory.startswith(self._root):
+            return
+        for _, _, names in os.walk(directory):
+            if not (self.held | self.read_only).isdisjoint(names):
+                raise PermissionError(errno.EACCES, "access is denied", directory)
 
     def _one(self, name: str, real: Callable[..., Any], index: int) -> Callable[..., Any]:
         def call(*arguments: Any, dir_fd: int | None = None, **options: Any) -> Any:
@@ -87,7 +109,7 @@ class WindowsFiles:
                 return real(*arguments, **options)
             full = self._full(arguments[index], dir_fd)
             if name in ("open", "unlink"):
-                self._check(full)
+                self._check(full, reading=name == "open" and _reads(*arguments[1:], **options))
             changed = list(arguments)
             changed[index] = os.fsencode(full) if isinstance(arguments[index], bytes) else full
             return real(*changed, **options)
@@ -106,7 +128,8 @@ class WindowsFiles:
             source, target = self._full(old, src_dir_fd), self._full(new, dst_dir_fd)
             self._check(source)
             self._check(target)
-            if real is self._rename and _fold(source) == _fold(target):
+            self._check_below(source)
+            if real is self._rename and self.fold(source) == self.fold(target):
                 # Only the case changes, and that it does.
                 target = f"{target.rpartition('/')[0]}/{os.fsdecode(new).rpartition('/')[2]}"
             real(source, target, **options)
@@ -119,3 +142,10 @@ class WindowsFiles:
             raise FileExistsError(errno.EEXIST, "it exists", new)
         os.rename(old, new, src_dir_fd=old_fd, dst_dir_fd=new_fd)
         return True
+
+
+def _reads(how: int | str = "r", *_: object, mode: int | str = "", **__: object) -> bool:
+    """Whether a file is opened to be read alone, by ``os.open`` or ``io.open``."""
+    if isinstance(how, int):
+        return how & os.O_ACCMODE == os.O_RDONLY
+    return not set(str(mode) or how) & set("wax+")

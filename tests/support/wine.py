@@ -40,7 +40,14 @@ TARGET = (
     "--only-binary=:all:",
 )
 
-FOR_TESTS = ("colorama", "docker==7.2.0", "hypothesis>=6.120", "pytest>=9.0", "pytest-timeout>=2.3")
+FOR_TESTS = (
+    "colorama",
+    "docker==7.2.0",
+    "hypothesis>=6.120",
+    "pytest>=9.0",
+    "pytest-timeout>=2.3",
+    "trustme>=1.2",
+)
 """colorama is a dependency of click's on Windows alone, where pip does not look for it."""
 
 TIMEOUT_S = 300

@@ -215,7 +215,10 @@ class Function:
 class Kernel32:
     """A directory of Windows with one handle: what is told is put in by the test.
 
-    An answer of no bytes is what the system gives when its buffer ran over.
+    An answer of no bytes is what the system gives when its buffer ran over, or error 1022.
+
+    :ivar plain: whether the filesystem has no extended information.
+    :ivar aborted: the error of a read that was cancelled; Wine has another one.
     """
 
     made: Kernel32
@@ -224,6 +227,8 @@ class Kernel32:
         assert name == "kernel32"
         self.answers: queue.Queue[bytes | WindowsError_] = queue.Queue()
         self.missing = False
+        self.plain = False
+        self.aborted = 995
         self.closed = 0
         self.recursive: list[bool] = []
         self.final_path: str | None = None
@@ -246,7 +251,7 @@ class Kernel32:
         return 1
 
     def call_CancelIoEx(self, handle: int, _: object) -> int:  # noqa: N802
-        self.answers.put(WindowsError_(995, "The I/O operation has been aborted"))
+        self.answers.put(WindowsError_(self.aborted, "The I/O operation has been aborted"))
         return 1
 
     def call_GetFinalPathNameByHandleW(  # noqa: N802
@@ -256,6 +261,16 @@ class Kernel32:
         return len(buffer.value)
 
     def call_ReadDirectoryChangesExW(  # noqa: N802
+        self, *arguments: Any
+    ) -> int:
+        if self.plain:
+            raise WindowsError_(50, "The request is not supported")
+        return self._read(*arguments)
+
+    def call_ReadDirectoryChangesW(self, *arguments: Any) -> int:  # noqa: N802
+        return self._read(*arguments)
+
+    def _read(
         self, handle: int, buffer: Any, size: int, recursive: bool, mask: int, count: Any, *_: Any
     ) -> int:
         self.recursive.append(recursive)
@@ -277,6 +292,17 @@ def told(*events: tuple[int, str]) -> bytes:
         following = size if number + 1 < len(events) else 0
         head = struct.pack("<II6qIIqqI", following, action, *[0] * 10, len(raw))
         records.append((head + raw).ljust(size, b"\0"))
+    return b"".join(records)
+
+
+def told_plainly(*events: tuple[int, str]) -> bytes:
+    """Return FILE_NOTIFY_INFORMATION structures."""
+    records = []
+    for number, (action, name) in enumerate(events):
+        raw = name.encode("utf-16-le")
+        size = (12 + len(raw) + 3) // 4 * 4
+        following = size if number + 1 < len(events) else 0
+        records.append((struct.pack("<III", following, action, len(raw)) + raw).ljust(size, b"\0"))
     return b"".join(records)
 
 
@@ -324,6 +350,35 @@ def test_43_windows_that_ran_over_asks_for_everything(windows: Place) -> None:
     assert windows.take() == {"a"}
 
 
+def test_43_windows_that_says_so_by_an_error_asks_for_everything(windows: Place) -> None:
+    """What was read before is not told again, and it goes on."""
+    kernel = Kernel32.made
+    kernel.answers.put(told((ADDED, "b\\f")))
+    assert windows.take() == {"b"}
+    kernel.answers.put(WindowsError_(1022, "The caller now needs to enumerate the files"))
+    assert windows.take() is None
+    assert windows.watch.problem is None
+    kernel.answers.put(told((DELETED, "a\\f")))
+    assert windows.take() == {"a"}
+
+
+def test_a_filesystem_of_windows_without_extended_information(
+    tmp_path: Path, changes: Callable[..., Any]
+) -> None:
+    kernel = Kernel32.made
+    kernel.plain = True
+    place = Place(tmp_path, changes, [])
+    assert place.watch.take() is None
+    kernel.answers.put(told_plainly((WRITTEN, "a\\é"), (OLD_NAME, "x")))
+    assert place.take() == {"a", ""}
+    kernel.answers.put(b"")
+    assert place.take() is None
+    kernel.answers.put(told_plainly((ADDED, "y")))
+    assert place.take() == {""}
+    assert place.watch.problem is None
+    place.watch.close()
+
+
 def test_windows_that_uses_short_names_asks_for_everything(windows: Place) -> None:
     Kernel32.made.answers.put(told((WRITTEN, "PROGRA~1\\f")))
     assert windows.take() is None
@@ -350,6 +405,13 @@ def test_windows_says_when_reading_fails(windows: Place) -> None:
     assert windows.take() is None
     assert windows.watch.problem is not None
     assert "network error" in windows.watch.problem
+
+
+@pytest.mark.parametrize("error", [995, 997])
+def test_windows_tells_no_failure_when_it_is_closed(windows: Place, error: int) -> None:
+    Kernel32.made.aborted = error
+    windows.watch.close()
+    assert windows.watch.problem is None
 
 
 def test_windows_says_why_it_could_not_start(tmp_path: Path, changes: Callable[..., Any]) -> None:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import random
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import docker
 import pytest
@@ -18,7 +21,7 @@ from wherry.api.hooks import Hooks, Watch
 from wherry.api.server import Endpoint
 from wherry.core.errors import TunnelError
 from wherry.platform.windows.kernel import Kernel
-from wherry.platform.windows.pipes import PipeListener, connect
+from wherry.platform.windows.pipes import PENDING, PipeListener, connect
 from wherry.tunnel.stream import Stream
 
 from .conftest import WAIT_S
@@ -29,13 +32,14 @@ pytestmark = pytest.mark.windows
 class Served:
     """An endpoint, and the engine behind it."""
 
-    def __init__(self, kernel: Kernel, name: str, directory: Path) -> None:
+    def __init__(self, kernel: Kernel, name: str, directory: Path, **options: Any) -> None:
         self.engine = StubEngine(directory / "engine")
         self.hooks = Hooks()
         self.streams: list[SocketStream] = []
         self._kernel = kernel
         self._name = name
-        self.endpoint = Endpoint(PipeListener(kernel, name), self._open, hooks=self.hooks)
+        self.listener = PipeListener(kernel, name)
+        self.endpoint = Endpoint(self.listener, self._open, hooks=self.hooks, **options)
         self.endpoint.start()
 
     def _open(self) -> Stream:
@@ -49,22 +53,42 @@ class Served:
     def client(self) -> Client:
         return Client(connect(self._kernel, self._name, WAIT_S))
 
+    def hasty_client(self) -> Client:
+        """One that does not wait for an instance of the pipe."""
+        return Client(connect(self._kernel, self._name, 0.0))
+
     def sdk(self) -> docker.APIClient:
         address = self._name.replace("\\", "/")
         return docker.APIClient(base_url=f"npipe://{address}", version="1.47", timeout=WAIT_S)
 
     def close(self) -> None:
+        self.engine.exit.set()
         self.endpoint.close()
         for stream in self.streams:
             stream.close()
         self.engine.stop()
 
 
+Serve = Callable[..., Served]
+
+
 @pytest.fixture
-def served(kernel: Kernel, name: str, tmp_path: Path) -> Iterator[Served]:
-    made = Served(kernel, name, tmp_path)
-    yield made
-    made.close()
+def serve(kernel: Kernel, name: str, tmp_path: Path) -> Iterator[Serve]:
+    with contextlib.ExitStack() as made:
+
+        def make(**options: Any) -> Served:
+            served = Served(kernel, name, tmp_path, **options)
+            made.callback(served.close)
+            return served
+
+        yield make
+    left = [each.name for each in threading.enumerate() if each.name.startswith("endpoint")]
+    assert not left
+
+
+@pytest.fixture
+def served(serve: Serve) -> Served:
+    return serve()
 
 
 def test_requests_on_one_connection(served: Served) -> None:
@@ -77,6 +101,37 @@ def test_requests_on_one_connection(served: Served) -> None:
             client.request("GET", f"/chunked?n={size}&size=1000")
             assert client.answer()[2] == pattern(size)
     eventually(lambda: served.endpoint.counters.active == 0)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_requests_in_any_pieces(served: Served, seed: int) -> None:
+    """And input of a program that was attached to, in as many."""
+    choices = random.Random(seed)
+
+    def send(client: Client, data: bytes) -> None:
+        while data:
+            size = choices.choice((0, 1, 2, 30, 5000, 100_000))
+            client.send(data[:size])
+            data = data[size:]
+
+    with served.client() as client:
+        for number, size in enumerate((0, 1, 3000, 200_000)):
+            body = pattern(size, number)
+            head = f"POST /echo HTTP/1.1\r\nHost: x\r\nContent-Length: {size}\r\n\r\n".encode()
+            send(client, head + body)
+            assert client.answer()[::2] == (200, body)
+        send(client, b"POST /exec/e/start HTTP/1.1\r\nHost: x\r\nUpgrade: tcp\r\n")
+        send(client, b"Connection: Upgrade\r\nContent-Length: 2\r\n\r\n{}")
+        assert client.answer()[0] == 101
+
+        def type_in() -> None:
+            send(client, pattern(200_000, seed))
+            client.sock.shutdown(socket.SHUT_WR)
+
+        with ThreadPoolExecutor(1) as pool:
+            typing = pool.submit(type_in)
+            assert client.rest() == pattern(200_000, seed) + b"<end>"
+            typing.result(WAIT_S)
 
 
 def test_an_answer_that_ends_with_the_connection(served: Served) -> None:
@@ -181,6 +236,85 @@ def test_50_clients_at_once(served: Served) -> None:
 
     with ThreadPoolExecutor(50) as pool:
         list(pool.map(ask, range(50)))
+
+
+def test_200_connections_at_once(served: Served) -> None:
+    with contextlib.ExitStack() as stack:
+        clients = [stack.enter_context(served.client()) for _ in range(200)]
+        for _ in range(2):
+            for number, client in enumerate(clients):
+                client.request("POST", "/echo", body=pattern(1000, number))
+            for number, client in enumerate(clients):
+                assert client.answer()[::2] == (200, pattern(1000, number))
+            assert served.endpoint.counters.active == 200
+            assert len(served.listener._pending) == PENDING
+    eventually(lambda: served.endpoint.counters.active == 0)
+    assert served.endpoint.counters.connections == 200
+
+
+def test_clients_beyond_the_limit_are_told_so(serve: Serve) -> None:
+    """None of those that come at one moment finds all instances taken, or is hung up on."""
+    served = serve(limit=3)
+    burst = PENDING - 4
+    together = threading.Barrier(burst)
+
+    def ask(number: int) -> tuple[int, str, str]:
+        together.wait(WAIT_S)
+        with served.hasty_client() as client:
+            client.request("POST", "/echo", body=pattern(100_000, number))
+            status, headers, body = client.answer()
+            assert client.rest() == b""
+        return status, headers["connection"], json.loads(body)["message"]
+
+    with contextlib.ExitStack() as stack:
+        kept = [stack.enter_context(served.client()) for _ in range(3)]
+        for client in kept:
+            client.request("GET", "/_ping")
+            assert client.answer()[0] == 200
+        why = "wherry: there are already 3 connections to the engine"
+        with ThreadPoolExecutor(burst) as pool:
+            for _ in range(3):
+                assert set(pool.map(ask, range(burst))) == {(503, "close", why)}
+        with pytest.raises(docker.errors.APIError, match=why):
+            served.sdk().ping()
+        assert served.endpoint.counters.refused == 3 * burst + 1
+        assert len(served.listener._pending) == PENDING
+        assert len(served.engine.said) == 3
+        for client in kept:
+            client.request("GET", "/_ping")
+            assert client.answer()[0] == 200
+    eventually(lambda: served.endpoint.counters.active == 0)
+    with served.client() as client:
+        client.request("GET", "/_ping")
+        assert client.answer()[0] == 200
+
+
+def test_clients_beyond_the_limit_that_ask_nothing_are_in_nobody_s_way(serve: Serve) -> None:
+    served = serve(limit=0)
+    with contextlib.ExitStack() as stack:
+        silent = []
+        for number in range(2 * PENDING):
+            silent.append(stack.enter_context(served.hasty_client()))
+            eventually(lambda number=number: served.endpoint.counters.refused > number)
+        with served.hasty_client() as client:
+            client.request("GET", "/_ping")
+            assert client.answer()[0] == 503
+        threads = [each for each in threading.enumerate() if each.name.startswith("endpoint")]
+        assert len(threads) <= 6
+        for each in silent:
+            assert each.answer()[0] == 503
+        eventually(lambda: not served.endpoint._refusals._clients)
+
+
+def test_a_head_has_a_time_by_which_it_is_whole(serve: Serve) -> None:
+    served = serve(head_timeout_s=1.0)
+    with served.client() as idle, served.client() as client:
+        client.request("GET", "/_ping")
+        assert client.answer()[0] == 200
+        client.send(b"GET /_ping HTTP/1.1\r\n")
+        assert client.rest() == b""
+        idle.request("GET", "/_ping")
+        assert idle.answer()[0] == 200
 
 
 def test_dockers_own_library(served: Served) -> None:

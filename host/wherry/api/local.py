@@ -55,12 +55,13 @@ class LocalEnd:
             timer.cancel()
 
     def read_some(self, buffer: bytearray) -> int | None:
-        """Read without waiting; None when there is nothing, and of a client that has no poll(2).
+        """Read without waiting; None when there is nothing.
 
         :raises OSError: the client is gone.
         """
         if self.socket is None:
-            return None
+            assert not isinstance(self._stream, socket.socket)
+            return self._stream.recv_ready(memoryview(buffer))
         try:
             return self.socket.recv_into(buffer, 0, _NOW)
         except BlockingIOError:

@@ -109,7 +109,7 @@ class Refusals:
             count = client.end.read_some(self._scratch)
             if client.told:
                 return count != 0 and now < client.due
-            if count is not None or now >= client.due or client.end.socket is None:
+            if count is not None or now >= client.due:
                 self._tell(client)
                 client.due = now + _MOMENT_S
         except OSError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 from collections.abc import Callable
 from pathlib import PurePath
@@ -17,8 +18,12 @@ def _fish(text: str) -> str:
     return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
 
 
+# Each of them ends a string that any of them has begun (CharTraits.cs of PowerShell).
+_POWERSHELL_QUOTES = re.compile("['\u2018\u2019\u201a\u201b]")
+
+
 def _powershell(text: str) -> str:
-    return "'" + text.replace("'", "''") + "'"
+    return "'" + _POWERSHELL_QUOTES.sub(r"\g<0>\g<0>", text) + "'"
 
 
 _LINES: dict[str, tuple[str, Callable[[str], str]]] = {
@@ -52,7 +57,7 @@ def env(name: str, chosen: str | None) -> None:
 
 def _guess() -> str:
     """$SHELL on POSIX systems; Windows sets none, and has PowerShell."""
-    shell = os.environ.get("SHELL")
-    if not shell:
+    name = PurePath(os.environ.get("SHELL") or "pwsh").name
+    if name == "pwsh":
         return "powershell"
-    return PurePath(shell).name if PurePath(shell).name in _LINES else "bash"
+    return name if name in _LINES else "bash"

@@ -54,6 +54,12 @@ class UnpolledStream(LocalStream, Protocol):
     poll(2) that tells of that.
     """
 
+    def recv_ready(self, buffer: memoryview, /) -> int | None:
+        """Like :meth:`recv_into`, but never wait; None when there are no bytes.
+
+        That is so at the end of the stream as well, until it was read.
+        """
+
     def await_gone(self) -> None:
         """Wait until the other side has left, in both directions; what it still sends is lost.
 

@@ -3,17 +3,20 @@
 Of watchdog only the reader is used, and what it would queue is looked at in its own thread. Its
 emitter skips an answer of zero bytes, which says that the system's buffer ran over and all of it
 was dropped; it goes on collecting until nothing has changed for a second; and when the reader
-fails its thread ends without a word.
+fails its thread ends without a word. The reader takes an overflow that is told as an error, the
+other way that the documentation has, for the end of the directory.
 
 A call's change may be told some time after the call has returned, so nothing is proved.
 """
 
 from __future__ import annotations
 
+import ctypes
 import queue
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from watchdog.observers import winapi
 
@@ -21,6 +24,7 @@ from wherry.platform.base import ChangeSink
 from wherry.platform.changes import Teller
 
 _RETRY_S = 0.05
+_ERROR_NOTIFY_ENUM_DIR = 1022
 
 # The system may name a file by its short name ("The file name", in the documentation of
 # FILE_NOTIFY_INFORMATION), which no scan knows.
@@ -71,6 +75,36 @@ class _Reader(winapi.DirectoryChangeReader):
             self._end(error.strerror or str(error))
             # If it never read: who waits for that waits no longer.
             queue.Queue.put(self._buf_queue, (b"", False))
+
+    def _run_inner(self, handle: Any, event_buffer: Any, nbytes: Any) -> None:
+        try:
+            self._read(handle, event_buffer, nbytes)
+        except OSError as error:
+            number = getattr(error, "winerror", None)
+            if number == winapi.ERROR_OPERATION_ABORTED or self._should_stop:
+                return
+            if number != _ERROR_NOTIFY_ENUM_DIR:
+                if winapi._is_observed_path_deleted(handle, self._path):
+                    raise OSError("it was moved, removed or unmounted") from error
+                raise
+            nbytes.value = 0
+        self._buf_queue.put((event_buffer.raw[: nbytes.value], self._extended))
+
+    def _read(self, handle: Any, buffer: Any, count: Any) -> None:
+        """Wait for changes; where the filesystem has no extended ones, for plain ones."""
+        to_fill = (handle, ctypes.byref(buffer), len(buffer), self._recursive)
+        wanted = (winapi.WATCHDOG_FILE_NOTIFY_FLAGS, ctypes.byref(count), None, None)
+        if self._extended and winapi.ReadDirectoryChangesExW is not None:
+            kind = winapi.READ_DIRECTORY_NOTIFY_EXTENDED_INFORMATION
+            try:
+                winapi.ReadDirectoryChangesExW(*to_fill, *wanted, kind)
+                return
+            except OSError as error:
+                lacking = (winapi.ERROR_INVALID_FUNCTION, winapi.ERROR_NOT_SUPPORTED)
+                if getattr(error, "winerror", None) not in lacking:
+                    raise
+            self._extended = False
+        winapi.ReadDirectoryChangesW(*to_fill, *wanted)
 
     def stop(self) -> None:
         """End the thread; safe to call twice.
@@ -127,9 +161,7 @@ class DirectoryChangesWatcher:
             plain = winapi._parse_event_buffer(data)
             events = [(action, name, False) for action, name in plain]
         for action, name, _ in events:
-            if action == winapi.FILE_ACTION_DELETED_SELF:
-                self._end("it was moved, removed or unmounted")
-            elif _SHORT_NAME.search(name):
+            if _SHORT_NAME.search(name):
                 self._sink.lost()
             else:
                 self._teller.tell(

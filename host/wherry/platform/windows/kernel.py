@@ -143,10 +143,13 @@ class Kernel:
         def start(overlapped: Any) -> int:
             return int(win32file.ReadFile(pipe, buffer, overlapped)[0])
 
-        try:
+        with _resets():
             return self._transfer(pipe, start, stop)
-        except BrokenPipeError as error:
-            raise ConnectionResetError(errno.ECONNRESET, "the other side has gone") from error
+
+    def available(self, pipe: Handle) -> int:
+        """PeekNamedPipe."""
+        with _resets(), _os_errors():
+            return int(win32pipe.PeekNamedPipe(pipe, 0)[1])
 
     def write(self, pipe: Handle, data: memoryview, stop: Handle) -> None:
         """WriteFile."""
@@ -205,6 +208,15 @@ def _wait(event: Handle, stop: Handle) -> bool:
         found = win32event.WaitForMultipleObjects((event, stop), False, timeout_ms)
         if found != win32event.WAIT_TIMEOUT:
             return bool(found != win32event.WAIT_OBJECT_0)
+
+
+@contextlib.contextmanager
+def _resets() -> Iterator[None]:
+    """Have the end of the other side raise what it does to who reads a socket."""
+    try:
+        yield
+    except BrokenPipeError as error:
+        raise ConnectionResetError(errno.ECONNRESET, "the other side has gone") from error
 
 
 @contextlib.contextmanager

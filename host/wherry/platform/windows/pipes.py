@@ -62,6 +62,9 @@ class Calls(Protocol):
     def read(self, pipe: Handle, buffer: memoryview, stop: Handle) -> int:
         """Wait for bytes until the event ``stop`` is set; 0 for a message without any."""
 
+    def available(self, pipe: Handle) -> int:
+        """Return how many bytes there are to read."""
+
     def write(self, pipe: Handle, data: memoryview, stop: Handle) -> None:
         """Write a message, waiting for room until the event ``stop`` is set."""
 
@@ -130,6 +133,16 @@ class PipeStream:
             self._leave()
         self._ended = not count
         return count
+
+    def recv_ready(self, buffer: memoryview, /) -> int | None:
+        """Read without waiting, in the only thread that reads; None when there are no bytes."""
+        self._enter()
+        try:
+            if not self._ended and not self._calls.available(self._pipe):
+                return None
+        finally:
+            self._leave()
+        return self.recv_into(buffer)
 
     def send(self, data: memoryview | bytes, /) -> int:
         """Send all of ``data``."""

@@ -30,7 +30,7 @@ anything            untracked content there       reported, untouched
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
 from wherry.sync.core.traits import Traits
@@ -197,7 +197,7 @@ class _Reconciler:
         else:
             children = {}
             self._out.ancestor[path] = EMPTY
-        refused = self._refused(path, g, h.children.keys() | children.keys())
+        refused = self._refused(path, g.children, h.children, children)
         theirs = g.children
         for name, child in h.children.items():
             ours, other = children.get(name), theirs.get(name)
@@ -240,7 +240,7 @@ class _Reconciler:
         else:
             self._decide(path, y, side, replaced, saved)
             if isinstance(y, Directory):
-                refused = self._refused(path, y, ()) if side == HOST else ()
+                refused = self._refused(path, y.children, {}, {}) if side == HOST else ()
                 for name, child in y.children.items():
                     if name not in refused:
                         self._create(join(path, name), child, side)
@@ -251,7 +251,7 @@ class _Reconciler:
         :returns: whether anything stays that the other side has to have.
         """
         stays = held = False
-        refused = self._refused(path, y, a.children.keys()) if missing == HOST else ()
+        refused = self._refused(path, y.children, {}, a.children) if missing == HOST else ()
         for name in y.children.keys() | a.children.keys():
             below = join(path, name)
             known, found = a.children.get(name), y.children.get(name)
@@ -380,19 +380,24 @@ class _Reconciler:
         elif entry is not None and entry.kind == PROBLEM:
             self._out.problems.append(Problem(path, entry.reason, lacking))
 
-    def _refused(self, path: str, guest: Directory, preferred: Collection[str]) -> Collection[str]:
-        """Report and return the guest's names in a directory that the host cannot have.
-
-        :param preferred: names that the host or the ancestor has there.
-        """
+    def _refused(
+        self,
+        path: str,
+        guest: Mapping[str, Entry],
+        host: Mapping[str, Entry],
+        ancestor: Mapping[str, Entry],
+    ) -> Collection[str]:
+        """Report and return the guest's names in a directory that the host cannot have."""
         traits = self._traits
         if traits.case_sensitive and not traits.windows_names:
             return ()
         reasons = {
             name: f"its name is the same as that of {stays!r} on this host"
-            for name, stays in traits.twins(guest.children.keys(), preferred).items()
+            for name, stays in traits.twins(guest, host, ancestor).items()
+            # What the host has no more is deleted.
+            if guest[name] != ancestor.get(name)
         }
-        for name in guest.children:
+        for name in guest:
             reason = traits.name_problem(name)
             if reason is not None:
                 reasons[name] = reason

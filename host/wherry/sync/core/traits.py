@@ -56,12 +56,16 @@ class Traits:
         # Folding can undo a normal form, so it is between two normalisations (UAX 15).
         return unicodedata.normalize("NFC", unicodedata.normalize("NFD", name).casefold())
 
-    def twins(self, guest: Collection[str], preferred: Collection[str]) -> dict[str, str]:
+    def twins(
+        self, guest: Collection[str], host: Collection[str], ancestor: Collection[str]
+    ) -> dict[str, str]:
         """Return the guest's names that the host cannot tell from another of the guest's.
 
         :param guest: all names of one directory in the guest.
-        :param preferred: names that the host or the ancestor has; one of these stays.
-        :returns: each name that cannot be on the host, with the one that is there.
+        :param host: all names that the host has there. All of these stay: if there are several
+            of one kind, this host tells more names apart than others do.
+        :param ancestor: names that both had; where the host has none of a kind, one of them stays.
+        :returns: each name that cannot be on the host, with one that is there.
         """
         if self.case_sensitive:
             return {}
@@ -71,6 +75,7 @@ class Traits:
         twins = {}
         for names in groups.values():
             if len(names) > 1:
-                stays = min(names, key=lambda name: (name not in preferred, name))
-                twins.update({name: stays for name in names if name != stays})
+                stays = min(names, key=lambda name: (name not in host, name not in ancestor, name))
+                refused = (name for name in names if name != stays and name not in host)
+                twins.update(dict.fromkeys(refused, stays))
         return twins
