@@ -1,4 +1,4 @@
-"""A flush of a filesystem that nobody waits for: it may take many seconds."""
+"""Flushes of a filesystem that nobody waits for: one may take many seconds."""
 
 from __future__ import annotations
 
@@ -8,33 +8,59 @@ import threading
 from wherry_sync import kernel
 
 
-class Flush:
-    """Has all that was written to a filesystem up to now on its disk, in a thread of its own.
+class Flushes:
+    """Has what was written to a filesystem on its disk, in a thread, one flush after the other.
 
     :param fd: of anything on it; another one is opened for the thread.
     """
 
     def __init__(self, fd: int) -> None:
-        self._fd = os.dup(fd)
+        self._fd = fd
+        self._lock = threading.Lock()
+        self._wanted = self._done = 0
         self._error: OSError | None = None
-        self._thread = threading.Thread(target=self._run, name="flush", daemon=True)
-        self._thread.start()
+        self._runs = False
+
+    def begin(self) -> None:
+        """Begin one of all that was written up to now; after the one that runs, if one does."""
+        with self._lock:
+            self._wanted += 1
+            if not self._runs:
+                threading.Thread(
+                    target=self._run, args=[os.dup(self._fd)], name="flush", daemon=True
+                ).start()
+                self._runs = True
 
     def is_done(self) -> bool:
-        """Whether it is on the disk.
+        """Whether the last one that was begun is; False if none was.
 
         :raises OSError: the disk failed.
         """
-        if self._thread.is_alive():
-            return False
-        if self._error is not None:
-            raise self._error
-        return True
+        with self._lock:
+            error, self._error = self._error, None
+            if error is not None:
+                raise error
+            return 0 < self._wanted == self._done
 
-    def _run(self) -> None:
+    def _run(self, fd: int) -> None:
         try:
-            kernel.flush(self._fd)
-        except OSError as error:
-            self._error = error
+            while True:
+                with self._lock:
+                    wanted = self._wanted
+                    if wanted == self._done or self._error is not None:
+                        self._runs = False
+                        return
+                try:
+                    kernel.flush(fd)
+                except OSError as error:
+                    with self._lock:
+                        self._error = error
+                else:
+                    with self._lock:
+                        self._done = wanted
+        except BaseException:
+            with self._lock:
+                self._runs = False
+            raise
         finally:
-            os.close(self._fd)
+            os.close(fd)

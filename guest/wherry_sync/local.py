@@ -17,7 +17,7 @@ from wherry_sync.apply import Applier, Policy, no_fault
 from wherry_sync.build import Builder
 from wherry_sync.cache import load, save
 from wherry_sync.entry import Leaf, is_file, split
-from wherry_sync.flush import Flush
+from wherry_sync.flush import Flushes
 from wherry_sync.ignore import NOTHING, Ignore
 from wherry_sync.moves import Moves
 from wherry_sync.replace import Replacer
@@ -76,8 +76,8 @@ class LocalEndpoint:
         self._touched: set[str] = set()
         self._checkpoint = checkpoint
         self._progress = progress
-        self._flush: Flush | None = None
         self._stage = Stage(stage, durable)
+        self._flushes = Flushes(self._stage.fd)
         try:
             self._granularity_ns = granularity_ns = records.granularity_ns(
                 self._stage.fd, self._stage.name("part")
@@ -362,14 +362,14 @@ class LocalEndpoint:
 
     def begin_flush(self) -> None:
         """Begin that, and do not wait for it."""
-        self._flush = Flush(self._stage.fd)
+        self._flushes.begin()
 
     def flushed(self) -> bool:
         """Whether what was begun is done.
 
         :raises OSError: it has failed.
         """
-        return self._flush is not None and self._flush.is_done()
+        return self._flushes.is_done()
 
     def save_cache(self, trust: str | None = None) -> None:
         """Write down what is known, so that another endpoint's first scan need not read it all.
@@ -417,9 +417,7 @@ def _stamp(fd: int, path: str, root_name: str) -> bytes:
         if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
             return b""
         raise
-    # What is in a directory has stamps of its own.
-    time_ns = 0 if stat.S_ISDIR(status.st_mode) else status.st_ctime_ns
-    return f"{status.st_ino} {time_ns}".encode()
+    return f"{status.st_ino} {status.st_ctime_ns}".encode()
 
 
 class _Root:

@@ -288,6 +288,37 @@ def test_nobody_waits_for_the_disk(pair: Pair, monkeypatch: pytest.MonkeyPatch) 
         time.sleep(0.01)
 
 
+def test_what_cannot_be_watched_is_looked_at_while_a_disk_is_written(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(flushing, "_CALM_S", 0.0)
+    monkeypatch.setattr(flushing, "_ASK_S", 0.01)
+    monkeypatch.setattr(session, "_POLL_S", 0.1)
+    begun, release = threading.Event(), threading.Event()
+
+    def flush(fd: int) -> None:
+        begun.set()
+        assert release.wait(30)
+
+    monkeypatch.setattr(kernel, "flush", flush)
+    try:
+        (pair.host / "f").write_text("1")
+        pair.barrier(fresh=True)
+        assert begun.wait(10)
+        found = pair.session._watch
+        assert found is not None
+        found.close()
+        found.failed("no watch")
+        pair.barrier(fresh=True)
+        (pair.host / "f").write_text("2")
+        deadline = time.monotonic() + 10
+        while (pair.there / "f").read_text() != "2":
+            assert time.monotonic() < deadline, "nobody looked"
+            time.sleep(0.01)
+    finally:
+        release.set()
+
+
 def test_a_directory_that_is_made_where_one_was_removed(pair: Pair) -> None:
     """It may have that one's inode, and so look like the known one with all that was in it."""
     for mine, other in ((pair.there, pair.host), (pair.host, pair.there)) * 2:

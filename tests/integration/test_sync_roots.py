@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
 from unittest.mock import Mock, patch
@@ -659,7 +659,7 @@ def test_what_others_write_where_containers_only_read_stays_in_the_guest(
     if ended:
         machine.roots.close()
         machine.open()
-    session = machine.roots.require(str(source if around else inner))
+    session = machine.roots.require(str(source if around else inner), first=True)
     machine.barrier()
     (there / "made").write_text("made")
     machine.barrier()
@@ -668,17 +668,117 @@ def test_what_others_write_where_containers_only_read_stays_in_the_guest(
     # As long as a container is there that may write; then it is as at first.
     machine.roots.release([str(inner)], [str(inner)], idle_s=-1)
     assert session.writes
+    machine.roots.release([str(inner)])
+    assert session.writes, "one that is being made may write"
     machine.roots.release([str(inner)], idle_s=-1)
     assert not session.writes
     machine.barrier()
-    machine.barrier()
     (there / "made").write_text("other's")
-    machine.roots.require(str(inner))
+    machine.roots.require(str(inner), first=True)
     machine.barrier()
     assert read(inner) == {"g": "g", "made": "made"}
     (there / "new").write_text("made")
     machine.barrier()
     assert read(inner) == {"g": "g", "made": "made", "new": "made"}
+
+
+@pytest.mark.parametrize("busy", [False, True])
+@pytest.mark.parametrize("read_only", [False, True])
+def test_what_others_write_when_the_last_container_that_may_is_gone_stays_so_too(
+    busy: bool, read_only: bool, machine: Machine, source: Path
+) -> None:
+    there = machine.guest.tree(Place("", str(source)))
+    session = machine.roots.require(str(source))
+    machine.barrier()
+    # Somebody works on the host all the time.
+    session.forbid_writes(0)
+    if busy:
+        (source / "f").write_text("f")
+        machine.barrier()
+    else:
+        machine.roots.release([], idle_s=-1)
+    (there / "f").write_text("other's")
+    machine.roots.require(str(source), read_only=read_only, first=True)
+    machine.barrier()
+    machine.barrier()
+    assert (source / "f").read_text() == "f"
+
+
+def test_a_container_that_is_not_known_to_write_loses_nothing(
+    machine: Machine, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It runs on, and is known again when it is asked for. Only others begin, which read."""
+    there = machine.guest.tree(Place("", str(source)))
+    count = 0
+
+    def lose(forget: Callable[[], object]) -> None:
+        nonlocal count
+        count += 1
+        path = str(source / "in")
+        machine.roots.require(path)
+        machine.barrier()
+        forget()
+        (source / "in").mkdir(exist_ok=True)
+        machine.roots.require(path, read_only=True)
+        machine.barrier()
+        machine.barrier()
+        (there / "in" / f"{count}").write_text("container")
+        machine.barrier()
+        machine.roots.require(path)
+        machine.barrier()
+        machine.barrier()
+        assert (source / "in" / f"{count}").exists()
+
+    def forget_by_a_restart() -> None:
+        """As if the containers that run could not be asked for."""
+        machine.roots.close()
+        machine.open()
+
+    def forget_by_a_fault() -> None:
+        with monkeypatch.context() as patched:
+            failing = Mock(side_effect=sqlite3.OperationalError("disk is full"))
+            patched.setattr(Store, "take", failing)
+            with pytest.raises(WherryError):
+                machine.roots.require(str(source), read_only=True)
+
+    lose(lambda: machine.roots.remove(str(source / "in")))
+    lose(forget_by_a_restart)
+    lose(forget_by_a_fault)
+
+
+def test_what_is_owed_by_a_root_that_is_halted_and_begun_anew(
+    machine: Machine, source: Path, tmp_path: Path
+) -> None:
+    there = machine.guest.tree(Place("", str(source)))
+    machine.roots.require(str(source))
+    machine.barrier()
+    away = tmp_path / "away"
+    source.rename(away)
+    with pytest.raises(WherryError, match="halted"):
+        machine.barrier()
+    (there / "made").write_text("container")
+    machine.roots.remove(str(source))
+    away.rename(source)
+    machine.roots.require(str(source), read_only=True)
+    machine.barrier()
+    machine.barrier()
+    assert (source / "made").exists()
+
+
+def test_what_is_owed_by_a_root_is_so_by_one_in_it(machine: Machine, source: Path) -> None:
+    machine.roots.require(str(source))
+    machine.barrier()
+    machine.guest.allowed = False
+    machine.guest.cut()
+    write(machine.guest.tree(Place("", str(source))), {"new": {"made": "container"}})
+    machine.roots.close()
+    machine.guest.allowed = True
+    machine.open()
+    (source / "new").mkdir()
+    machine.roots.require(str(source / "new"), read_only=True)
+    machine.barrier()
+    machine.barrier()
+    assert read(source / "new") == {"made": "container"}
 
 
 def test_rules_that_cannot_be_read_are_named(machine: Machine, source: Path) -> None:

@@ -60,14 +60,14 @@ class Steps:
 
 def test_once_it_is_calm(clock: Clock) -> None:
     steps = Steps(clock)
-    assert steps.flushing.wait_s is None
+    assert steps.flushing.step_at == 0
     assert not steps.after(100)
     steps.flushing.changed()
     assert not steps.after(3)
     steps.flushing.changed()
-    assert steps.flushing.wait_s == 2
+    assert steps.flushing.step_at == clock.now + 2
     assert not steps.after(2)
-    assert (steps.disks.calls, steps.flushing.wait_s) == (["begin"], 1)
+    assert (steps.disks.calls, steps.flushing.step_at) == (["begin"], clock.now + 1)
     # Asked now and then, however often there is a round.
     for _ in range(10):
         assert not steps.after(0.5)

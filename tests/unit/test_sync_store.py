@@ -71,9 +71,9 @@ def test_pending_keeps_the_first_before_and_the_last_after(store: Store) -> None
     store.begin({"f": (text("2"), None), "g": (None, text("3"))})
     wanted = {"f": Pending(text("1"), None), "g": Pending(None, text("3"))}
     assert store.pending(HOST) == store.pending(GUEST) == wanted
-    # What was decided after the flush had begun stays pending.
+    # What was decided after the flush had begun stays pending, and what was there then is certain.
     store.confirm(GUEST, ticket)
-    assert store.pending(GUEST) == wanted
+    assert store.pending(GUEST) == {**wanted, "f": Pending(text("2"), None)}
     store.confirm(GUEST, store.ticket())
     assert store.pending(GUEST) == {}
     assert store.pending(HOST) == wanted
@@ -216,8 +216,9 @@ def test_what_is_withheld_is_remembered(tmp_path: Path) -> None:
         assert (store.written(), other.written(), other.withheld()) == (False, None, {})
         store.withhold({"f": None, "g": WITHHELD}, written=True)
         assert (store.withheld(), store.written()) == ({"g": WITHHELD}, True)
+        # What is owed is so all the same.
         store.forget()
-        assert (store.withheld(), store.written()) == ({}, None)
+        assert (store.withheld(), store.written()) == ({}, True)
 
 
 @pytest.mark.parametrize("owes", [None, 1, 2])
@@ -239,6 +240,27 @@ def test_what_is_withheld_goes_along(tmp_path: Path, owes: int | None) -> None:
         two.take(3, "b", "")
         assert (two.withheld(), outer.withheld()) == ({"f": WITHHELD}, {"a/f": WITHHELD})
         assert two.written() is (owes is not None)
+
+
+@pytest.mark.parametrize("remembered", [False, True])
+def test_what_is_owed_goes_along_though_nothing_else_does(tmp_path: Path, remembered: bool) -> None:
+    path = tmp_path / "sync.db"
+    with closing(Store(path, 1)) as outer, closing(Store(path, 2)) as inner:
+        outer.withhold({}, written=True)
+        if remembered:
+            for store, found in ((outer, {"in": {"f": "1"}}), (inner, {"f": "1"})):
+                store.commit(diff(None, tree(found)))
+            inner.withhold({}, written=False)
+        inner.take(1, "in", "")
+        assert inner.written() is True
+
+
+def test_what_is_withheld_goes_along_by_itself(tmp_path: Path) -> None:
+    path = tmp_path / "sync.db"
+    with closing(Store(path, 1)) as outer, closing(Store(path, 2)) as inner:
+        outer.withhold({"in/f": WITHHELD}, written=False)
+        inner.take(1, "in", "")
+        assert (inner.withheld(), inner.written()) == ({"f": WITHHELD}, False)
 
 
 @pytest.mark.parametrize("version", [1, 2, 3, 4, 5])

@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import random
 import shutil
+import sqlite3
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -19,6 +21,7 @@ from sync_trees import read, write
 
 from wherry.sync.core.reconcile import GUEST, HOST
 from wherry.sync.core.withhold import REASON
+from wherry_sync.operation import FAILED, Result
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="directory descriptors")
 
@@ -38,7 +41,7 @@ def pair() -> Iterator[Pair]:
 
 def let_write(pair: Pair) -> None:
     """Do what happens before a container starts that may write."""
-    pair.cycle.writes = True
+    pair.cycle.writes = pair.cycle.first = True
     pair.run()
     tick(pair.directory)
 
@@ -276,9 +279,98 @@ def test_what_the_guest_lost_of_it_does_not_come(pair: Pair) -> None:
         pair.flush(side)
     pair.cycle.writes = False
     pair.lose_power(random.Random(1))
-    pair.cycle.writes = True
+    pair.cycle.first = True
     pair.settle()
     assert read(pair.host) == BEFORE
+
+
+def test_what_one_may_have_written_comes(pair: Pair) -> None:
+    """It is not known who it was, and what a container writes has to come."""
+    disturb(pair.guest)
+    pair.settle()
+    disturbed = read(pair.guest)
+    pair.cycle.writes = True
+    pair.settle()
+    assert pair.trees() == (disturbed, disturbed)
+    # As is so of what an earlier release knew.
+    (pair.guest / "f").write_text("container")
+    with closing(sqlite3.connect(pair.directory / "sync.db")) as database, database:
+        database.execute("DELETE FROM written")
+    pair.restart()
+    pair.cycle.writes = False
+    pair.settle()
+    assert read(pair.host)["f"] == "container"
+
+
+def test_what_a_container_writes_right_after_the_host_comes(pair: Pair) -> None:
+    """A program that watches a file is there within milliseconds."""
+    (pair.guest / "f").write_text("other")
+    (pair.guest / "g").unlink()
+    let_write(pair)
+    pair.settle()
+    (pair.host / "f").chmod(0o755)
+    (pair.host / "g").write_text("2")
+    pair.run()
+    assert read(pair.guest)["g"] == "2"
+    tick(pair.directory)
+    rewrite(pair.guest / "f")
+    (pair.guest / "g").unlink()
+    pair.settle()
+    assert (read(pair.host)["f"], "g" in read(pair.host)) == ("other*", False)
+
+
+def test_an_empty_directory_is_a_container_s_that_made_it_anew(pair: Pair) -> None:
+    """The filesystem may give it the inode of the one that was there."""
+    (pair.guest / "build").mkdir()
+    (pair.guest / "build/x").write_text("other")
+    let_write(pair)
+    pair.settle()
+    shutil.rmtree(pair.guest / "build")
+    (pair.guest / "build").mkdir()
+    pair.settle()
+    assert read(pair.host)["build"] == {}
+
+
+@pytest.mark.parametrize("where", ["d/a", "d/new", "d/sub/new"])
+@pytest.mark.parametrize("renamed", [False, True])
+def test_a_directory_that_the_host_removes_does_not_come_back_for_what_is_in_it(
+    pair: Pair, where: str, renamed: bool
+) -> None:
+    (pair.guest / where).parent.mkdir(exist_ok=True)
+    (pair.guest / where).write_text("other")
+    let_write(pair)
+    pair.settle()
+    if renamed:
+        (pair.host / "d").rename(pair.host / "e")
+    else:
+        shutil.rmtree(pair.host / "d")
+    for _ in range(2):
+        pair.settle()
+        host, guest = pair.trees()
+        assert "d" not in host
+        assert (pair.guest / where).read_text() == "other"
+        if renamed:
+            assert host["e"] == guest["e"] == {"a": "1", "b": "1"}
+    (pair.guest / "d/c").write_text("container")
+    pair.settle()
+    assert read(pair.host)["d"] == {"c": "container"}
+
+
+def test_what_the_guest_refuses_is_not_owed_to_the_host(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    let_write(pair)
+    (pair.host / "big").write_text("big")
+    monkeypatch.setattr(
+        pair.ends[GUEST],
+        "build",
+        lambda operations, contents, **_: [Result(each, FAILED, "full") for each in operations],
+    )
+    pair.cycle.writes = False
+    pair.run()
+    (pair.guest / "f").write_text("other")
+    pair.run()
+    assert read(pair.host) == {**BEFORE, "big": "big"}
 
 
 PATHS = ("a", "b", "d/a", "d/b", "d/e/a", "d/e", "d")

@@ -37,6 +37,7 @@ import json
 import logging
 import threading
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import PurePosixPath
 from typing import TypeVar
 
 from wherry.api.hooks import DEFAULT_BODY_LIMIT_BYTES, Hooks, Refusal, Request, Watch
@@ -61,6 +62,8 @@ _BY_STREAM = object()
 """An end that a stream has told of."""
 
 _BOTH_SIDES = "was changed on both sides"
+
+_RUNNING = ("running", "paused", "restarting")
 
 _ENDINGS = (b'"die"', b'"exec_die"', b'"stop"', b'"kill"', b'"destroy"', b'"oom"')
 
@@ -119,8 +122,9 @@ class Mounts:
 
         :raises WherryError: the engine does not tell.
         """
-        running = ("running", "paused", "restarting")
-        found = [each for state, those in self._known.fetch() for each in those if state in running]
+        found = [
+            each for state, those in self._known.fetch() for each in those if state in _RUNNING
+        ]
         # Those that may have written come first, as what they wrote is still to come.
         found += map(Source, self._roots.kept)
         found += [Source(path, read_only=True) for path in self._roots.with_conflicts]
@@ -163,7 +167,7 @@ class Mounts:
 
         def shared() -> Iterator[Session]:
             for source in _outer_first(found):
-                session = self._shared.share(source)
+                session = self._shared.share(source, first=self._is_first(source))
                 if session is not None:
                     yield session
 
@@ -180,6 +184,21 @@ class Mounts:
                 self._known.learn(id, found, name)
 
         return Watch(line=created)
+
+    def _is_first(self, source: Source) -> bool:
+        """Whether no container can have written to what one will that is being made."""
+        if source.read_only or self._roots.was_written(source.path) is not False:
+            return False  # so or so, nobody is told apart
+        session = self._roots.holding(source.path)
+        root = source.path if session is None else session.root.place.path
+        try:
+            return not any(
+                state in _RUNNING and not each.read_only and _meet(each.path, root)
+                for state, found in self._known.fetch()
+                for each in found
+            )
+        except WherryError:
+            return False
 
     def _create_volume(self, request: Request) -> Watch | None:
         body = self._shared.rewritten(request, of_volume)
@@ -442,6 +461,12 @@ class Mounts:
 def _outer_first(mounted: Iterable[Source]) -> list[Source]:
     """Return sources in an order in which no root takes the place of one before it."""
     return sorted(mounted, key=lambda source: source.path)
+
+
+def _meet(one: str, other: str) -> bool:
+    """Whether one of two paths is the other one, or in it."""
+    paths = PurePosixPath(one), PurePosixPath(other)
+    return paths[0].is_relative_to(paths[1]) or paths[1].is_relative_to(paths[0])
 
 
 def _then(function: Callable[[], object]) -> Watch:

@@ -64,8 +64,10 @@ class Shared:
             for root in self._directories
         )
 
-    def share(self, source: Source) -> Session | None:
+    def share(self, source: Source, *, first: bool = False) -> Session | None:
         """Begin to keep a source equal; None if it is the guest's own.
+
+        :param first: see :meth:`Roots.require <wherry.sync.roots.Roots.require>`.
 
         :raises Refusal: it is neither, or cannot be kept equal.
         """
@@ -91,7 +93,7 @@ class Shared:
                     f"{path} is neither a file nor a directory; sockets and devices of"
                     " this computer cannot be mounted into containers",
                 )
-            return self._roots.require(source.path, read_only=source.read_only)
+            return self._roots.require(source.path, read_only=source.read_only, first=first)
         except OSError as error:
             raise Refusal(500, f"{path} cannot be shared: {error.strerror}") from error
         except WherryError as error:

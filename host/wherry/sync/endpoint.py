@@ -38,9 +38,8 @@ class Endpoint(Protocol):
         """
 
     def stamps(self, paths: Sequence[str]) -> list[bytes]:
-        """Return of what is at each path what any write to it changes, and nothing else but a
-        change of its name, owner or mode. Empty where nothing is; a directory's is of itself
-        alone. Idempotent.
+        """Return of what is at each path what any write to it changes, and little else. A
+        directory's is of the names in it; where nothing is, it is empty. Idempotent.
         """
 
     def missing(self, files: Iterable[Leaf]) -> list[Leaf]:

@@ -43,12 +43,11 @@ class Flushing:
         return not self._since and not self._ask_at
 
     @property
-    def wait_s(self) -> float | None:
-        """Seconds until :meth:`step` has something to do; None if it has not."""
+    def step_at(self) -> float:
+        """When :meth:`step` has something to do, by the monotonic clock; 0 if it has not."""
         if self.is_idle:
-            return None
-        due = self._ask_at or self._since + _CALM_S
-        return max(0.0, due - time.monotonic())
+            return 0.0
+        return self._ask_at or self._since + _CALM_S
 
     def step(self, cycle: Cycle, *, calm: bool) -> bool:
         """Begin a flush that is due, or ask about one; whether all of it is on both disks now.

@@ -81,10 +81,11 @@ class Roots:
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._numbers, self._kept, self._ignored, self._pins = self._read()
 
-    def require(self, path: str, *, read_only: bool = False) -> Session:
+    def require(self, path: str, *, read_only: bool = False, first: bool = False) -> Session:
         """Return the session that keeps a path, which exists, equal; begin one if there is none.
 
         :param read_only: nothing has to come from the guest for this one's sake.
+        :param first: see :meth:`Session.allow_writes <wherry.sync.session.Session.allow_writes>`.
 
         :raises WherryError: it cannot be synchronised.
         :raises OSError: it cannot be looked at.
@@ -100,7 +101,7 @@ class Roots:
             # If it is over, a full disk ended it, say: it is tried again when somebody needs it.
             if session is not None and (session.is_over or self._other_rules(session.root)):
                 place = session.root.place
-                session = self._replace(place.path, place.single, writes=not read_only)
+                session = self._replace(place.path, place.single, not read_only, first)
             inside = ""
             if session is not None and path != session.root.place.path:
                 inside = posixpath.relpath(path, session.root.place.path)
@@ -109,11 +110,11 @@ class Roots:
                 # A container mounts the file itself, so no other one must replace it.
                 self._pin(path)
             if session is None:
-                session = self._replace(path, single, writes=not read_only)
+                session = self._replace(path, single, not read_only, first)
             elif single and inside:
                 session.pin(inside)
             if not read_only:
-                session.allow_writes()
+                session.allow_writes(first=first)
             return session
 
     def ignore(self, path: str, lines: Sequence[str]) -> None:
@@ -171,14 +172,26 @@ class Roots:
         needed, writable = set(used), set(written)
         with self._lock:
             for path, session in list(self._sessions.items()):
-                if session.idle_s < idle_s:
-                    continue
-                if not _has_any(path, needed | self._kept) and not session.status().conflicts:
+                if not _has_any(path, writable | self._kept):
+                    session.forbid_writes(idle_s)
+                inside = _has_any(path, needed | self._kept)
+                busy = session.idle_s < idle_s or session.status().conflicts
+                if not inside and not busy:
                     log.info("%s is not synchronised any more: no container mounts it", path)
                     self._end(path)
-                elif not _has_any(path, writable | self._kept):
-                    session.forbid_writes()
             self._unpin(needed, idle_s)
+
+    def was_written(self, path: str) -> bool | None:
+        """Whether containers may write now to the root that holds a path, or would hold it.
+
+        None if nothing is known of it.
+        """
+        with self._lock:
+            session = self._holding(path)
+            if session is not None:
+                return session.writes
+            near = (_has_any(path, [each]) or _has_any(each, [path]) for each in self._numbers)
+            return False if any(near) else None
 
     def holding(self, path: str) -> Session | None:
         """Return the session that keeps a path equal, if there is one."""
@@ -267,21 +280,22 @@ class Roots:
                 return session
         return None
 
-    def _replace(self, path: str, single: bool, *, writes: bool) -> Session:
+    def _replace(self, path: str, single: bool, writes: bool, first: bool) -> Session:
         """Begin a root in place of those that are in it, or of itself with other rules.
 
         It does what those did for containers that run.
 
-        :param writes: whether the container may write for whose sake it begins.
+        :param writes: whether the container may write for whose sake it begins, and whether it
+            is the ``first`` that may.
 
         :raises WherryError: it cannot begin. If its rules are why, those go on.
         """
         ignore = NOTHING if single else self._rules(path)
         inner = [key for key in self._sessions if key == path or _contains(path, key)]
-        writes = writes or any(self._sessions[key].writes for key in inner)
+        others = any(self._sessions[key].writes for key in inner)
         for key in inner:
             self._end(key)
-        return self._begin(path, single, ignore, writes)
+        return self._begin(path, single, ignore, writes or others, first and not others)
 
     def _pin(self, path: str) -> None:
         if path in self._pins:
@@ -323,7 +337,7 @@ class Roots:
         settings = self._ignored.get(path, ())
         return ignore_of(self._host_path(path), self._private, settings, inside)
 
-    def _begin(self, path: str, single: bool, ignore: Ignore, writes: bool) -> Session:
+    def _begin(self, path: str, single: bool, ignore: Ignore, writes: bool, first: bool) -> Session:
         number = self._numbers.get(path)
         if number is None:
             number = max(self._numbers.values(), default=0) + 1
@@ -341,6 +355,7 @@ class Roots:
             traits=traits_of(here),
             pins=[posixpath.relpath(each, path) for each in self._pins if _contains(path, each)],
             writes=writes,
+            first=first,
         )
         self._sessions = {**self._sessions, path: session}
         return session

@@ -79,7 +79,8 @@ class Session:
         parted from in order, and what to call with the bytes moved.
     :param boot: id of this boot of the host.
     :param pins: see :meth:`pin`; these hold in the first round, which may replace them else.
-    :param writes: see :meth:`allow_writes`.
+    :param writes: whether changes in the guest come to the host; see :meth:`allow_writes`.
+    :param first: see there.
     """
 
     def __init__(
@@ -92,6 +93,7 @@ class Session:
         traits: Traits | None = None,
         pins: Iterable[str] = (),
         writes: bool = False,
+        first: bool = False,
     ) -> None:
         self.root = root
         self._paths = paths
@@ -121,9 +123,13 @@ class Session:
         self._looked = False
         self._unsettled = False
         self._checked_at = 0.0
+        self._ended_at = 0.0
         self._failures = 0
         self._mounted = False
         self._writes = writes
+        self._first = first
+        # When somebody needed that last.
+        self._allowed_at = time.monotonic()
         # By number; see Keep.
         self._conflicts: dict[int, str] = {}
         self._conflict_count = 0
@@ -154,18 +160,27 @@ class Session:
         with self._lock:
             self._pins.setdefault(path, False)
 
-    def allow_writes(self) -> None:
-        """Bring changes in the guest to the host from now on: not all mounts are read-only."""
+    def allow_writes(self, *, first: bool = False) -> None:
+        """Bring changes in the guest to the host from now on: not all mounts are read-only.
+
+        :param first: whether the container for whose sake this is has not written yet, nor any
+            other one since the root was written; see :mod:`wherry.sync.core.withhold`.
+        """
         with self._lock:
+            self._allowed_at = time.monotonic()
+            self._first = first and (self._first or not self._writes)
             if not self._writes:
                 self._writes = True
                 self._guest_changed = True
                 self._lock.notify()
 
-    def forbid_writes(self) -> None:
-        """Leave changes in the guest there once all up to now are on the host."""
+    def forbid_writes(self, idle_s: float) -> None:
+        """Leave changes in the guest there once all up to now are on the host.
+
+        :param idle_s: not if somebody needed them so shortly ago.
+        """
         with self._lock:
-            if self._writes:
+            if self._writes and time.monotonic() - self._allowed_at >= idle_s:
                 self._writes = False
                 self._guest_changed = True
                 self._lock.notify()
@@ -430,13 +445,18 @@ class Session:
         if not connected:
             # A barrier does not wait for this: see _await_work.
             return 0.0 if not self._failures else _RETRY_S[min(self._failures, len(_RETRY_S)) - 1]
-        if (wait_s := self._flushing.wait_s) is not None:
-            return wait_s
+        due = self._round_at()
+        if self._flushing.step_at:
+            due = min(due, self._flushing.step_at)
+        return max(0.0, due - time.monotonic())
+
+    def _round_at(self) -> float:
+        """Return when a round is due though nothing tells of a change."""
         if self._watch is not None and self._watch.problem:
-            return _POLL_S
+            return self._ended_at + _POLL_S
         if self._unsettled:
-            return _UNSETTLED_S
-        return max(0.0, self._checked_at + _CHECK_S - time.monotonic())
+            return self._ended_at + _UNSETTLED_S
+        return self._checked_at + _CHECK_S
 
     def _work(self, cycle: Cycle, host: LocalEndpoint, conflicts: Keep) -> None:
         """Do what is due: rounds, or the flush after them."""
@@ -450,7 +470,7 @@ class Session:
         first = self._status.rounds == 0
         # After a connection was lost a round comes first: nothing tells of what changed meanwhile.
         due = tickets or host_changed or guest_changed or first or not self._looked
-        if not due and not self._flushing.is_idle:
+        if not due and time.monotonic() < self._round_at():
             self._flush(cycle, host, calm=True)
             return
         self._rewatch()
@@ -491,6 +511,7 @@ class Session:
         self._unsettled = bool(outcome.failed or outcome.requeue)
         if check:
             self._checked_at = time.monotonic()
+        self._ended_at = time.monotonic()
         self._report(outcome)
         for ticket in tickets:
             if outcome.halt is not None:
@@ -518,7 +539,8 @@ class Session:
                 dirty = seen.union(also)
             # What was taken from the watch is lost if the round fails before the scan.
             self._missed = True
-            cycle.writes = self._writes
+            with self._lock:
+                cycle.writes, cycle.first = self._writes, self._first
             if self._status.state == "connecting":
                 # Later rounds are short, and how the last one ended says more than that.
                 self._tell("scanning")

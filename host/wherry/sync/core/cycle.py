@@ -37,6 +37,7 @@ from wherry.sync.core.reconcile import (
     Agreement,
     Decision,
     Problem,
+    Reconciliation,
     reconcile,
 )
 from wherry.sync.core.recover import recover, resume
@@ -158,6 +159,8 @@ class Cycle:
         self._withholding = Withholding(store, guest)
         self.writes = True
         """Whether a container may write in the guest: see :mod:`withhold`."""
+        self.first = False
+        """Whether none may have done so before."""
         self.transfer: Transfer | None = None
         """What is being carried over, while a round does that."""
 
@@ -182,15 +185,16 @@ class Cycle:
         if outcome.halt is not None:
             return outcome
         found = reconcile(self._ancestor, host.root, guest.root, self._traits, self._agreement)
-        self._withholding.sift(found, self._ancestor, guest.root, writes=self.writes)
+        writes = self.writes
+        self._withholding.sift(found, self._ancestor, guest.root, writes=writes, first=self.first)
         outcome.problems = found.problems
+        if not writes and not guest.requeue and _owes_nothing(found):
+            self._withholding.rest()
         self._saved_in_place.intersection_update(each.path for each in found.decisions)
         if self._saved:
             now = {each.path: each.saved for each in found.decisions}
             self._saved = {path: leaf for path, leaf in self._saved.items() if now.get(path)}
         if not found.decisions and not found.ancestor:
-            if outcome.quiescent and not any(outcome.lacked_by(HOST)):
-                self._withholding.rest(writes=self.writes)
             return outcome
         _follow(found.decisions, self._saved_in_place)
         outcome.changed = True
@@ -198,6 +202,9 @@ class Cycle:
         decisions = [decision for decision in found.decisions if self._save(decision, outcome)]
         changes = dict(found.ancestor)
         done = self._carry_out(decisions, outcome)
+        self._withholding.carried(
+            each.path for each in decisions if each.guest and each.path in done
+        )
         self._saved_in_place.difference_update(done)
         for path in done.keys() & self._saved.keys():
             del self._saved[path]
@@ -482,6 +489,13 @@ class Cycle:
                 else:
                     outcome.put_off(path, side)
         return undone
+
+
+def _owes_nothing(found: Reconciliation) -> bool:
+    """Whether nothing is to come to the host, nor would if it could."""
+    return all(each.host is None for each in found.decisions) and not any(
+        HOST in each.lacking for each in found.problems
+    )
 
 
 def _first(chunks: Iterable[bytes], size: int) -> Iterator[bytes]:

@@ -124,6 +124,9 @@ class Store:
             raise
         ((last,),) = self._execute("SELECT coalesce(max(number), 0) FROM pending")
         self._number: int = last
+        # While a flush goes on: what was there when it began, at the paths of rounds since.
+        self._before: dict[str, Entry | None] = {}
+        self._flushing: set[int] = set()
 
     def close(self) -> None:
         """Close the database; safe to call twice."""
@@ -189,6 +192,9 @@ class Store:
         """
         origins = origins or {}
         self._number += 1
+        if self._flushing:
+            for path, (before, _) in changes.items():
+                self._before.setdefault(path, before)
         self._checkpoint("begin")
         with _Transaction(self._database):
             self._database.executemany(
@@ -246,10 +252,15 @@ class Store:
 
         Not between a cycle's first operation and its commit.
         """
+        self._before.clear()
+        self._flushing = {HOST, GUEST}
         return self._number
 
     def confirm(self, side: int, ticket: int) -> None:
-        """Note that a side has on its disk all that was pending when the ticket was taken."""
+        """Note that a side has on its disk all that was pending when the ticket was taken.
+
+        At a path that is pending again since, that is what is there for certain.
+        """
         self._checkpoint("confirm")
         with _Transaction(self._database, lazy=True):
             self._execute(
@@ -258,6 +269,16 @@ class Store:
                 side,
                 ticket,
             )
+            self._database.executemany(
+                "UPDATE pending SET before = ? WHERE root = ? AND side = ? AND path = ?",
+                (
+                    (_data(before), self._root, side, path.encode())
+                    for path, before in self._before.items()
+                ),
+            )
+        self._flushing.discard(side)
+        if not self._flushing:
+            self._before.clear()
         self._checkpoint("confirmed")
 
     def boot(self, side: int) -> str:
@@ -366,12 +387,13 @@ class Store:
         self._checkpoint("withheld")
 
     def forget(self) -> None:
-        """Forget what both sides had; of the boots is known what was known.
+        """Forget what both sides had; of the boots, and of who wrote, is known what was known.
 
-        For what an end remembers of the contents of files it has to tell a loss of power.
+        For what an end remembers of the contents of files it has to tell a loss of power; and
+        what containers wrote is owed all the same.
         """
         with _Transaction(self._database):
-            for table in (*_TREES, "copies", "written"):
+            for table in (*_TREES, "copies"):
                 self._execute(f"DELETE FROM {table} WHERE root = ?", self._root)
             self._execute("UPDATE side SET device = NULL, inode = NULL WHERE root = ?", self._root)
 
@@ -390,7 +412,15 @@ class Store:
         withheld = self._execute(
             f"SELECT path, entry, stamp, coming FROM withheld WHERE {_PART}", *part
         )
-        if not ancestor and not pending:
+        with _Transaction(self._database):
+            # What containers owe to one of them, this one owes.
+            self._execute(
+                "INSERT INTO written SELECT ?, written FROM written WHERE root = ?"
+                " ON CONFLICT (root) DO UPDATE SET written = max(written, excluded.written)",
+                self._root,
+                other,
+            )
+        if not (ancestor or pending or withheld):
             return
         cut, at = len(_bytes(theirs)) + 1 if theirs else 0, _bytes(ours)
 
@@ -406,13 +436,6 @@ class Store:
                 return
             self._take_boots(other, with_devices=not ours)
             self._take_copies(other)
-            # What containers owe to one of them, this one owes.
-            self._execute(
-                "INSERT INTO written SELECT ?, written FROM written WHERE root = ?"
-                " ON CONFLICT (root) DO UPDATE SET written = max(written, excluded.written)",
-                self._root,
-                other,
-            )
             if ancestor:
                 names = at.split(b"/") if at else []
                 above = [b"/".join(names[:depth]) for depth in range(len(names))]

@@ -9,22 +9,24 @@ A root is *written* or not, as the store remembers. In each round:
 
 * While it is not, whatever differs in the guest is *withheld*: written down, with a stamp that
   any write to it changes.
-* The first round after a container was allowed to write is one more of that kind, with new stamps
-  of all of it. It is over before that container starts, as a barrier waits for it. From then on
-  the root is written.
-* While it is written, what is withheld stays so as long as it has its stamp. With what does not
-  stay goes what that depends on: a directory comes to the host with what was written in it, and
-  one that is gone takes along what had been gone from it before.
+* When the first container is made that may write, one more round of that kind takes new stamps of
+  all of it. It is over before that container starts, as a barrier waits for it. From then on the
+  root is written.
+* A container that is found to be able to write, and may have done so, makes the root written too.
+  Then nothing is withheld, as what it wrote has to come: that is the greater promise.
+* While the root is written, what is withheld stays so as long as it has its stamp. With what does
+  not stay goes what that depends on: a directory comes to the host with what was written in it,
+  and one that is gone takes along what had been gone from it before.
 * When no container may write any more, the root is not written any more after a round that has
   found nothing left to bring: what containers wrote is owed to the host until then.
 
 The host's own changes may change it too, as a new executable bit does with contents that are
-withheld. What it becomes by that is written down before.
+withheld. What it becomes by that is written down before, and its stamp at once afterwards.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import replace
 
 from wherry.sync.core.reconcile import HOST, Decision, Problem, Reconciliation
@@ -56,6 +58,7 @@ class Withholding:
         guest: Entry | None,
         *,
         writes: bool,
+        first: bool,
     ) -> None:
         """Drop what would change the host and is withheld, and have a problem say so.
 
@@ -64,10 +67,14 @@ class Withholding:
 
         :param guest: the tree that ``found`` is about.
         :param writes: whether a container may write from the end of this round on.
+        :param first: whether none may have written before, unless the root is written.
         :raises OSError: the guest cannot be reached.
         """
         if self._written is None:
-            self._remember({}, written=writes)
+            # What an earlier release knew it does not tell.
+            self._remember({}, written=writes or ancestor is not None)
+        if writes and not first and not self._written:
+            self._remember(dict.fromkeys(self._known), written=True)
         if self._written and not self._known:
             return
         brought = {each.path: each.host for each in found.decisions if each.host is not None}
@@ -75,7 +82,7 @@ class Withholding:
         if self._written:
             seen = self._stamped({path: now[path] for path in now if self._knows(path, now[path])})
             stays = {path for path, each in seen.items() if self._has_stayed(path, each)}
-            _spread(brought, stays)
+            _spread(brought, stays, ancestor)
         else:
             if writes and now:
                 # A stamp outlasts a loss of power only if what it is of does.
@@ -95,10 +102,23 @@ class Withholding:
             changes[path] = replace(changes.get(path) or self._known[path], coming=coming)
         self._remember(changes, written=self._written or writes)
 
-    def rest(self, *, writes: bool) -> None:
-        """Learn that a round has found nothing left to bring to the host."""
-        if self._written and not writes:
-            self._remember({}, written=False)
+    def carried(self, paths: Iterable[str]) -> None:
+        """Learn at which paths the guest has got what it should, before somebody changes it.
+
+        :raises OSError: the guest cannot be reached.
+        """
+        known = {path: self._known[path] for path in paths if path in self._known}
+        if not known:
+            return
+        changed = {path: each.coming for path, each in known.items() if each.coming is not None}
+        # At the others it has the host's now.
+        self._remember(
+            {**dict.fromkeys(known), **self._stamped(changed)}, written=bool(self._written)
+        )
+
+    def rest(self) -> None:
+        """Learn that no container may write, and that nothing is left to bring to the host."""
+        self._remember({}, written=False)
 
     def _has(self, path: str, entry: Entry | None) -> bool:
         """Whether that is known to be withheld."""
@@ -140,8 +160,18 @@ class Withholding:
                 self._known[path] = new
 
 
-def _spread(brought: Mapping[str, Operation], stays: set[str]) -> None:
-    """Take from what stays what that which does not needs, or takes along."""
+def _spread(brought: Mapping[str, Operation], stays: set[str], ancestor: Entry | None) -> None:
+    """Take from what stays what that which does not needs, or takes along.
+
+    A directory that the host has removed stays if nothing needs it but what stays.
+    """
+    needed: set[str] = set()
+    for path in sorted(brought.keys() - stays, key=len, reverse=True):
+        is_known = isinstance(lookup(ancestor, path), Directory)
+        if is_known and brought[path].before is None and path not in needed:
+            stays.add(path)
+        else:
+            needed.update(_above(path))
     moving = brought.keys() - stays
     # The directories that it is in.
     stays.difference_update(
