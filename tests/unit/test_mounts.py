@@ -64,9 +64,15 @@ class Roots:
     def __init__(self) -> None:
         self.sessions: dict[str, Session] = {}
         self.required: list[tuple[str, bool]] = []
+        self.written: object = None
+        self.first = False
 
-    def require(self, path: str, *, read_only: bool = False) -> Session:
+    def was_written(self, path: str) -> object:
+        return self.written
+
+    def require(self, path: str, *, read_only: bool = False, first: bool = False) -> Session:
         self.required.append((path, read_only))
+        self.first = first
         session = self.sessions.setdefault(path, Session(path))
         session.writes = session.writes or not read_only
         return session
@@ -506,7 +512,7 @@ def test_a_request_whose_root_has_ended_waits_for_the_next_one(
     next_one = session if for_ever else Session("/src")
     found: list[Session] = []
 
-    def require(path: str, *, read_only: bool = False) -> Session:
+    def require(path: str, **how: bool) -> Session:
         found.append(next_one if found else session)
         return found[-1]
 
@@ -575,6 +581,46 @@ def test_a_wait_that_begins_after_a_rest_goes_on(session: Session) -> None:
 
     hold([session], fresh=True, wait=wait)  # type: ignore[list-item]
     assert waits == 3
+
+
+@pytest.mark.parametrize(
+    ("written", "state", "mounts", "first"),
+    [
+        (None, "", None, True),
+        (True, "", None, True),
+        (False, "", None, True),
+        (False, "exited", {"Source": "SRC"}, True),
+        (False, "running", {"Source": "SRC", "RW": False}, True),
+        (False, "running", {"Source": "SRC/in"}, False),
+        (False, "paused", {"Source": "SRC"}, False),
+        (False, "restarting", {"Source": "/"}, False),
+        (False, "running", {"Source": "SRC-else"}, True),
+    ],
+)
+def test_who_may_be_the_first_that_writes(
+    written: bool | None, state: str, mounts: dict[str, Any] | None, first: bool, tmp_path: Path
+) -> None:
+    """The engine is asked where that matters."""
+    source = str(tmp_path / "src")
+    engine = Engine()
+    engine.state = state
+    if mounts is not None:
+        engine.mounts = [
+            [{"Type": "bind", **mounts, "Source": mounts["Source"].replace("SRC", source)}]
+        ]
+    api = Api(tmp_path, engine if written is False else NoTunnel())
+    api.roots.written = written
+    api.create(source, "box")
+    assert (api.roots.required, api.roots.first) == ([(source, False)], first)
+    api.create(f"{source}:/src:ro", "reader")
+    assert not api.roots.first
+
+
+def test_who_may_have_written_is_not_known_when_the_engine_does_not_tell(tmp_path: Path) -> None:
+    api = Api(tmp_path, StuckEngine())
+    api.roots.written = False
+    api.create(tmp_path / "src", "box")
+    assert not api.roots.first
 
 
 @pytest.mark.parametrize("state", ["running", "paused", "restarting", "exited"])

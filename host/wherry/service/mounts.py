@@ -165,9 +165,12 @@ class Mounts:
         body = self._shared.rewritten(request, of_container)
         found = [*sources.of_container(body), *self._known.of_volumes(sources.volumes_of(body))]
 
+        # All are asked before one is shared, after which somebody may write.
+        firsts = {source for source in found if self._is_first(source)}
+
         def shared() -> Iterator[Session]:
             for source in _outer_first(found):
-                session = self._shared.share(source, first=self._is_first(source))
+                session = self._shared.share(source, first=source in firsts)
                 if session is not None:
                     yield session
 
@@ -186,9 +189,9 @@ class Mounts:
         return Watch(line=created)
 
     def _is_first(self, source: Source) -> bool:
-        """Whether no container can have written to what one will that is being made."""
+        """Whether none can have written to a root that is not known to be written to."""
         if source.read_only or self._roots.was_written(source.path) is not False:
-            return False  # so or so, nobody is told apart
+            return not source.read_only
         session = self._roots.holding(source.path)
         root = source.path if session is None else session.root.place.path
         try:
@@ -204,7 +207,7 @@ class Mounts:
         body = self._shared.rewritten(request, of_volume)
         found = sources.of_volume(body)
         for source in found:
-            self._shared.share(source)
+            self._shared.share(source, first=self._is_first(source))
 
         def created(line: bytes) -> None:
             self._known.learn_volume(parse_json(line).get("Name"), body)
