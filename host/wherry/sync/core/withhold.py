@@ -167,8 +167,9 @@ def _spread(brought: Mapping[str, Operation], stays: set[str], ancestor: Entry |
     """
     needed: set[str] = set()
     for path in sorted(brought.keys() - stays, key=len, reverse=True):
-        is_known = isinstance(lookup(ancestor, path), Directory)
-        if is_known and brought[path].before is None and path not in needed:
+        operation = brought[path]
+        is_new = operation.before is None and isinstance(operation.after, Directory)
+        if is_new and path not in needed and isinstance(lookup(ancestor, path), Directory):
             stays.add(path)
         else:
             needed.update(_above(path))
