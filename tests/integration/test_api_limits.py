@@ -11,6 +11,7 @@ import signal
 import socket
 import threading
 import time
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,10 +21,11 @@ import pytest
 from api_proxy import MakeProxy, PipeListener, Proxy
 from fake_pipes import FakePipes
 from loopback_sshd import LoopbackSshd
+from scripted_engine import served
 from stub_engine import Client, eventually, pattern
 
 from wherry.api import refusals, server
-from wherry.api.hooks import Request, Watch
+from wherry.api.hooks import Hooks, Request, Watch
 from wherry.api.http import HEAD_LIMIT_BYTES
 from wherry.api.local import LocalEnd
 from wherry.api.server import CONNECTION_LIMIT, Endpoint
@@ -158,6 +160,47 @@ def test_long_heads_that_are_not_whole_share_a_room(proxy: Proxy) -> None:
             client.send(b"\r\n\r\n")
             assert client.answer()[0] == 200
             assert proxy.endpoint._room._left == 16 << 20
+
+
+@pytest.mark.parametrize(
+    ("hooked", "ahead", "raw"),
+    [
+        (False, b"", False),
+        (True, b"", False),
+        (False, b"GET /_ping HTTP/1.1\r\nHost: x\r\n\r\n", False),
+        (False, b"", True),
+        (True, b"input", True),
+    ],
+    ids=["alone", "watched", "more-sent-ahead", "raw", "raw-and-watched"],
+)
+def test_long_heads_that_have_gone_on_are_let_go_of(hooked: bool, ahead: bytes, raw: bool) -> None:
+    """While the engine thinks about them, whoever watches that; nor while a raw stream is open."""
+    number = 32
+    head = b"POST /exec/e/start HTTP/1.1\r\nHost: x\r\nUpgrade: tcp\r\nX-Registry-Config: "
+    head += b"e" * 1_000_000 + b"\r\n\r\n"
+    upgraded = b"HTTP/1.1 101 UPGRADED\r\n\r\n"
+    hooks = Hooks()
+
+    def hook(request: Request) -> Watch:
+        assert len(request.headers) == 3
+        return Watch(end=lambda complete: request.wait(threading.Event(), 0.0) and None)
+
+    if hooked:
+        hooks.on("POST", "{any}", hook, body_limit=100)
+    tracemalloc.start()
+    try:
+        with contextlib.ExitStack() as stack:
+            for _ in range(number):
+                client, stream = stack.enter_context(served(hooks))
+                client.send(head + ahead)
+                stream.expect(head)
+                if raw:
+                    stream.feed(upgraded)
+                    assert client.take(len(upgraded)) == upgraded
+                    stream.expect(ahead)
+            eventually(lambda: tracemalloc.get_traced_memory()[0] < number * len(head) / 10)
+    finally:
+        tracemalloc.stop()
 
 
 def test_a_malformed_chunk(proxy: Proxy) -> None:

@@ -157,18 +157,27 @@ class Connection:
             if reader.has_data and not reader.begun and not self._settle():
                 self._copy_up(reader.rest())
                 break
-            item = self._next()
-            if isinstance(item, RequestHead):
-                if self._head_due is not None:
-                    self._head_is_over()
-                self._begin(item)
-            elif item is not None:
-                self._send(item.data)
-            elif not self._receive():
+            if not self._pass_on() and not self._receive():
                 break
         if not self._down.settled and self._remote is not None:
             self._remote.shutdown_write()
             self._down.await_end()
+
+    def _pass_on(self) -> bool:
+        """Send on what comes next; False when more must be received for that.
+
+        A head may be long, and is let go of when this returns: the wait may be, too.
+        """
+        item = self._next()
+        if item is None:
+            return False
+        if isinstance(item, RequestHead):
+            if self._head_due is not None:
+                self._head_is_over()
+            self._begin(item)
+        else:
+            self._send(item.data)
+        return True
 
     def _next(self) -> RequestHead | Piece | None:
         try:
@@ -201,6 +210,7 @@ class Connection:
                 raise Refusal(503, "wherry: too many long requests have begun and are not whole")
             self._taken += more
         # The room for much at once is for bodies.
+        self._wants_more = False
         buffer = self._buffer[:_FIRST_BUFFER_BYTES]
         return buffer[: self._local.read_by(buffer, self._head_due)]
 
@@ -277,7 +287,8 @@ class Connection:
             _logger.exception("a hook of %s %s failed", head.method, head.path)
             raise Refusal(500, f"wherry: an internal error: {error!r}") from error
         if request.replaced and request.body is not None:
-            return head.with_body(len(request.body)) + request.body
+            raw = head.with_body(len(request.body)) + request.body
+        request.let_go()
         return raw
 
     def _collect(self, head: RequestHead, limit: int) -> tuple[bytes, bytes]:
