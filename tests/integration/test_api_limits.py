@@ -87,6 +87,7 @@ def test_a_long_head_goes_through_and_is_not_kept(proxy: Proxy) -> None:
             eventually(lambda down=connection._down: down._exchange is None)
 
 
+MUCH = bytes(1_000_000)
 HALF = b"GET /_ping HTTP/1.1\r\nHost: x\r\nX-Registry-Config: "
 
 
@@ -151,7 +152,7 @@ def test_long_heads_that_are_not_whole_share_a_room(proxy: Proxy) -> None:
             for client in told:
                 status, headers, body = client.answer()
                 assert (status, headers["connection"]) == (503, "close")
-                assert "not whole" in json.loads(body)["message"]
+                assert "not gone on" in json.loads(body)["message"]
         eventually(lambda: proxy.endpoint.counters.active == 0)
         assert proxy.endpoint._room._left == 16 << 20
     with proxy.client() as client:
@@ -159,7 +160,41 @@ def test_long_heads_that_are_not_whole_share_a_room(proxy: Proxy) -> None:
             client.send(HALF + b"e" * size)
             client.send(b"\r\n\r\n")
             assert client.answer()[0] == 200
-            assert proxy.endpoint._room._left == 16 << 20
+            eventually(lambda: proxy.endpoint._room._left == 16 << 20)
+
+
+@pytest.mark.parametrize(
+    ("wire", "least", "most"),
+    [
+        (HALF + b"e" * 1_000_000 + b"\r\n\r\n", 12, 18),
+        # Its body is held as it came, and as it is read.
+        (b"GET /_ping HTTP/1.1\r\nHost: x\r\nContent-Length: 1000000\r\n\r\n" + MUCH, 7, 9),
+    ],
+    ids=["heads", "bodies"],
+)
+def test_long_requests_that_wait_for_a_hook_share_the_room(
+    proxy: Proxy, wire: bytes, least: int, most: int
+) -> None:
+    ready, waiting = threading.Event(), list[Request]()
+
+    def hook(request: Request) -> None:
+        waiting.append(request)
+        request.wait(ready, 20)
+
+    proxy.hooks.on("GET", "/_ping", hook, body_limit=len(MUCH))
+    with contextlib.ExitStack() as stack:
+        clients = [stack.enter_context(proxy.client()) for _ in range(30)]
+        for client in clients:
+            with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+                client.send(wire)
+        eventually(lambda: proxy.endpoint.counters.connections == 30)
+        eventually(lambda: proxy.endpoint.counters.active == len(waiting))
+        number = len(waiting)
+        assert least <= number <= most
+        ready.set()
+        answered = [client.answer()[0] for client in clients]
+        assert (answered.count(200), answered.count(503)) == (number, 30 - number)
+    eventually(lambda: proxy.endpoint._room._left == 16 << 20)
 
 
 @pytest.mark.parametrize(
