@@ -1,13 +1,11 @@
-"""The endpoint under stress: malformed requests, slow readers, cuts, pipes without a descriptor."""
+"""The endpoint under stress: malformed requests, slow readers, pipes without a descriptor."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
 import json
-import random
 import select
-import signal
 import socket
 import threading
 import time
@@ -20,7 +18,6 @@ import psutil
 import pytest
 from api_proxy import MakeProxy, PipeListener, Proxy
 from fake_pipes import FakePipes
-from loopback_sshd import LoopbackSshd
 from scripted_engine import served
 from stub_engine import Client, eventually, pattern
 
@@ -31,7 +28,6 @@ from wherry.api.local import LocalEnd
 from wherry.api.server import CONNECTION_LIMIT, Endpoint
 from wherry.platform import current
 from wherry.platform.windows import pipes
-from wherry.tunnel.tunnel import Tunnel
 
 BAD = [
     b"POST /a HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\nContent-Length: 5\r\n\r\nhello",
@@ -456,144 +452,6 @@ def test_a_slow_reader_takes_no_memory(proxy: Proxy) -> None:
             most = max(most, process.memory_info().rss)
         thread.join()
     assert most - before <= 32_000_000
-
-
-def storm(path: Path, cut: Callable[[random.Random], None], every_s: float) -> list[str]:
-    """Send 200 mixed requests while something is cut again and again; return what came of them.
-
-    Each client has a right answer, or an error in time, and nothing else.
-    """
-    seed = random.randrange(1 << 30)
-    dice = random.Random(seed)
-    over = threading.Event()
-    wrong: list[str] = []
-    outcomes: list[str] = []
-
-    def cut_on() -> None:
-        while not over.wait(dice.random() * every_s):
-            cut(dice)
-
-    def ask(number: int) -> None:
-        rolled = random.Random(seed + number)
-        kind = rolled.choice(["ping", "bytes", "chunked", "echo", "exec", "upload"])
-        size = rolled.choice([10, 5000, 400_000, 3_000_000])
-        good, got = False, b""
-        try:
-            with Client(path, timeout_s=15) as client:
-                if kind == "ping":
-                    for _ in range(5):
-                        client.request("GET", "/_ping")
-                        status, _, body = client.answer()
-                        good = status == 200 and body == b"OK"
-                elif kind in ("bytes", "chunked"):
-                    client.request("GET", f"/{kind}?n={size}")
-                    status, _, body = client.answer()
-                    good = status == 200 and body == pattern(size)
-                elif kind in ("echo", "upload"):
-                    data = pattern(size, number)
-                    with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-                        client.request("POST", "/echo", body=data)
-                    status, _, body = client.answer()
-                    good = status == 200 and body == data
-                else:
-                    client.request("POST", "/exec/e/start", "Upgrade: tcp", body=b"")
-                    status = client.answer()[0]
-                    if status == 101:
-                        client.send(b"hello")
-                        client.sock.shutdown(1)
-                        # A raw stream that breaks off has no other sign of it.
-                        got = client.rest()
-                        good = got == b"hello<end>"
-                        if not good and b"hello<end>".startswith(got):
-                            status = 503
-                if not good and status not in (502, 503):
-                    wrong.append(f"{seed} {number} {kind} {size}: {status} {got[:200]!r}")
-            outcomes.append("good" if good else "refused")
-        except TimeoutError:
-            wrong.append(f"{seed} {number} {kind} {size}: hangs")
-        except (AssertionError, ConnectionError) as error:
-            if isinstance(error, AssertionError) and "the stream ended" not in str(error):
-                wrong.append(f"{seed} {number} {kind} {size}: {error}")
-            outcomes.append("broken off")
-
-    cutter = threading.Thread(target=cut_on)
-    cutter.start()
-    numbers = iter(range(200))
-    lock = threading.Lock()
-
-    def work() -> None:
-        while True:
-            with lock:
-                number = next(numbers, None)
-            if number is None:
-                return
-            ask(number)
-
-    workers = [threading.Thread(target=work) for _ in range(8)]
-    try:
-        for worker in workers:
-            worker.start()
-        for worker in workers:
-            worker.join()
-    finally:
-        over.set()
-        cutter.join()
-    assert not wrong
-    assert len(outcomes) == 200
-    return outcomes
-
-
-def test_200_requests_while_connections_are_cut(proxy: Proxy) -> None:
-    """And then the next request works."""
-    proxy.hooks.on("GET", "/chunked", lambda request: Watch(line=lambda line: None))
-
-    def cut(dice: random.Random) -> None:
-        streams = [stream for stream in proxy.streams if not stream._closed]
-        if streams:
-            dice.choice(streams).cut()
-
-    outcomes = storm(proxy.path, cut, 0.02)
-    assert min(outcomes.count("good"), 200 - outcomes.count("good")) >= 10, outcomes
-    for _ in range(5):
-        proxy.ping()
-    eventually(lambda: proxy.endpoint.counters.active == 0)
-
-
-@pytest.mark.skipif(not Path("/usr/sbin/sshd").exists(), reason="needs openssh-server")
-def test_200_requests_while_the_tunnel_is_cut(proxy: Proxy, tmp_path: Path) -> None:
-    """A real tunnel to a real sshd, whose sessions are killed; the endpoint recovers by itself."""
-    sshd = LoopbackSshd(tmp_path / "sshd")
-    cuts = 0
-    with contextlib.ExitStack() as stack:
-        stack.callback(sshd.stop)
-        tunnel = Tunnel(lambda watcher: sshd.connect(watcher, timeout_s=10))
-        stack.callback(tunnel.close)
-        tunnel.start()
-        tunnel.wait(10)
-        remote = str(proxy.engine.path)
-        endpoint = Endpoint(
-            current().listen_local(tmp_path / "tunnelled.sock"),
-            lambda: tunnel.begin_unix(remote),
-            prepare=lambda: tunnel.prepare_unix(remote),
-        )
-        stack.callback(endpoint.close)
-        endpoint.start()
-
-        def cut(dice: random.Random) -> None:
-            nonlocal cuts
-            cuts += bool(sshd.sessions())
-            sshd.signal_sessions(signal.SIGKILL)
-
-        outcomes = storm(tmp_path / "tunnelled.sock", cut, 0.25)
-        assert cuts > 3
-        assert outcomes.count("good") > 20
-
-        def answers() -> bool:
-            with Client(tmp_path / "tunnelled.sock", timeout_s=15) as client:
-                client.request("GET", "/_ping")
-                return client.answer()[::2] == (200, b"OK")
-
-        eventually(answers)  # the last cut may be a moment ago
 
 
 def test_a_client_on_a_pipe(proxy: Proxy, tmp_path: Path) -> None:
