@@ -24,6 +24,7 @@ import docker
 import pytest
 from mount_trees import LIST, Editor, listed
 from sandbox import Sandbox, wait_until
+from stub_engine import Client
 
 pytestmark = [pytest.mark.vm, pytest.mark.timeout(900)]
 
@@ -556,6 +557,39 @@ def test_so_does_an_end_that_is_asked_for_again_and_again(
             assert time.monotonic() < ends
         assert is_whole(source, "container")
         client.remove_container(id)
+    finally:
+        client.close()
+
+
+def test_a_command_that_closes_its_outputs_has_not_ended(
+    machine: Sandbox, source: Path, box: str
+) -> None:
+    script = "exec </dev/null >&- 2>&-; sleep 2; " + WRITTEN.format("command")
+    machine.docker("exec", box, "sh", "-c", script)
+    assert is_whole(source, "command")
+
+
+def test_a_command_whose_terminal_was_left_ends_later(
+    machine: Sandbox, source: Path, box: str
+) -> None:
+    """And nobody asks for it meanwhile."""
+    path = machine.home / "machines/default/docker.sock"
+    client = docker.APIClient(f"unix://{path}")
+    try:
+        script = "sleep 4; " + WRITTEN.format("command")
+        id = client.exec_create(box, ["sh", "-c", script], stdin=True, tty=True)["Id"]
+        with Client(path, timeout_s=60) as terminal:
+            headers = ("Content-Type: application/json", "Connection: Upgrade", "Upgrade: tcp")
+            terminal.request("POST", f"/exec/{id}/start", *headers, body=b'{"Tty":true}')
+            assert terminal.answer()[0] == 101
+            terminal.send(b"\x10\x11")  # as ctrl-p ctrl-q
+            terminal.rest()
+        assert not (source / "command.sum").exists()
+        ends = time.monotonic() + 60
+        while any("dd if=" in each for line in client.top(box)["Processes"] for each in line):
+            assert time.monotonic() < ends
+        assert not client.exec_inspect(id)["Running"]
+        assert is_whole(source, "command")
     finally:
         client.close()
 
