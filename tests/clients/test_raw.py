@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
+import hashlib
+import itertools
 import json
+import random
 import socket
 import struct
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -151,6 +156,80 @@ def test_input_arrives_after_the_program_has_ended_its_output(clients: Clients, 
             lambda: clients.docker("exec", box, "cat", "/got").stdout == b"late\nend\n",
             "the input has arrived",
         )
+
+
+BINARY, CLOSE = 2, 8
+"""Kinds of a websocket's frames (RFC 6455 §5.2)."""
+
+KEY = base64.b64encode(bytes(range(16)))
+ACCEPT = base64.b64encode(
+    hashlib.sha1(KEY + b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11", usedforsecurity=False).digest()
+)
+"""What the engine makes of the key (RFC 6455 §1.3)."""
+
+
+def websocket_frame(kind: int, data: bytes, mask: bytes) -> bytes:
+    """A frame of a client's, which masks what it says."""
+    if len(data) < 126:
+        length = bytes([0x80 | len(data)])
+    elif len(data) < 1 << 16:
+        length = struct.pack(">BH", 0x80 | 126, len(data))
+    else:
+        length = struct.pack(">BQ", 0x80 | 127, len(data))
+    masked = bytes(a ^ b for a, b in zip(data, itertools.cycle(mask), strict=False))
+    return bytes([0x80 | kind]) + length + mask + masked
+
+
+def websocket_frames(client: Client) -> Iterator[tuple[int, bytes]]:
+    """Read the engine's frames until the stream ends."""
+    while client.buffer or client.more():
+        kind, size = client.take(2)
+        if size >= 126:
+            size = int.from_bytes(client.take(2 if size == 126 else 8), "big")
+        yield kind & 0x0F, client.take(size)
+
+
+@pytest.mark.parametrize("ending", ["a close frame", "a half-close", "the container"])
+def test_attach_over_a_websocket(clients: Clients, ending: str) -> None:
+    """Any bytes both ways, in frames that are cut anywhere, until one side ends."""
+    raw, dice = Raw(clients), random.Random(ending)
+    said = dice.randbytes(300_000)
+    box = raw.create(
+        (f"head -c {len(said)}" if ending == "the container" else "cat") + "; echo end"
+    )
+    assert raw.ask("POST", f"/containers/{box}/start")[0] == 204
+    frames, at = b"", 0
+    while at < len(said):
+        size = dice.choice([1, 125, 126, 5000, 65535, 65536, 100_000])
+        frames += websocket_frame(BINARY, said[at : at + size], dice.randbytes(4))
+        at += size
+    if ending == "a close frame":
+        frames += websocket_frame(CLOSE, struct.pack(">H", 1000), dice.randbytes(4))
+    cuts = [0, *sorted(dice.choices(range(len(frames)), k=50)), len(frames)]
+
+    with raw.connect() as client, ThreadPoolExecutor(1) as pool:
+        client.request(
+            "GET",
+            f"/containers/{box}/attach/ws?stream=1&stdin=1&stdout=1",
+            *("Connection: Upgrade", "Upgrade: websocket", "Origin: http://localhost"),
+            *("Sec-WebSocket-Version: 13", f"Sec-WebSocket-Key: {KEY.decode()}"),
+        )
+        status, headers, _ = client.answer()
+        assert (status, headers["sec-websocket-accept"].encode()) == (101, ACCEPT)
+
+        def send() -> None:
+            for begin, end in itertools.pairwise(cuts):
+                client.send(frames[begin:end])
+            if ending == "a half-close":
+                client.sock.shutdown(socket.SHUT_WR)
+
+        sending = pool.submit(send)
+        heard = list(websocket_frames(client))
+        sending.result(ANSWER_S)
+    assert b"".join(data for kind, data in heard if kind == BINARY) == said + b"end\n"
+    assert {kind for kind, _ in heard[:-1]} == {BINARY}
+    assert heard[-1][0] == CLOSE
+    assert json.loads(raw.ask("POST", f"/containers/{box}/wait")[1])["StatusCode"] == 0
 
 
 def test_the_longest_head_that_the_engine_takes(clients: Clients) -> None:

@@ -14,20 +14,43 @@ INTERIM = [
     b"HTTP/1.1 103 Early Hints\r\nLink: </x>\r\n\r\n",
 ]
 
-_START = b"POST /v1.24/exec/e/start HTTP/1.1\r\nHost: docker\r\nContent-Length: 0\r\n"
+_START = b"POST /v1.24/exec/e/start HTTP/1.1\r\nHost: docker"
 _RAW = b"\r\nContent-Type: application/vnd.docker.raw-stream"
 _MULTIPLEXED = b"\r\nContent-Type: application/vnd.docker.multiplexed-stream"
-LAST = [
-    (_START + b"Connection: Upgrade\r\nUpgrade: tcp\r\n\r\n",
+_TO_H2C = b" HTTP/1.1\r\nHost: x\r\nConnection: Upgrade\r\nUpgrade: h2c"
+_H2C = b"HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: h2c"
+RAW = [
+    (_START + b"\r\nConnection: Upgrade\r\nUpgrade: tcp",
      b"HTTP/1.1 101 UPGRADED" + _RAW + b"\r\nConnection: Upgrade\r\nUpgrade: tcp"),
-    (b"POST /grpc HTTP/1.1\r\nHost: x\r\nConnection: Upgrade\r\nUpgrade: h2c\r\n\r\n",
-     b"HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: h2c"),
-    (_START + b"\r\n", b"HTTP/1.1 200 OK" + _RAW),
-    (_START + b"\r\n", b"HTTP/1.1 200 OK" + _MULTIPLEXED),
+    (b"POST /grpc" + _TO_H2C, _H2C),
+    (b"POST /session" + _TO_H2C, _H2C),
+    (b"GET /containers/c/attach/ws HTTP/1.1\r\nHost: x\r\nConnection: Upgrade\r\n"
+     b"Upgrade: websocket\r\nSec-WebSocket-Version: 13",
+     b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade"),
+    (_START, b"HTTP/1.1 200 OK" + _RAW),
+    (_START, b"HTTP/1.1 200 OK" + _MULTIPLEXED),
+    (b"POST /containers/c/attach HTTP/1.1\r\nHost: x", b"HTTP/1.1 200 OK" + _RAW),
+]  # fmt: skip
+"""Of requests and answers that make a raw stream: heads, but for framing and their end."""
+
+LAST = [
+    *((request + b"\r\n\r\n", answer) for request, answer in RAW),
     (b"GET / HTTP/1.1\r\nHost: docker\r\n\r\n", b"HTTP/1.1 200 OK\r\nConnection: close"),
     (b"GET / HTTP/1.0\r\n\r\n", b"HTTP/1.0 404 Not Found"),
-]  # fmt: skip
+]
 """Heads of requests, and of answers whose end is the stream's."""
+
+INPUT = [
+    # The client's preface of HTTP/2 (RFC 9113 §3.4) and its settings: it waits for nothing.
+    b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\4\0\0\0\0\0",
+    # Frames of a websocket (RFC 6455 §5.2): masked bytes, and the one that closes.
+    b"\x82\x85\1\2\3\4igoho\x88\x82\1\2\3\4\2\xea",
+    b"GET /_ping HTTP/1.1\r\nHost: x\r\n\r\n",
+    b"POST / HTTP/1.1\nHost: x\0\r\n\r\n",
+    b"5\r\nhello\r\n0\r\n\r\n",
+    bytes(range(256)) * 200,
+]
+"""What could be taken for something else in a raw stream, and what is much."""
 
 
 @dataclass
@@ -50,20 +73,48 @@ def chunked(draw: st.DrawFn) -> Message:
     return Message(wire, b"".join(chunks))
 
 
+@dataclass
+class Asking(Message):
+    """A request.
+
+    :param head: its head but for what tells how its body comes, and but for the end.
+    :param body: as it is framed.
+    :param expects: whether it asks for a word before it sends the body.
+    """
+
+    method: str
+    head: bytes
+    body: bytes
+    expects: bool
+
+    def with_body(self, content: bytes) -> bytes:
+        """The request with another body, in the plainest form."""
+        return self.head + b"\r\nContent-Length: %d\r\n\r\n" % len(content) + content
+
+
 @st.composite
-def requests(draw: st.DrawFn) -> Message:
+def requests(draw: st.DrawFn) -> Asking:
     method = draw(st.sampled_from(["GET", "HEAD", "POST", "PUT", "DELETE"]))
     target = draw(st.sampled_from(["/_ping", "/v1.51/containers/create?name=x", "/images/a%2Fb"]))
     lines = [f"{method} {target} HTTP/1.1", "Host: docker"]
     lines += draw(st.lists(st.sampled_from(["X-A: b", "x-odd:  \t", "Accept: */*"]), max_size=3))
-    body = Message(b"", b"")
+    head = "\r\n".join(lines).encode()
+    body, framing, expects = Message(b"", b""), b"", False
     if method in ("POST", "PUT"):
         body = draw(chunked() | st.binary(max_size=200).map(lambda data: Message(data, data)))
-        if body.wire == body.content:
-            lines.append(f"Content-Length: {len(body.wire)}")
-        else:
-            lines.append("Transfer-Encoding: chunked")
-    return Message("\r\n".join([*lines, "", ""]).encode() + body.wire, body.content)
+        framing = framing_of(body)
+        expects = draw(st.booleans())
+        if expects:
+            framing += b"\r\nExpect: 100-continue"
+    wire = head + framing + b"\r\n\r\n" + body.wire
+    return Asking(wire, body.content, method, head, body.wire, expects)
+
+
+def framing_of(body: Message) -> bytes:
+    """The header that tells how a body comes."""
+    if body.wire == body.content:
+        return b"\r\nContent-Length: %d" % len(body.wire)
+    return b"\r\nTransfer-Encoding: chunked"
 
 
 @dataclass
@@ -72,20 +123,17 @@ class Answer(Message):
 
 
 @st.composite
-def answers(draw: st.DrawFn) -> Answer:
-    method = draw(st.sampled_from(["GET", "HEAD", "POST"]))
+def answers(draw: st.DrawFn, methods: tuple[str, ...] = ("GET", "HEAD", "POST")) -> Answer:
+    method = draw(st.sampled_from(methods))
     request = parse_request(f"{method} / HTTP/1.1\r\nHost: x\r\n\r\n".encode())
     status = draw(st.sampled_from([200, 201, 204, 304, 404, 500]))
     wire = b"".join(draw(st.lists(st.sampled_from(INTERIM), max_size=2)))
-    wire += b"HTTP/1.1 %d X\r\n" % status
+    wire += b"HTTP/1.1 %d X" % status
     body = draw(chunked() | st.binary(max_size=200).map(lambda data: Message(data, data)))
-    if body.wire != body.content:
-        wire += b"Transfer-Encoding: chunked\r\n"
-    else:
-        wire += b"Content-Length: %d\r\n" % len(body.wire)
+    wire += framing_of(body)
     if method == "HEAD" or status in (204, 304):
         body = Message(b"", b"")
-    return Answer(wire + b"\r\n" + body.wire, body.content, request)
+    return Answer(wire + b"\r\n\r\n" + body.wire, body.content, request)
 
 
 @st.composite

@@ -40,9 +40,10 @@ class StubEngine:
     Paths, after an optional ``/vN.NN``: ``/_ping``, ``/bytes?n=``, ``/chunked?n=&size=``,
     ``/close?n=`` (until the end), ``/echo`` (the body comes back), ``/digest`` (its
     SHA-256), ``/trailers``, ``/status?code=``, ``/break?n=`` (half of it), ``/hangup``,
-    ``/never``, ``/stuck`` (reads nothing more), ``/events``, ``/containers/ID/wait``,
-    ``/containers/ID/attach`` and ``/exec/ID/start`` (echo),
-    ``/session`` and ``/grpc`` (h2c), ``…/attach/ws``.
+    ``/never``, ``/stuck`` (reads nothing more), ``/events?n=`` (so many at once),
+    ``/containers/create`` (the body's SHA-256 is the id), ``/containers/ID/start``, ``…/wait``,
+    ``…/archive`` (put: the SHA-256; get: as ``/chunked``), ``…/attach`` and ``/exec/ID/start``
+    (echo), ``/session`` and ``/grpc`` (h2c), ``…/attach/ws``.
     """
 
     def __init__(self, path: Path) -> None:
@@ -181,6 +182,13 @@ class _Client:
         if not isinstance(event, h11.EndOfMessage):
             raise ConnectionError
 
+    def digest(self) -> bytes:
+        """The SHA-256 of the body."""
+        digest = hashlib.sha256()
+        for data in self.body():
+            digest.update(data)
+        return digest.hexdigest().encode()
+
     def send(self, head: str, body: bytes = b"") -> None:
         self.sock.sendall(
             f"HTTP/1.1 {head}\r\nServer: Docker/28.5.2 (linux)\r\n\r\n".encode() + body
@@ -213,7 +221,7 @@ class _Client:
             self.full("200 OK", b"OK", head_only=method == "HEAD")
         elif path == "/bytes":
             self.full("200 OK", pattern(size), head_only=method == "HEAD")
-        elif path == "/chunked":
+        elif path == "/chunked" or (path.endswith("/archive") and method == "GET"):
             step = int(query.get("size", "1000"))
             self.send("200 OK\r\nTransfer-Encoding: chunked")
             data = pattern(size)
@@ -231,11 +239,14 @@ class _Client:
             return False
         elif path == "/echo":
             self.full("200 OK", b"".join(self.body()))
-        elif path == "/digest":
-            digest = hashlib.sha256()
-            for data in self.body():
-                digest.update(data)
-            self.full("200 OK", digest.hexdigest().encode())
+        elif path == "/digest" or (path.endswith("/archive") and method == "PUT"):
+            self.full("200 OK", self.digest())
+        elif path.endswith("/archive"):
+            self.send("200 OK\r\nX-Docker-Container-Path-Stat: e30=\r\nContent-Length: 0")
+        elif path == "/containers/create":
+            self.full("201 Created", b'{"Id":"%s"}\n' % self.digest())
+        elif path.startswith("/containers/") and path.endswith("/start"):
+            self.send("204 No Content")
         elif path == "/early":
             self.send("404 Not Found\r\nConnection: close\r\nContent-Length: 2", b"no")
             return False
@@ -261,6 +272,8 @@ class _Client:
             return False
         elif path == "/events":
             self.send("200 OK\r\nContent-Type: application/json\r\nTransfer-Encoding: chunked")
+            for number in range(size):
+                self.chunk(b'{"n":%d}\n' % number)
             self.engine.events.append(self.chunk)
             self.until_gone()
             return False

@@ -10,7 +10,7 @@ from datetime import timedelta
 import h11
 import pytest
 from http_messages import split_up
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from wherry.api.http import (
@@ -316,28 +316,32 @@ def test_a_refusal_does_not_cite_all_of_a_head() -> None:
     assert len(str(caught.value)) < 1000
 
 
-@pytest.mark.parametrize("filler", [b" ", b"\t", b"0", b",", b"%", b"/", b":", b"%2e", b"a: b\r\n"])
-@pytest.mark.parametrize(
-    "head",
-    [
-        b"GET / HTTP/1.1\r\nHost: d\r\nContent-Length: 1,FILL1\r\n\r\n",
-        b"GET / HTTP/1.1\r\nHost: d\r\nContent-Length:FILL1\r\n\r\n",
-        b"GET / HTTP/1.1\r\nHost: d\r\nTransfer-Encoding: FILLchunked\r\n\r\n",
-        b"GET / HTTP/1.1\r\nHost: d\r\nX: aFILLb\r\n\r\n",
-        b"GET / HTTP/1.1\r\nFILL: x\r\n\r\n",
-        b"GET /FILLx HTTP/1.1\r\nHost: d\r\n\r\n",
-        b"GET /containers/FILL/attach HTTP/1.1\r\nHost: d\r\n\r\n",
-        b"GET xFILL HTTP/1.1\r\nHost: d\r\n\r\n",
-        b"GET / HTTP/1.1\r\nHost: d\r\nFILL\r\n\r\n",
-    ],
-)
+IN_NO_TIME_S = 0.5
+LONG_FILLERS = [b" ", b"\t", b"0", b",", b"%", b"/", b":", b"%2e", b"a: b\r\n"]
+LONG_HEADS = [
+    b"GET / HTTP/1.1\r\nHost: d\r\nX: aFILLb\r\n\r\n",
+    b"GET / HTTP/1.1\r\nHost: d\r\nContent-Length: 1,FILL1\r\n\r\n",
+    b"GET / HTTP/1.1\r\nHost: d\r\nContent-Length:FILL1\r\n\r\n",
+    b"GET / HTTP/1.1\r\nHost: d\r\nTransfer-Encoding: FILLchunked\r\n\r\n",
+    b"GET / HTTP/1.1\r\nFILL: x\r\n\r\n",
+    b"GET /FILLx HTTP/1.1\r\nHost: d\r\n\r\n",
+    b"GET /containers/FILL/attach HTTP/1.1\r\nHost: d\r\n\r\n",
+    b"GET xFILL HTTP/1.1\r\nHost: d\r\n\r\n",
+    b"GET / HTTP/1.1\r\nHost: d\r\nFILL\r\n\r\n",
+]
+
+
+@pytest.mark.parametrize("filler", LONG_FILLERS)
+@pytest.mark.parametrize("head", LONG_HEADS)
 def test_the_longest_head_is_read_or_refused_in_no_time(head: bytes, filler: bytes) -> None:
     """While it is looked at nobody else is served: a pattern holds the interpreter."""
-    count = (HEAD_LIMIT_BYTES - len(head)) // len(filler)
-    begun = time.process_time()
-    with contextlib.suppress(MalformedRequest):
-        read(head.replace(b"FILL", filler * count))
-    assert time.process_time() - begun < 0.5
+    longest = (HEAD_LIMIT_BYTES - len(head)) // len(filler)
+    # What is refused, and what just is not: it is looked at for longer.
+    for count in (longest, ESCAPE_LIMIT, MARK_LIMIT - 4, HEADER_LIMIT - 2):
+        begun = time.process_time()
+        with contextlib.suppress(MalformedRequest):
+            read(head.replace(b"FILL", filler * min(longest, count)))
+        assert time.process_time() - begun < IN_NO_TIME_S
 
 
 @pytest.mark.parametrize("target_bytes", [HEAD_LIMIT_BYTES // 2, HEAD_LIMIT_BYTES - 100])
@@ -391,23 +395,33 @@ def test_the_longest_line_between_chunks_is_so_however_it_comes(size: int) -> No
         assert read_all(parts)[2] is (size > 4096)
 
 
-@settings(max_examples=4 * settings().max_examples, deadline=timedelta(seconds=5))
-@given(st.data())
-def test_any_bytes_are_a_request_or_refused_or_begun(data: st.DataObject) -> None:
+FRAGMENTS = st.binary(max_size=6) | st.sampled_from(
+    [
+        *(b"GET", b"POST", b" ", b"/", b"/v1.51/x", b"HTTP/1.1", b"HTTP/1.0", b"\r\n", b"\n"),
+        *(b"\r", b"Host: x", b"Content-Length: 3", b"Transfer-Encoding: chunked", b":", b"\0"),
+        *(b"3\r\nabc\r\n", b"0\r\n\r\n", b"abc", b"\t", b"%", b"Content-Length", b"5", b","),
+        *(b"POST / HTTP/1.1\r\nHost: x\r\n", b"GET / HTTP/1.1\r\nHost: x"),
+    ]
+)
+
+
+# It takes minutes to make a megabyte smaller that fails.
+LONG = settings(deadline=timedelta(seconds=5), phases=(Phase.explicit, Phase.reuse, Phase.generate))
+
+
+def read_in_no_time(parts: list[bytes]) -> tuple[list[RequestHead], bytes, bool]:
+    begun = time.process_time()
+    found = read_all(parts)
+    assert time.process_time() - begun < IN_NO_TIME_S
+    return found
+
+
+def check(data: st.DataObject, whole: bytes) -> tuple[list[RequestHead], bool]:
     """What is accepted, h11 reads the same way from the raw bytes; all else raises one error."""
-    fragment = st.sampled_from(
-        [
-            *(b"GET", b"POST", b" ", b"/", b"/v1.51/x", b"HTTP/1.1", b"HTTP/1.0", b"\r\n", b"\n"),
-            *(b"\r", b"Host: x", b"Content-Length: 3", b"Transfer-Encoding: chunked", b":", b"\0"),
-            *(b"3\r\nabc\r\n", b"0\r\n\r\n", b"abc", b"\t", b"%", b"Content-Length", b"5", b","),
-            *(b"POST / HTTP/1.1\r\nHost: x\r\n", b"GET / HTTP/1.1\r\nHost: x"),
-        ]
-    )
-    whole = b"".join(data.draw(st.lists(fragment | st.binary(max_size=6), max_size=14)))
-    heads, wire, refused = read_all([whole] if whole else [])
+    heads, wire, refused = read_in_no_time([whole] if whole else [])
     assert whole.startswith(wire)
     for _ in range(2):
-        others, wire_of_other, other_refused = read_all(data.draw(split_up(whole)))
+        others, wire_of_other, other_refused = read_in_no_time(data.draw(split_up(whole)))
         # However the bytes are split, with what is refused too; only how much of a malformed body
         # goes on differs.
         assert (others, other_refused) == (heads, refused)
@@ -420,3 +434,46 @@ def test_any_bytes_are_a_request_or_refused_or_begun(data: st.DataObject) -> Non
         assert request.method.decode() == head.method
         assert head.http_version in ("1.0", "1.1")
         assert head.raw.count(b"\n") == head.raw.count(b"\r\n") == head.raw.count(b"\r")
+    return heads, refused
+
+
+@settings(max_examples=4 * settings().max_examples, deadline=timedelta(seconds=5))
+@given(st.data())
+def test_any_bytes_are_a_request_or_refused_or_begun(data: st.DataObject) -> None:
+    check(data, b"".join(data.draw(st.lists(FRAGMENTS, max_size=14))))
+
+
+@settings(LONG, max_examples=settings().max_examples // 2)
+@given(st.data())
+def test_any_long_bytes_are_a_request_or_refused_or_begun(data: st.DataObject) -> None:
+    """About as long as a head may be, of all that may be in one, and spoilt anywhere."""
+    head, filler = data.draw(st.sampled_from(LONG_HEADS)), data.draw(st.sampled_from(LONG_FILLERS))
+    longest = (HEAD_LIMIT_BYTES - len(head) + len(b"FILL")) // len(filler)
+    count = data.draw(st.sampled_from([longest, HEADER_LIMIT, MARK_LIMIT, ESCAPE_LIMIT]))
+    whole = head.replace(b"FILL", filler * (min(longest, count) + data.draw(st.integers(-5, 5))))
+    for fragment in data.draw(st.lists(FRAGMENTS, max_size=3)):
+        at = data.draw(st.integers(0, len(whole)))
+        whole = whole[:at] + fragment + whole[at:]
+    heads, _ = check(data, whole + data.draw(st.just(GET.raw) | FRAGMENTS))
+    assert all(len(each.raw) <= HEAD_LIMIT_BYTES for each in heads)
+    assert all(len(each.headers) <= HEADER_LIMIT for each in heads)
+
+
+@pytest.mark.parametrize("beyond", [-1, 0, 1])
+@pytest.mark.parametrize(
+    ("head", "filler", "longest"),
+    [
+        (LONG_HEADS[0], b"e", HEAD_LIMIT_BYTES - len(LONG_HEADS[0]) + len(b"FILL")),
+        (b"GET / HTTP/1.1\r\nHost: d\r\nFILL\r\n", b"a: b\r\n", HEADER_LIMIT - 1),
+    ],
+    ids=["bytes", "headers"],
+)
+@settings(LONG, max_examples=settings().max_examples // 10)
+@given(st.data())
+def test_the_bounds_of_a_head_are_so_however_it_comes(
+    head: bytes, filler: bytes, longest: int, beyond: int, data: st.DataObject
+) -> None:
+    raw = head.replace(b"FILL", filler * (longest + beyond))
+    heads, refused = check(data, raw + GET.raw)
+    assert [each.raw for each in heads] == ([] if beyond > 0 else [raw, GET.raw])
+    assert refused is (beyond > 0)

@@ -294,9 +294,13 @@ def test_the_end_of_a_stream_is_the_command_s_unless_it_goes_on(api: Api, sessio
     made = api.send("POST", "/containers/box/exec")
     assert made.line is not None
     made.line(b'{"Id": "e1"}')
+    kind = "Content-Type: application/vnd.docker"
     for status, whole, expected in (
-        ("101 UPGRADED", True, []),
-        ("101 UPGRADED", False, [False]),  # the client has left, and the command goes on
+        (f"101 UPGRADED\r\n{kind}.multiplexed-stream", True, []),
+        # The client has left, and the command goes on.
+        (f"101 UPGRADED\r\n{kind}.multiplexed-stream", False, [False]),
+        # Its terminal can be left as well, and then the engine ends the stream.
+        (f"101 UPGRADED\r\n{kind}.raw-stream", True, [False]),
         ("200 OK", True, [False]),
     ):
         watch = api.send("POST", "/exec/e1/start")

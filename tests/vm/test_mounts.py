@@ -16,7 +16,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -24,6 +24,7 @@ import docker
 import pytest
 from mount_trees import LIST, Editor, listed
 from sandbox import Sandbox, wait_until
+from stub_engine import Client
 from sync_trees import read
 
 pytestmark = [pytest.mark.vm, pytest.mark.timeout(900)]
@@ -564,6 +565,51 @@ def test_so_does_an_end_that_is_asked_for_again_and_again(
         client.remove_container(id)
     finally:
         client.close()
+
+
+@contextmanager
+def execution(
+    machine: Sandbox, box: str, script: str, *, tty: bool
+) -> Iterator[tuple[str, str, Client]]:
+    """Run something in a container: its id, the kind of its stream, and the stream."""
+    path = machine.home / "machines/default/docker.sock"
+    with closing(docker.APIClient(f"unix://{path}")) as client, Client(path, 60) as stream:
+        id = client.exec_create(box, ["sh", "-c", script], stdin=tty, tty=tty)["Id"]
+        headers = ("Content-Type: application/json", "Connection: Upgrade", "Upgrade: tcp")
+        body = json.dumps({"Tty": tty}).encode()
+        stream.request("POST", f"/exec/{id}/start", *headers, body=body)
+        status, found, _ = stream.answer()
+        assert status == 101
+        yield id, found["content-type"], stream
+
+
+def test_a_command_that_closes_its_outputs_has_not_ended(
+    machine: Sandbox, source: Path, box: str
+) -> None:
+    """So the end of its stream is its own, which the kind of the stream says."""
+    script = "exec </dev/null >&- 2>&-; sleep 2; " + WRITTEN.format("command")
+    with execution(machine, box, script, tty=False) as (_, kind, stream):
+        assert kind == "application/vnd.docker.multiplexed-stream"
+        stream.rest()
+        assert is_whole(source, "command")
+
+
+def test_a_command_whose_terminal_was_left_ends_later(
+    machine: Sandbox, source: Path, box: str
+) -> None:
+    """And nobody asks for it meanwhile."""
+    script = "sleep 4; " + WRITTEN.format("command")
+    with execution(machine, box, script, tty=True) as (id, _, terminal):
+        terminal.send(b"\x10\x11")  # as ctrl-p ctrl-q
+        terminal.rest()
+    assert not (source / "command.sum").exists()
+    url = f"unix://{machine.home}/machines/default/docker.sock"
+    with closing(docker.APIClient(url)) as client:
+        ends = time.monotonic() + 60
+        while any("dd if=" in each for line in client.top(box)["Processes"] for each in line):
+            assert time.monotonic() < ends
+        assert not client.exec_inspect(id)["Running"]
+        assert is_whole(source, "command")
 
 
 def test_what_wherry_keeps_is_nobody_s_to_mount(machine: Sandbox) -> None:

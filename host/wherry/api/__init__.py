@@ -7,7 +7,7 @@
         ├── downstream       the answers on their way back
         ├── exchange         one request and its answer; runs what watches the answer
         ├── hooks            what other features fill
-        ├── heads            what a head that is not whole may take
+        ├── heads            what a request that has not gone on may take
         ├── messages         where requests and answers begin and end (no sockets)
         │   ├── http         heads: h11, and what h11 lets pass
         │   └── framing      bodies, scanned and not rebuilt

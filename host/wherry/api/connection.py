@@ -48,7 +48,7 @@ class Connection:
     :param hooks: the endpoint's.
     :param spawn: runs helpers in other threads.
     :param prepare: called in one of these when there has been an answer.
-    :param room: the endpoint's, for heads that are long.
+    :param room: the endpoint's, for requests that are long.
     :param head_timeout_s: seconds that a head may take from its first byte on.
     """
 
@@ -121,7 +121,7 @@ class Connection:
             self._answer_and_end(refusal)
         finally:
             self.abort()
-            self._head_is_over()
+            self._give_room_back()
             with self._down.draining:
                 self._local.close()
                 self._down.finish()
@@ -157,18 +157,27 @@ class Connection:
             if reader.has_data and not reader.begun and not self._settle():
                 self._copy_up(reader.rest())
                 break
-            item = self._next()
-            if isinstance(item, RequestHead):
-                if self._head_due is not None:
-                    self._head_is_over()
-                self._begin(item)
-            elif item is not None:
-                self._send(item.data)
-            elif not self._receive():
+            if not self._pass_on() and not self._receive():
                 break
         if not self._down.settled and self._remote is not None:
             self._remote.shutdown_write()
             self._down.await_end()
+
+    def _pass_on(self) -> bool:
+        """Send on what comes next; False when more must be received for that.
+
+        A head may be long, and is let go of when this returns: the wait may be, too.
+        """
+        item = self._next()
+        if item is None:
+            return False
+        if isinstance(item, RequestHead):
+            self._head_due = None
+            self._begin(item)
+            self._give_room_back()
+        else:
+            self._send(item.data)
+        return True
 
     def _next(self) -> RequestHead | Piece | None:
         try:
@@ -194,18 +203,25 @@ class Connection:
         """
         if self._head_due is None:
             self._head_due = time.monotonic() + self._head_timeout_s
-        more = self._reader.held - OWN_BYTES - self._taken
-        if more > 0:
-            if not self._room.take(more):
-                self._method = ""
-                raise Refusal(503, "wherry: too many long requests have begun and are not whole")
-            self._taken += more
+        self._method = ""
+        self._take_room(self._reader.held)
         # The room for much at once is for bodies.
+        self._wants_more = False
         buffer = self._buffer[:_FIRST_BUFFER_BYTES]
         return buffer[: self._local.read_by(buffer, self._head_due)]
 
-    def _head_is_over(self) -> None:
-        self._head_due = None
+    def _take_room(self, held: int) -> None:
+        """Have room for all that is held of a request which has not gone on.
+
+        :raises Refusal: there is not so much.
+        """
+        more = held - OWN_BYTES - self._taken
+        if more > 0:
+            if not self._room.take(more):
+                raise Refusal(503, "wherry: too many long requests have begun and not gone on")
+            self._taken += more
+
+    def _give_room_back(self) -> None:
         if self._taken:
             self._room.give_back(self._taken)
             self._taken = 0
@@ -277,7 +293,8 @@ class Connection:
             _logger.exception("a hook of %s %s failed", head.method, head.path)
             raise Refusal(500, f"wherry: an internal error: {error!r}") from error
         if request.replaced and request.body is not None:
-            return head.with_body(len(request.body)) + request.body
+            raw = head.with_body(len(request.body)) + request.body
+        request.let_go()
         return raw
 
     def _collect(self, head: RequestHead, limit: int) -> tuple[bytes, bytes]:
@@ -298,6 +315,7 @@ class Connection:
             wire += piece.data
             for begin, end in piece.content or ():
                 content += piece.data[begin:end]
+            self._take_room(len(head.raw) + len(wire) + len(content))
             # Framing may be at most as long as the content, else it is an attack.
             if len(content) > limit or len(wire) > 2 * limit + _JOINED_BYTES:
                 raise Refusal(413, f"wherry: the body is longer than {limit} bytes")

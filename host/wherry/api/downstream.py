@@ -259,7 +259,7 @@ class Downstream:
             with self._news:
                 self._settled = outcome
                 if outcome is Outcome.DONE:
-                    # With its head, which may be long, while the client thinks.
+                    # With all that watched it, while the client thinks.
                     self._exchange = None
                 self._preparing = False
                 self._news.notify_all()

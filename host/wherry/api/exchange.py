@@ -9,7 +9,7 @@ from functools import cached_property
 
 from wherry.api.answers import Refusal
 from wherry.api.hooks import LINE_LIMIT_BYTES, ClientGone, Watch
-from wherry.api.http import RequestHead, ResponseHead
+from wherry.api.http import Asked, ResponseHead
 from wherry.api.messages import AnswerReader, Piece
 
 _logger = logging.getLogger(__name__)
@@ -33,12 +33,12 @@ class Exchange:
     An answer that nobody watches is followed by :meth:`track`, after it was passed on;
     one that is watched goes through :meth:`release`.
 
-    :param request: its head.
+    :param request: its head, of which no more is kept than the answer needs.
     :param watches: what its hooks returned.
     """
 
-    def __init__(self, request: RequestHead, watches: list[Watch]) -> None:
-        self.request = request
+    def __init__(self, request: Asked, watches: list[Watch]) -> None:
+        self.request = Asked(request.method, request.path)
         self.answered = False
         """Whether the client has got any of the answer itself; a 100 or 102 is none."""
         self._heads = [watch.head for watch in watches if watch.head]

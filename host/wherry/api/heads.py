@@ -1,4 +1,4 @@
-"""What heads may take that are not whole yet: memory and time."""
+"""What requests may take that have not gone on: memory, and time for their heads."""
 
 from __future__ import annotations
 
@@ -8,14 +8,17 @@ HEAD_TIMEOUT_S = 300.0
 """How long a head may take from its first byte on; dockerd's ``ReadHeaderTimeout``."""
 
 ROOM_BYTES = 16 << 20
-"""What all heads of an endpoint may take together, beyond what each may."""
+"""What all requests of an endpoint may take together, beyond what each may."""
 
 OWN_BYTES = 64 * 1024
-"""What each head may take; hardly any is longer."""
+"""What each request may take; hardly any is longer."""
 
 
 class HeadRoom:
-    """The room that an endpoint's connections share for long heads; thread-safe.
+    """The room that an endpoint's connections share for long requests; thread-safe.
+
+    What is held is a head that is not whole, or one that waits, with the body that a hook reads:
+    for a hook, or for an engine that takes nothing.
 
     :param size: bytes.
     """

@@ -68,6 +68,8 @@ class Watch:
 class Request:
     """A request on its way to the engine, as a hook sees it.
 
+    What a hook returns may still :meth:`wait`; the head and the body are gone by then.
+
     :param head: its head, as it came.
     :param body: its content; None when no rule reads it.
     :param patience: waits for an event; see :meth:`wait`.
@@ -117,6 +119,10 @@ class Request:
             raise ValueError("the rule does not read the body")
         self.body = body
         self.replaced = True
+
+    def let_go(self) -> None:
+        """Keep no bytes of a request that goes on: what watches its answer keeps this."""
+        del self.head, self.body
 
     def wait(self, event: threading.Event, timeout_s: float) -> bool:
         """Wait until an event is set; False when it is not set in time.

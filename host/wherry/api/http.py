@@ -93,19 +93,36 @@ class _Head:
 
 
 @dataclass(frozen=True)
-class RequestHead(_Head):
+class Asked:
+    """What an answer is understood by: all that is kept of a request which has gone on.
+
+    :param path: decoded, without the API's version; what moby routes by.
+    """
+
+    method: str
+    path: str
+
+    @property
+    def may_hijack(self) -> bool:
+        """Whether an answer 200 can turn the connection into a raw stream.
+
+        Attaching and executing answer so when the client asked for no upgrade (Engine
+        API, ContainerAttach, "Hijacking").
+        """
+        return self.method == "POST" and _HIJACKING.fullmatch(self.path) is not None
+
+
+@dataclass(frozen=True)
+class RequestHead(Asked, _Head):
     """A request without its body.
 
     :param raw: as it came, with the empty line.
-    :param path: decoded, without the API's version; what moby routes by.
     :param api_version: such as ``1.51``; empty when the request names none.
     :param length: of the body in bytes; None for a chunked one.
     """
 
     raw: bytes
-    method: str
     target: str
-    path: str
     api_version: str
     http_version: str
     headers: Headers
@@ -125,15 +142,6 @@ class RequestHead(_Head):
     def expects_continue(self) -> bool:
         """Whether the client waits for a word before it sends the body (RFC 9110 §10.1.1)."""
         return self.http_version == "1.1" and self._lists(b"expect", b"100-continue")
-
-    @cached_property
-    def may_hijack(self) -> bool:
-        """Whether an answer 200 can turn the connection into a raw stream.
-
-        Attaching and executing answer so when the client asked for no upgrade (Engine
-        API, ContainerAttach, "Hijacking").
-        """
-        return self.method == "POST" and _HIJACKING.fullmatch(self.path) is not None
 
     def body(self) -> Body:
         """Return what finds the end of the request's body."""
@@ -164,7 +172,7 @@ class ResponseHead(_Head):
         """Whether the answer proper is still to come (RFC 9110 §15.2)."""
         return self.status < 200 and self.status != 101
 
-    def switches(self, request: RequestHead) -> bool:
+    def switches(self, request: Asked) -> bool:
         """Whether the connection is a raw stream from here on."""
         if self.status == 101:
             return True
@@ -173,7 +181,7 @@ class ResponseHead(_Head):
         kind = (self.header("content-type") or "").encode("latin-1")
         return kind.startswith(_RAW_STREAMS) and isinstance(self.body(request), UntilEnd)
 
-    def body(self, request: RequestHead) -> Body:
+    def body(self, request: Asked) -> Body:
         """Return what finds the end of the answer's body (RFC 9112 §6.3).
 
         :raises MalformedAnswer: the length is no number.

@@ -12,6 +12,7 @@ from typing import NamedTuple
 from wherry.api.framing import Body, Chunked, Length, MalformedBody, Ranges, UntilEnd
 from wherry.api.http import (
     HEAD_LIMIT_BYTES,
+    Asked,
     MalformedAnswer,
     MalformedRequest,
     RequestHead,
@@ -175,7 +176,7 @@ class AnswerReader(_Reader):
     :param want_content: tell in each piece which bytes are content.
     """
 
-    def __init__(self, request: RequestHead, *, want_content: bool = False) -> None:
+    def __init__(self, request: Asked, *, want_content: bool = False) -> None:
         super().__init__(_ANSWER_HEAD_LIMIT_BYTES)
         self._request = request
         self._want_content = want_content

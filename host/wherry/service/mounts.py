@@ -61,6 +61,11 @@ V = TypeVar("V")
 _BY_STREAM = object()
 """An end that a stream has told of."""
 
+_MULTIPLEXED = "application/vnd.docker.multiplexed-stream"
+"""The kind of stream of a command without a terminal, from API 1.42 on. The engine ends it when it
+knows that the command has ended, though that has closed its outputs before; what has a terminal can
+be left meanwhile (Engine API, ExecStart; moby's ``daemon/monitor.go``, ``ProcessEvent``)."""
+
 _BOTH_SIDES = "was changed on both sides"
 
 _RUNNING = ("running", "paused", "restarting")
@@ -303,8 +308,7 @@ class Mounts:
 
         def answered(head: ResponseHead) -> None:
             nonlocal attached
-            # A command that is detached has no stream that could tell of its end.
-            attached = head.status == 101
+            attached = head.status == 101 and head.header("content-type") == _MULTIPLEXED
 
         def ended(whole: bool) -> None:
             failure = self._fetch(request, mounted, marks)
@@ -330,7 +334,7 @@ class Mounts:
         def answered(line: bytes) -> None:
             command = parse_json(line)
             if command.get("Running"):
-                # It has closed its streams and goes on.
+                # Whatever has ended its stream, it goes on.
                 with self._lock:
                     self._brought.pop(id, None)
             elif command.get("Running") is False:
