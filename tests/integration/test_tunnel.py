@@ -10,6 +10,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,13 @@ import pytest
 from loopback_sshd import LoopbackSshd, echo, unix_server
 
 from wherry.core.errors import TunnelError
-from wherry.tunnel import transport, tunnel
+from wherry.tunnel import transport, tunnel, windows
 from wherry.tunnel.connection import Connection
 from wherry.tunnel.keys import make_keys
 from wherry.tunnel.packetizer import FastPacketizer
+from wherry.tunnel.stream import Stream
 from wherry.tunnel.tunnel import State, Tunnel
+from wherry.tunnel.windows import WINDOW_BYTES
 
 pytestmark = pytest.mark.skipif(not Path("/usr/sbin/sshd").exists(), reason="needs openssh-server")
 
@@ -229,6 +232,46 @@ def test_a_stream_echoes_and_ends(connection: Connection, tmp_path: Path) -> Non
         stream.close()
         with pytest.raises(TunnelError, match="closed"):
             stream.sendall(b"x")
+
+
+def test_many_streams_are_together_no_further_ahead_than_one(
+    connection: Connection, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A small answer waits for what all of them were sent before it."""
+    monkeypatch.setattr(windows, "BUSY_S", WAIT_S)  # also where a thread waits long for its turn
+
+    def pour(server: socket.socket) -> None:
+        while True:
+            server.sendall(bytes(1 << 16))
+
+    taken = [0] * 8
+
+    def take(stream: Stream, index: int) -> None:
+        buffer = memoryview(bytearray(1 << 16))
+        with contextlib.suppress(TunnelError):
+            while count := stream.recv_into(buffer):
+                taken[index] += count
+
+    def reached(goals: list[int]) -> bool:
+        return all(count >= goal for count, goal in zip(taken, goals, strict=True))
+
+    with unix_server(tmp_path / "s", pour) as path:
+        streams: list[Any] = [connection.open_unix(path) for _ in taken]
+        threads = [
+            threading.Thread(target=take, args=(stream, index))
+            for index, stream in enumerate(streams)
+        ]
+        for thread in threads:
+            thread.start()
+        for _ in range(2):  # until all are known to bring much, and then once more
+            goals = [count + WINDOW_BYTES for count in taken]
+            wait_for(partial(reached, goals), "each stream goes on")
+        owed = [stream.in_window_sofar for stream in streams]
+        for stream in streams:
+            stream.close()
+        for thread in threads:
+            thread.join(WAIT_S)
+    assert sum(WINDOW_BYTES - each for each in owed) <= WINDOW_BYTES + 8 * (1 << 16)
 
 
 def test_closing_wakes_a_reader_and_a_writer(connection: Connection, tmp_path: Path) -> None:

@@ -15,8 +15,9 @@ from wherry.tunnel import channels
 from wherry.tunnel.channels import StreamChannel
 from wherry.tunnel.packets import DataPackets
 from wherry.tunnel.stream import Read
+from wherry.tunnel.windows import WINDOW_BYTES, Windows
 
-EOF, CLOSE, DATA = 96, 97, 94
+EOF, CLOSE, DATA, ADJUST = 96, 97, 94, 93
 WAIT_S = 10.0
 
 
@@ -26,6 +27,8 @@ class Transport:
     def __init__(self) -> None:
         self.sent: list[int] = []
         self.data = b""
+        self.given: list[int] = []
+        self.windows = Windows(lambda: 0.0)
         self.most = 0
         self.held = threading.Event()
         self.go = threading.Event()
@@ -38,7 +41,10 @@ class Transport:
         self.sent.append(kind)
 
     def _send_user_message(self, message: Message) -> None:
-        self._note(message.asbytes()[0])
+        kind = message.asbytes()[0]
+        self._note(kind)
+        if kind == ADJUST:
+            self.given.append(int.from_bytes(message.asbytes()[5:], "big"))
 
     def send_data(self, channel: int, data: memoryview, most: int) -> None:
         self._note(DATA)
@@ -180,6 +186,19 @@ def test_garbage_sends_nothing() -> None:
     channel: Any = opened(transport)
     channel.__del__()
     assert transport.sent == []
+
+
+def test_a_stream_among_others_gets_its_share_of_the_window_and_the_rest_later() -> None:
+    transport = Transport()
+    transport.windows.give(1, WINDOW_BYTES)
+    channel = opened(transport)
+    channel._acknowledge(WINDOW_BYTES)
+    assert transport.given == [WINDOW_BYTES // 2]
+    channel._acknowledge(1)
+    assert transport.given == [WINDOW_BYTES // 2], "so little is not worth a packet"
+    transport.windows = Windows()  # the other one is quiet
+    channel._acknowledge(1)
+    assert sum(transport.given) == WINDOW_BYTES + 2
 
 
 def test_a_sender_without_window_asks_whether_it_should_wait() -> None:

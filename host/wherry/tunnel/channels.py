@@ -10,8 +10,8 @@ next channel, or ends the whole connection over it. paramiko decides what to sen
 the channel's lock and sends it outside; here all goes through :meth:`StreamChannel._post`
 and ``_sending``, which keep that order.
 
-Locks are taken in this order: ``_sending``, the channel's, its inbox's. A sink is told
-of the end outside all of them, since it may close the channel.
+Locks are taken in this order: ``_sending``, the channel's, its inbox's or the windows'. A
+sink is told of the end outside all of them, since it may close the channel.
 """
 
 from __future__ import annotations
@@ -43,9 +43,7 @@ from wherry.tunnel.packets import (
     DataPackets,
 )
 from wherry.tunnel.stream import DrainWrite, Read, Sink
-
-WINDOW_BYTES = 2 * 1024 * 1024
-"""How much the guest may send ahead of a reader; also OpenSSH's own choice (``channels.h``)."""
+from wherry.tunnel.windows import PORTION_BYTES
 
 MAX_PACKET_BYTES = 32 * 1024
 """The longest data we take in one packet; OpenSSH's choice: longer ones were slower."""
@@ -311,12 +309,6 @@ class StreamChannel(Channel):  # type: ignore[misc]  # paramiko ships no types
             message.add_int(self.remote_chanid)
             self._post(message, last=True)
 
-    def _set_window(self, window_size: int, max_packet_size: int) -> None:
-        super()._set_window(window_size, max_packet_size)
-        # paramiko acknowledges each tenth of the window; each costs a packet and
-        # the guest's time. With a quarter, three quarters are in flight meanwhile.
-        self.in_window_threshold = window_size // 4
-
     def _set_remote_channel(self, chanid: int, window_size: int, max_packet_size: int) -> None:
         with self.lock:
             super()._set_remote_channel(chanid, window_size, max_packet_size)
@@ -391,11 +383,14 @@ class StreamChannel(Channel):  # type: ignore[misc]  # paramiko ships no types
     def _acknowledge(self, count: int) -> None:
         """Give window back to the guest, in large portions (RFC 4254 §5.2)."""
         with self.lock:
-            more = self.in_window_sofar + count
-            self.in_window_sofar = more
-            if more <= self.in_window_threshold or self.closed or self.eof_received:
+            owed = self.in_window_sofar + count
+            self.in_window_sofar = owed
+            if owed <= PORTION_BYTES or self.closed or self.eof_received:
                 return
-            self.in_window_sofar = 0
+            more = self.transport.windows.give(self.chanid, owed)
+            if not more:
+                return
+            self.in_window_sofar = owed - more
         message = Message()
         message.add_byte(cMSG_CHANNEL_WINDOW_ADJUST)
         message.add_int(self.remote_chanid)

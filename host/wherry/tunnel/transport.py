@@ -36,15 +36,11 @@ from paramiko.ssh_exception import SSHException
 from paramiko.transport import Transport
 
 from wherry.core.errors import TunnelError
-from wherry.tunnel.channels import (
-    LOST,
-    MAX_PACKET_BYTES,
-    WINDOW_BYTES,
-    StreamChannel,
-)
+from wherry.tunnel.channels import LOST, MAX_PACKET_BYTES, StreamChannel
 from wherry.tunnel.command import CommandChannel
 from wherry.tunnel.packetizer import SMALL_BYTES, FastPacketizer
 from wherry.tunnel.packets import DataPackets
+from wherry.tunnel.windows import WINDOW_BYTES, Windows
 
 C = TypeVar("C", bound=StreamChannel)
 
@@ -152,6 +148,7 @@ class TunnelTransport(Transport):  # type: ignore[misc]  # paramiko ships no typ
         self.packetizer.on_data = self._channel_data
         self.packetizer.on_window = self._channel_window
         self.channels_seen = _Seen()
+        self.windows = Windows()
         self._over = threading.Event()
         self._watch = threading.Thread(target=self._keep_watch, name="tunnel-watch", daemon=True)
         self._keepalive_s = keepalive_s
