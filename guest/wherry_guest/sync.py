@@ -19,7 +19,7 @@ from wherry_guest.session import failure
 from wherry_guest.watcher import Watcher
 from wherry_sync import blocks, packing, wire
 from wherry_sync.apply import Policy
-from wherry_sync.diff import diff
+from wherry_sync.diff import changes
 from wherry_sync.entry import is_file
 from wherry_sync.fanotify import Changes
 from wherry_sync.ignore import Ignore
@@ -291,23 +291,29 @@ class _Root:
             # sooner, a copy that is empty because it is new could pass for one that was emptied.
             _write(self._marker, os.fsencode(self._path))
             _remove(self._made)
-        changes = self._watcher.take(self._tree)
-        if changes is None:
-            changes = Changes()
-        full = request.full or not self._scanned or changes.lost
+        seen = self._watcher.take(self._tree)
+        if seen is None:
+            seen = Changes()
+        full = request.full or not self._scanned or seen.lost
         snapshot = self._end.scan(
-            None if full else changes.directories,
-            changes.files | self._unsettled,
-            changes.arrived,
-            lost=changes.lost,
+            None if full else seen.directories,
+            seen.files | self._unsettled,
+            seen.arrived,
+            lost=seen.lost,
         )
         self._scanned = True
         self._unsettled = snapshot.requeue
         self._files_read += snapshot.files_read
-        found = diff(self._known, snapshot.root)
-        self._link.send(
-            wire.rows((path.encode(), wire.pack_entry(entry)) for path, entry in found.items())
-        )
+        told = 0
+
+        def rows() -> Iterator[tuple[bytes, bytes]]:
+            # One by one: after a first synchronisation they are as many as the files.
+            nonlocal told
+            for path, entry in changes(self._known, snapshot.root):
+                told += 1
+                yield path.encode(), wire.pack_entry(entry)
+
+        self._link.send(wire.rows(rows()))
         self._link.send(wire.rows((path.encode(), b"") for path in snapshot.requeue))
         # What the host was told of; it has the same tree when it has read all of it.
         self._known = snapshot.root
@@ -316,7 +322,7 @@ class _Root:
             device=snapshot.device,
             files_read=snapshot.files_read,
             bytes_read=snapshot.bytes_read,
-            changes=len(found),
+            changes=told,
             rescued=self._end.has_rescued(),
         )
 
@@ -458,6 +464,7 @@ class _Root:
         if self._files_read or request.last:
             self._end.save_cache(_ORDERED if request.last else system.boot_id())
             self._files_read = 0
+        system.give_memory_back()
         return Done()
 
     def _rescued(self, request: SyncRescued) -> Done:

@@ -126,6 +126,21 @@ def parse_rows(payload: bytes, width: int) -> Iterator[tuple[bytes, ...]]:
         yield tuple(row)
 
 
+def all_rows(payloads: list[bytes], width: int) -> Iterator[tuple[bytes, ...]]:
+    """Yield the rows of all bulk frames of a list, which is empty afterwards.
+
+    :raises WireError: one does not hold whole rows, or there are too many.
+    """
+    count = 0
+    payloads.reverse()
+    while payloads:
+        for row in parse_rows(payloads.pop(), width):
+            count += 1
+            if count > MAX_ROWS:
+                raise WireError("the list is too long")
+            yield row
+
+
 def pack_entry(entry: Entry | None) -> bytes:
     """Return an entry without its children; nothing is no bytes."""
     if isinstance(entry, Directory):

@@ -16,12 +16,14 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from sync_guest import Guest, Stream
 from sync_trees import read, write
 
 from wherry.core.errors import WherryError
+from wherry.platform.linux import Linux
 from wherry.service.syncing import describe
 from wherry.sync import session as session_module
 from wherry.sync.core.cycle import Cycle
@@ -31,11 +33,13 @@ from wherry.sync.core.store import Store
 from wherry.sync.model import Paths, Root
 from wherry.sync.remote import Place, RemoteEndpoint
 from wherry.sync.session import Session
+from wherry_guest import system as agent_system
+from wherry_guest.sync import _Root as AgentRoot
 from wherry_sync import hashing
 from wherry_sync.entry import file
 from wherry_sync.local import LocalEndpoint
 from wherry_wire.frames import Frame
-from wherry_wire.messages import Done, SyncScanned, pack
+from wherry_wire.messages import Done, SyncFlush, SyncScanned, pack
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -312,6 +316,24 @@ def test_what_changes_while_no_agent_runs_travels_by_itself(
     pair.guest.restart()
     getattr(pair.session, told)()
     until(lambda: (pair.host / "g").exists())
+
+
+def test_when_work_is_done_its_memory_is_given_back(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given_back = []
+    monkeypatch.setattr(session_module, "_FLUSH_S", 0.0)
+    monkeypatch.setattr(Linux, "give_memory_back", lambda self: given_back.append("host"))
+    monkeypatch.setattr(agent_system, "give_memory_back", lambda: given_back.append("guest"))
+    (pair.host / "f").write_text("f")
+    pair.barrier()
+    until(lambda: not (pair.session._follow_up or pair.session._unflushed_since))
+    assert given_back == ["host"]
+    # The agent is a process of its own, so what it does is looked at here.
+    agent = AgentRoot(None, "", None)  # type: ignore[arg-type]
+    agent._endpoint = SimpleNamespace(flush=lambda: None)  # type: ignore[assignment]
+    agent._flush(SyncFlush(last=False))
+    assert given_back == ["host", "guest"]
 
 
 def test_a_barrier_fails_at_once_while_the_guest_is_away(pair: Pair) -> None:

@@ -101,7 +101,21 @@ class Connection:
                         if left_over > LEFT_OVER_BYTES:
                             self.close()
 
+    def _gather(self, payloads: list[bytes]) -> Callable[[bytes], None]:
+        """Return what takes the frames of a list of rows."""
+        size = 0
+
+        def gather(payload: bytes) -> None:
+            nonlocal size
+            size += len(payload)
+            if size > wire.MAX_ROWS_BYTES:
+                raise WireError("the list is too long")
+            payloads.append(payload)
+
+        return gather
+
     def _collect(self, rows: list[tuple[bytes, ...]], width: int) -> Callable[[bytes], None]:
+        """Return what takes the rows of a list."""
         size = 0
 
         def collect(payload: bytes) -> None:

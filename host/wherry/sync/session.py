@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from wherry.core.errors import WherryError
+from wherry.platform import current
 from wherry.sync.barrier import Ticket
 from wherry.sync.core.cycle import Cycle, Outcome
 from wherry.sync.core.keep import Keep
@@ -542,6 +543,7 @@ class Session:
             for side in (GUEST, HOST):
                 cycle.flush(side)
             host.save_cache(self._boot)
+        current().give_memory_back()
         self._unflushed_since = 0.0
 
     def _part(self, cycle: Cycle, host: LocalEndpoint, store: Store) -> bool:
