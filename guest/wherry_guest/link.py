@@ -42,6 +42,7 @@ class Link:
         self._writing = _thread.allocate_lock()
         self._working_since = 0.0
         self._ended = False
+        self._packer = packing.Packer(packing.compress) if packing.available() else None
         self.at: Callable[[], str] = lambda: ""
         """Returns the path that is being looked at."""
         _thread.start_new_thread(self._busy, ())
@@ -77,6 +78,17 @@ class Link:
         for frame in frames:
             with self._writing:
                 self._connection.sendall(frame)
+
+    def send_contents(self, files: Iterable[tuple[bytes, int, Iterable[bytes]]]) -> None:
+        """Send files as they are read."""
+        packer = self._packer
+        if packer is None:
+            self.send(wire.contents(files))
+            return
+        for frame in wire.contents(files, packer):
+            begun = time.perf_counter()
+            self.send((frame,))
+            packer.sent(len(frame), time.perf_counter() - begun)
 
     def rows(self, width: int) -> Iterator[tuple[bytes, ...]]:
         """Yield the rows that came before the request."""

@@ -340,7 +340,7 @@ class _Root:
 
     def _read(self, request: SyncRead) -> Done:
         paths = [wire.parse_path(path) for (path,) in self._link.rows(1)]
-        self._link.send(wire.contents(self._readable(paths)))
+        self._link.send_contents(self._readable(paths))
         return Done()
 
     def _readable(self, paths: list[str]) -> Iterator[tuple[bytes, int, Iterator[bytes]]]:
@@ -391,7 +391,7 @@ class _Root:
     def _read_blocks(self, request: SyncReadBlocks) -> Done:
         path, leaf = wire.parse_path(request.path.encode()), _file(request.leaf)
         mtime_ns, chunks = self._end.read_blocks(path, leaf, self._numbers(leaf))
-        self._link.send(wire.contents([(b"", mtime_ns, chunks)]))
+        self._link.send_contents([(b"", mtime_ns, chunks)])
         return Done()
 
     def _stage_blocks(self, request: SyncStageBlocks) -> SyncYes:
@@ -483,7 +483,7 @@ class _Root:
 
     def _read_rescued(self, request: SyncReadRescued) -> Done:
         chunks = self._end.read_rescued(self._rescued_name(request.name))
-        self._link.send(wire.contents([(b"", 0, chunks)]))
+        self._link.send_contents([(b"", 0, chunks)])
         return Done()
 
     def _forget_rescued(self, request: SyncForgetRescued) -> Done:

@@ -35,7 +35,7 @@ from wherry.sync.remote import Place, RemoteEndpoint
 from wherry.sync.session import Session
 from wherry_guest import system as agent_system
 from wherry_guest.sync import _Root as AgentRoot
-from wherry_sync import hashing
+from wherry_sync import hashing, packing
 from wherry_sync.entry import file
 from wherry_sync.local import LocalEndpoint
 from wherry_wire.frames import Frame
@@ -316,6 +316,17 @@ def test_what_changes_while_no_agent_runs_travels_by_itself(
     pair.guest.restart()
     getattr(pair.session, told)()
     until(lambda: (pair.host / "g").exists())
+
+
+@pytest.mark.skipif(not packing.available(), reason="the agent needs libzstd.so.1")
+def test_what_comes_from_the_guest_comes_compressed(pair: Pair) -> None:
+    pair.barrier()
+    before = pair.session.status().bytes_moved
+    data = b"some text that comes again\n" * 8000
+    (pair.there / "f").write_bytes(data)
+    pair.barrier()
+    assert (pair.host / "f").read_bytes() == data
+    assert pair.session.status().bytes_moved - before < len(data) / 10
 
 
 def test_when_work_is_done_its_memory_is_given_back(

@@ -12,8 +12,9 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Protocol, TypeVar
 
 from wherry.core.errors import WherryError
-from wherry.sync.packing import Packer
+from wherry.sync.packing import unpack as unpack_contents
 from wherry_sync import wire
+from wherry_sync.packing import Packer
 from wherry_wire.frames import Decoder, Frame, WireError
 from wherry_wire.messages import Done, Failure, Message, SyncBusy, pack, unpack
 
@@ -79,9 +80,14 @@ class Connection:
             if ended:
                 return None
             frame = self._next()
-            if frame.type == wire.CONTENTS:
+            if frame.type in (wire.CONTENTS, wire.PACKED):
                 self._progress(len(frame.payload))
-                return frame.payload
+                if frame.type == wire.CONTENTS:
+                    return frame.payload
+                try:
+                    return unpack_contents(frame.payload)
+                except WireError as error:
+                    raise self._broken(error) from error
             self._expect(frame, Done)
             ended = True
             return None

@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from wherry.sync.connection import SILENCE_S, Connection, Stream
-from wherry.sync.packing import Packer
+from wherry.sync.packing import packer
 from wherry_sync import blocks, hashing, wire
 from wherry_sync.entry import (
     DIGEST_BYTES,
@@ -119,7 +119,7 @@ class RemoteEndpoint(Connection):
             self.close()
             raise
         self.boot = opened.boot_id
-        self._packer = Packer() if opened.packed else None
+        self._packer = packer() if opened.packed else None
 
     def has(self, copies: Iterable[str]) -> bool:
         """Whether the guest still has what was known of some copies, by their roots' ids.
