@@ -8,7 +8,9 @@ from __future__ import annotations
 import _thread
 import time
 
-from wherry_sync import packing, wire
+from wherry_guest import packing
+from wherry_sync import wire
+from wherry_sync.packing import Packer
 from wherry_wire.frames import Decoder, Frame, WireError
 from wherry_wire.messages import Message, SyncBusy, SyncEnd, pack, unpack
 
@@ -42,7 +44,7 @@ class Link:
         self._writing = _thread.allocate_lock()
         self._working_since = 0.0
         self._ended = False
-        self._packer = packing.Packer(packing.compress) if packing.available() else None
+        self._packer = Packer(packing.compress) if packing.available() else None
         self.at: Callable[[], str] = lambda: ""
         """Returns the path that is being looked at."""
         _thread.start_new_thread(self._busy, ())

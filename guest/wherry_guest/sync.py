@@ -13,11 +13,11 @@ import os
 import socket
 import time
 
-from wherry_guest import system
+from wherry_guest import packing, system
 from wherry_guest.link import Ended, Link, is_cut, to_the_end
 from wherry_guest.session import failure
 from wherry_guest.watcher import Watcher
-from wherry_sync import blocks, packing, wire
+from wherry_sync import blocks, wire
 from wherry_sync.apply import Policy
 from wherry_sync.diff import changes
 from wherry_sync.entry import is_file

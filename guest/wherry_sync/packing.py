@@ -3,17 +3,10 @@
 In emulation the guest's cipher lets through some 30 MB/s to it and 17 MB/s from it, and either
 end packs and unpacks several times that; with hardware acceleration SSH brings 500 MB/s, and
 compression would be the slower of the two. So both are measured under way.
-
-The guest uses the system's own library if it has one, as Python has a module for it from 3.14 on
-only, at one of zstd's fast levels. zlib, which Python always has, does not pay there: in emulation
-it packs Python's sources at 4.4 MB/s (level 1, to 1/3.3), zstd at 12 (level 1, to 1/3.6) or 60
-(level -3, to 1/2.9). 40 MB of them over ssh, on a computer that was as busy each time, took 34 s
-as they are, 33 with zlib, 27 and 18 with zstd at these levels.
 """
 
 from __future__ import annotations
 
-import ctypes
 import struct
 import time
 
@@ -23,39 +16,11 @@ from wherry_wire.frames import MAX_PAYLOAD_BYTES, Frame, WireError
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from typing import Any
 
 _LENGTH = struct.Struct(">I")
-_LEVEL = -3
 _WEIGHT = 0.2
 _TRY_AGAIN = 32
 """Frames that go as they are before one is compressed again to see whether that pays now."""
-
-
-def _load() -> Any:
-    try:
-        library = ctypes.CDLL("libzstd.so.1")
-    except OSError:
-        return None
-    # zstd.h
-    library.ZSTD_decompress.restype = ctypes.c_size_t
-    library.ZSTD_decompress.argtypes = [
-        ctypes.c_void_p,
-        ctypes.c_size_t,
-        ctypes.c_char_p,
-        ctypes.c_size_t,
-    ]
-    library.ZSTD_compress.restype = ctypes.c_size_t
-    library.ZSTD_compress.argtypes = [*library.ZSTD_decompress.argtypes, ctypes.c_int]
-    return library
-
-
-_library = _load()
-
-
-def available() -> bool:
-    """Whether this system has the library."""
-    return _library is not None
 
 
 class Packer:
@@ -93,15 +58,6 @@ class Packer:
         return Frame(wire.PACKED, 0, _LENGTH.pack(len(payload)) + packed).encode()
 
 
-def compress(data: bytes) -> bytes:
-    """Return bytes compressed by the system's library; fits :class:`Packer`."""
-    # What does not get smaller need not fit.
-    buffer = ctypes.create_string_buffer(len(data))
-    size = _library.ZSTD_compress(buffer, len(data), data, len(data), _LEVEL)
-    # An error is a number above any size.
-    return ctypes.string_at(buffer, size) if size < len(data) else data
-
-
 def split(payload: bytes) -> tuple[int, bytes]:
     """Return the length of contents that come in a packed frame's payload, and the zstd frame.
 
@@ -113,18 +69,3 @@ def split(payload: bytes) -> tuple[int, bytes]:
     if length > MAX_PAYLOAD_BYTES:
         raise WireError("contents are packed too large")
     return length, payload[_LENGTH.size :]
-
-
-def unpack(payload: bytes) -> bytes:
-    """Return the piece of contents in a packed frame's payload, by the system's library.
-
-    :raises WireError: there is none.
-    """
-    if _library is None:
-        raise WireError("contents are packed as nobody asked for")
-    length, data = split(payload)
-    buffer = ctypes.create_string_buffer(length)
-    # An error is a number above any size.
-    if _library.ZSTD_decompress(buffer, length, data, len(data)) != length:
-        raise WireError("contents are packed wrongly")
-    return buffer.raw

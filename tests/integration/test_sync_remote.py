@@ -33,9 +33,10 @@ from wherry.sync.core.store import Store
 from wherry.sync.model import Paths, Root
 from wherry.sync.remote import Place, RemoteEndpoint
 from wherry.sync.session import Session
+from wherry_guest import packing
 from wherry_guest import system as agent_system
 from wherry_guest.sync import _Root as AgentRoot
-from wherry_sync import hashing, packing
+from wherry_sync import hashing
 from wherry_sync.entry import file
 from wherry_sync.local import LocalEndpoint
 from wherry_wire.frames import Frame

@@ -10,16 +10,17 @@ from collections.abc import Callable
 import pytest
 
 from wherry.sync import packing as host
-from wherry_sync import packing, wire
+from wherry_guest import packing as guest
+from wherry_sync import wire
 from wherry_sync.packing import Packer
 from wherry_wire.frames import MAX_PAYLOAD_BYTES, Decoder, Frame, WireError
 
-needs_library = pytest.mark.skipif(not packing.available(), reason="needs libzstd.so.1")
+needs_library = pytest.mark.skipif(not guest.available(), reason="needs libzstd.so.1")
 
 
 ENDS = {
-    "to the guest": (host.packer, packing.unpack),
-    "from the guest": (lambda: Packer(packing.compress), host.unpack),
+    "to the guest": (host.packer, guest.unpack),
+    "from the guest": (lambda: Packer(guest.compress), host.unpack),
 }
 
 
@@ -75,7 +76,7 @@ def test_a_fast_connection_gets_plain_frames_and_a_slow_one_packed_ones() -> Non
         frame_of(host.packer()(bytes(1000))).payload[:-2],
     ],
 )
-@pytest.mark.parametrize("unpack", [packing.unpack, host.unpack])
+@pytest.mark.parametrize("unpack", [guest.unpack, host.unpack])
 def test_what_is_not_packed_so_is_refused(unpack: Callable[[bytes], bytes], payload: bytes) -> None:
     with pytest.raises(WireError):
         unpack(payload)
