@@ -8,7 +8,9 @@ from __future__ import annotations
 import _thread
 import time
 
-from wherry_sync import packing, wire
+from wherry_guest import packing
+from wherry_sync import wire
+from wherry_sync.packing import Packer
 from wherry_wire.frames import Decoder, Frame, WireError
 from wherry_wire.messages import Message, SyncBusy, SyncEnd, pack, unpack
 
@@ -42,6 +44,7 @@ class Link:
         self._writing = _thread.allocate_lock()
         self._working_since = 0.0
         self._ended = False
+        self._packer = Packer(packing.compress) if packing.available() else None
         self.at: Callable[[], str] = lambda: ""
         """Returns the path that is being looked at."""
         _thread.start_new_thread(self._busy, ())
@@ -77,6 +80,17 @@ class Link:
         for frame in frames:
             with self._writing:
                 self._connection.sendall(frame)
+
+    def send_contents(self, files: Iterable[tuple[bytes, int, Iterable[bytes]]]) -> None:
+        """Send files as they are read."""
+        packer = self._packer
+        if packer is None:
+            self.send(wire.contents(files))
+            return
+        for frame in wire.contents(files, packer):
+            begun = time.perf_counter()
+            self.send((frame,))
+            packer.sent(len(frame), time.perf_counter() - begun)
 
     def rows(self, width: int) -> Iterator[tuple[bytes, ...]]:
         """Yield the rows that came before the request."""

@@ -13,13 +13,13 @@ import os
 import socket
 import time
 
-from wherry_guest import system
+from wherry_guest import packing, system
 from wherry_guest.link import Ended, Link, is_cut, to_the_end
 from wherry_guest.session import failure
 from wherry_guest.watcher import Watcher
-from wherry_sync import blocks, packing, wire
+from wherry_sync import blocks, wire
 from wherry_sync.apply import Policy
-from wherry_sync.diff import diff
+from wherry_sync.diff import changes
 from wherry_sync.entry import is_file
 from wherry_sync.fanotify import Changes
 from wherry_sync.ignore import Ignore
@@ -297,23 +297,29 @@ class _Root:
             # sooner, a copy that is empty because it is new could pass for one that was emptied.
             _write(self._marker, os.fsencode(self._path))
             _remove(self._made)
-        changes = self._watcher.take(self._tree)
-        if changes is None:
-            changes = Changes()
-        full = request.full or not self._scanned or changes.lost
+        seen = self._watcher.take(self._tree)
+        if seen is None:
+            seen = Changes()
+        full = request.full or not self._scanned or seen.lost
         snapshot = self._end.scan(
-            None if full else changes.directories,
-            changes.files | self._unsettled,
-            changes.arrived,
-            lost=changes.lost,
+            None if full else seen.directories,
+            seen.files | self._unsettled,
+            seen.arrived,
+            lost=seen.lost,
         )
         self._scanned = True
         self._unsettled = snapshot.requeue
         self._files_read += snapshot.files_read
-        found = diff(self._known, snapshot.root)
-        self._link.send(
-            wire.rows((path.encode(), wire.pack_entry(entry)) for path, entry in found.items())
-        )
+        told = 0
+
+        def rows() -> Iterator[tuple[bytes, bytes]]:
+            # One by one: after a first synchronisation they are as many as the files.
+            nonlocal told
+            for path, entry in changes(self._known, snapshot.root):
+                told += 1
+                yield path.encode(), wire.pack_entry(entry)
+
+        self._link.send(wire.rows(rows()))
         self._link.send(wire.rows((path.encode(), b"") for path in snapshot.requeue))
         # What the host was told of; it has the same tree when it has read all of it.
         self._known = snapshot.root
@@ -322,7 +328,7 @@ class _Root:
             device=snapshot.device,
             files_read=snapshot.files_read,
             bytes_read=snapshot.bytes_read,
-            changes=len(found),
+            changes=told,
             rescued=self._end.has_rescued(),
         )
 
@@ -340,7 +346,7 @@ class _Root:
 
     def _read(self, request: SyncRead) -> Done:
         paths = [wire.parse_path(path) for (path,) in self._link.rows(1)]
-        self._link.send(wire.contents(self._readable(paths)))
+        self._link.send_contents(self._readable(paths))
         return Done()
 
     def _readable(self, paths: list[str]) -> Iterator[tuple[bytes, int, Iterator[bytes]]]:
@@ -396,7 +402,7 @@ class _Root:
     def _read_blocks(self, request: SyncReadBlocks) -> Done:
         path, leaf = wire.parse_path(request.path.encode()), _file(request.leaf)
         mtime_ns, chunks = self._end.read_blocks(path, leaf, self._numbers(leaf))
-        self._link.send(wire.contents([(b"", mtime_ns, chunks)]))
+        self._link.send_contents([(b"", mtime_ns, chunks)])
         return Done()
 
     def _stage_blocks(self, request: SyncStageBlocks) -> SyncYes:
@@ -483,6 +489,7 @@ class _Root:
         if self._files_read or last:
             self._end.save_cache(_ORDERED if last else system.boot_id())
             self._files_read = 0
+        system.give_memory_back()
 
     def _rescued(self, request: SyncRescued) -> Done:
         self._link.send(
@@ -500,7 +507,7 @@ class _Root:
 
     def _read_rescued(self, request: SyncReadRescued) -> Done:
         chunks = self._end.read_rescued(self._rescued_name(request.name))
-        self._link.send(wire.contents([(b"", 0, chunks)]))
+        self._link.send_contents([(b"", 0, chunks)])
         return Done()
 
     def _forget_rescued(self, request: SyncForgetRescued) -> Done:

@@ -67,6 +67,15 @@ def space(path: str) -> tuple[int, int]:
     return status.f_blocks * status.f_frsize, status.f_bavail * status.f_frsize
 
 
+def give_memory_back() -> None:
+    """Return memory that is free to the system (malloc_trim(3)); after large work it is much."""
+    import ctypes  # which costs memory itself, and the synchronisation alone needs it
+
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+
+
 def set_clock(time_s: float) -> None:
     """Set the clock to seconds since the epoch.
 

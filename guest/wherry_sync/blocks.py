@@ -131,10 +131,12 @@ def assemble(
             only_grew = data.startswith(part)
         if state is not None:
             state.update(data)
-        handles.write_at(target, data, start)
+        handles.write_new(target, data, start)
         position = start + length
     _copy(target, source, position, leaf.size, state)
     pieces.end()
+    # It may end with a hole.
+    os.ftruncate(target, leaf.size)
     return only_grew
 
 
@@ -164,13 +166,15 @@ class _Pieces:
 
 
 def _copy(target: int, source: int, start: int, end: int, state: Hash | None) -> None:
+    """Copy a part of a file to where nothing was written yet; its holes stay holes."""
     within = state is None and hasattr(os, "copy_file_range")
     while start < end:
         if within:
             try:
-                done = os.copy_file_range(
-                    source, target, min(_STEP_BYTES, end - start), start, start
-                )
+                begin, after = _data(source, start, end)
+                done = begin - start
+                if begin < after:
+                    done += os.copy_file_range(source, target, after - begin, begin, begin)
             except OSError as error:
                 if error.errno not in _CANNOT:
                     raise
@@ -180,8 +184,24 @@ def _copy(target: int, source: int, start: int, end: int, state: Hash | None) ->
             data = os.pread(source, min(CHUNK_BYTES, end - start), start)
             if state is not None:
                 state.update(data)
-            handles.write_at(target, data, start)
+            handles.write_new(target, data, start)
             done = len(data)
         if not done:
             raise Damaged("the other file has become shorter")
         start += done
+
+
+def _data(source: int, start: int, end: int) -> tuple[int, int]:
+    """Return where in a part of a file the first data begins, and how far it goes, or a step.
+
+    By lseek(2), ``SEEK_DATA`` and ``SEEK_HOLE``; a file that is shorter has no hole at its end.
+    """
+    try:
+        begin = min(os.lseek(source, start, os.SEEK_DATA), end)
+        after = os.lseek(source, begin, os.SEEK_HOLE) if begin < end else end
+    except OSError as error:
+        if error.errno != errno.ENXIO:
+            raise
+        # There is none up to the file's end.
+        begin = after = min(max(start, os.fstat(source).st_size), end)
+    return begin, min(after, end, begin + _STEP_BYTES)

@@ -28,11 +28,11 @@ import os
 import stat
 import time
 
-from wherry_sync import handles, hashing, kernel
+from wherry_sync import handles, kernel
 from wherry_sync.entry import LINK, Directory, Leaf, is_file, name_problem, split
 from wherry_sync.operation import DONE, FAILED, STALE, Operation, Result, Stale
 from wherry_sync.replace import with_executable
-from wherry_sync.stage import Damaged, Stage
+from wherry_sync.stage import Damaged, Stage, fill
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -42,7 +42,6 @@ if TYPE_CHECKING:
     from wherry_sync.scan import Scanner
 
 _NEW = handles.NEW_FLAGS
-_COPY_BYTES = 1 << 20
 # Fewer files are read again sooner than it takes to wait for the clock.
 _WORTH_WAITING = 16
 
@@ -303,14 +302,15 @@ class Builder:
         if original is not None and original != number:
             if original not in self._originals:
                 raise Stale("its contents did not come")
-            given = self._again(*self._originals[original])
+            descriptor, mtime_ns = self._originals[original]
+            given = mtime_ns, handles.chunks(descriptor)
         if given is None:
             raise Stale("its contents did not come")
         mtime_ns, chunks = given
         mode = with_executable(self._policy.file_mode, leaf.executable)
         descriptor = os.open(name, _NEW, mode, dir_fd=fd)
         try:
-            self._fill(descriptor, leaf, chunks)
+            fill(descriptor, leaf, self._arriving(chunks), verify=self._verify)
             masked = self._masked.get(mode)
             if masked is None:
                 masked = stat.S_IMODE(os.fstat(descriptor).st_mode) != mode
@@ -329,34 +329,12 @@ class Builder:
         finally:
             os.close(descriptor)
 
-    def _fill(self, descriptor: int, leaf: Leaf, chunks: Iterable[bytes]) -> None:
-        state = hashing.new() if self._verify else None
-        size, wanted = 0, leaf.size
-        for chunk in self._arriving(chunks):
-            size += len(chunk)
-            if size > wanted:
-                break
-            if state is not None:
-                state.update(chunk)
-            handles.write_all(descriptor, chunk)
-        if size != wanted or (state is not None and state.digest() != leaf.digest):
-            raise Damaged("the contents are not those announced")
-
     def _arriving(self, chunks: Iterable[bytes]) -> Iterator[bytes]:
         try:
             yield from chunks
         except OSError as error:
             self._cut = error
             raise
-
-    def _again(self, descriptor: int, mtime_ns: int) -> tuple[int, Iterator[bytes]]:
-        def chunks() -> Iterator[bytes]:
-            position = 0
-            while data := os.pread(descriptor, _COPY_BYTES, position):
-                yield data
-                position += len(data)
-
-        return mtime_ns, chunks()
 
     # Placing
 

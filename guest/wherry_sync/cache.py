@@ -28,6 +28,7 @@ directories             each before those in it, see :func:`_pack`
 
 from __future__ import annotations
 
+import itertools
 import os
 import struct
 import time
@@ -39,6 +40,8 @@ from wherry_sync.scan import Node
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from wherry_sync.entry import Entry
 
     Known = tuple[Node, tuple[bytes, Leaf]]
@@ -60,7 +63,6 @@ def save(path: str, known: Known, trust: str) -> None:
     :param trust: what :func:`load` has to be given.
     :raises OSError: it cannot be written; an older file is still there.
     """
-    parts = _parts(known, trust, time.time_ns())
     new = f"{path}.new"
     flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
     descriptor = os.open(new, flags, 0o600)
@@ -68,8 +70,8 @@ def save(path: str, known: Known, trust: str) -> None:
         # Some at a time: all of it at once would take as much memory as what is known.
         state = hashing.new()
         os.lseek(descriptor, len(_MAGIC) + len(hashing.EMPTY_DIGEST), os.SEEK_SET)
-        for start in range(0, len(parts), _PARTS):
-            data = b"".join(parts[start : start + _PARTS])
+        parts = _parts(known, trust, time.time_ns())
+        while data := b"".join(itertools.islice(parts, _PARTS)):
             state.update(data)
             handles.write_all(descriptor, data)
         handles.write_at(descriptor, _MAGIC + state.digest(), 0)
@@ -98,16 +100,15 @@ def encode(known: Known, trust: str, now_ns: int) -> bytes:
     return _MAGIC + hashing.digest(body) + body
 
 
-def _parts(known: Known, trust: str, now_ns: int) -> list[bytes]:
-    """Return what comes after the digest, in pieces that are those in memory."""
+def _parts(known: Known, trust: str, now_ns: int) -> Iterator[bytes]:
+    """Yield what comes after the digest, in small pieces; none of them is empty."""
     # The bytes of two times compare as the times do, from 1970 on.
     before = max(0, now_ns - _RECENT_NS).to_bytes(8, "big")
     node, (record, leaf) = known
     if not _is_kept(record, before):
         record, leaf = b"", Leaf(b"")
-    parts = [_sized(trust.encode()), _sized(record), _sized(leaf)]
-    _pack(node, parts, before)
-    return parts
+    yield from (_sized(trust.encode()), _sized(record), _sized(leaf))
+    yield from _pack(node, before)
 
 
 def decode(data: bytes, trust: str) -> Known | None:
@@ -138,8 +139,8 @@ def _is_kept(record: bytes, before: bytes) -> bool:
     return len(record) == records.STATUS.size and record[_MODIFIED_NS] < before
 
 
-def _pack(node: Node, parts: list[bytes], before: bytes) -> None:
-    """Append a directory, then all below it.
+def _pack(node: Node, before: bytes) -> Iterator[bytes]:
+    """Yield a directory, then all below it.
 
     Counts; the names of files, links and directories in this order, with a NUL between any two;
     the records of files and links; the files' entries; the links', each with its length; the
@@ -159,15 +160,14 @@ def _pack(node: Node, parts: list[bytes], before: bytes) -> None:
                 links.append(name)
     directories = [name for name in node.nodes if len(known.get(name, b"")) == _INODE_BYTES]
     names = "\0".join([*files, *links, *directories]).encode()
-    parts.append(_COUNTS.pack(len(names), len(files), len(links), len(directories)))
-    parts.append(names)
-    parts.extend([known[name] for name in files])
-    parts.extend([known[name] for name in links])
-    parts.extend([children[name] for name in files])  # type: ignore[misc]
-    parts.extend([_sized(children[name]) for name in links])  # type: ignore[arg-type]
-    parts.extend([known[name] for name in directories])
+    yield _COUNTS.pack(len(names), len(files), len(links), len(directories)) + names
+    yield from (known[name] for name in files)
+    yield from (known[name] for name in links)
+    yield from (children[name] for name in files)  # type: ignore[misc]
+    yield from (_sized(children[name]) for name in links)  # type: ignore[arg-type]
+    yield from (known[name] for name in directories)
     for name in directories:
-        _pack(node.nodes[name], parts, before)
+        yield from _pack(node.nodes[name], before)
 
 
 class _Reader:
@@ -179,6 +179,8 @@ class _Reader:
     def __init__(self, data: bytes, offset: int) -> None:
         self._data = data
         self.offset = offset
+        # One object for a name, in however many directories it is.
+        self._names: dict[str, str] = {}
 
     def take(self, size: int) -> bytes:
         start = self.offset
@@ -199,7 +201,8 @@ class _Reader:
             raise ValueError("the tree is too deep")
         length, files, links, directories = _COUNTS.unpack(self.take(_COUNTS.size))
         text = self.take(length).decode()
-        names = text.split("\0") if files + links + directories else []
+        once = self._names.setdefault
+        names = [once(name, name) for name in text.split("\0")] if text else []
         if len(names) != files + links + directories or len(set(names)) != len(names):
             raise ValueError("the names are not those that were counted")
         known = dict(zip(names, self.pieces(files + links, records.STATUS.size), strict=False))

@@ -275,8 +275,9 @@ def updated(root: Entry | None, changes: Mapping[str, Entry | None]) -> Entry | 
     if not below:
         return own
     children = dict(own.children) if isinstance(own, Directory) else {}
-    for name, inner in below.items():
-        child = updated(children.get(name), inner)
+    for name in list(below):
+        # What is done needs no memory any more.
+        child = updated(children.get(name), below.pop(name))
         if child is None:
             children.pop(name, None)
         else:

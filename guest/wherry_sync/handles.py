@@ -14,6 +14,10 @@ from __future__ import annotations
 import os
 import stat
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
 POSSIBLE = os.open in os.supports_dir_fd
 """Whether this system has directory descriptors."""
 
@@ -26,6 +30,12 @@ DIRECTORY_FLAGS = _flags("O_RDONLY", "O_DIRECTORY", "O_NOFOLLOW", "O_CLOEXEC")
 # A fifo that took a file's place must not block the open.
 READ_FLAGS = _flags("O_RDONLY", "O_NOFOLLOW", "O_NONBLOCK", "O_CLOEXEC")
 NEW_FLAGS = _flags("O_RDWR", "O_CREAT", "O_EXCL", "O_NOFOLLOW", "O_CLOEXEC")
+
+HOLE_BYTES = 64 * 1024
+"""Zeros that become a hole. Shorter runs save little, and would leave a file in many pieces."""
+
+_ZEROS = bytes(HOLE_BYTES)
+_READ_BYTES = 256 * 1024
 
 
 class Handle:
@@ -83,6 +93,14 @@ def open_regular(fd: int, name: str) -> int:
     return descriptor
 
 
+def chunks(descriptor: int) -> Iterator[bytes]:
+    """Yield a file's contents; its position is neither used nor moved."""
+    position = 0
+    while data := os.pread(descriptor, _READ_BYTES, position):
+        yield data
+        position += len(data)
+
+
 def write_all(descriptor: int, data: bytes) -> None:
     """Write all of ``data`` where the file is; a disk that gets full takes a part without a word.
 
@@ -98,8 +116,22 @@ def write_at(descriptor: int, data: bytes, position: int) -> None:
 
     :raises OSError: the disk is full, or fails.
     """
-    view = memoryview(data)
-    while view:
-        written = os.pwrite(descriptor, view, position)
-        position += written
-        view = view[written:]
+    written = os.pwrite(descriptor, data, position)
+    while written < len(data):
+        written += os.pwrite(descriptor, memoryview(data)[written:], position + written)
+
+
+def write_new(descriptor: int, data: bytes, position: int) -> bool:
+    """Likewise to where nothing was written yet; whole blocks of zeros are left out, as holes.
+
+    :returns: whether nothing was written at their end, so that the file may be shorter yet.
+    """
+    begin, end = 0, len(data)
+    for start in range(0, end - HOLE_BYTES + 1, HOLE_BYTES):
+        if data.startswith(_ZEROS, start):
+            if begin < start:
+                write_at(descriptor, data[begin:start], position + begin)
+            begin = start + HOLE_BYTES
+    if begin < end:
+        write_at(descriptor, data[begin:] if begin else data, position + begin)
+    return begin == end

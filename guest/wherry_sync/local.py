@@ -32,8 +32,6 @@ if TYPE_CHECKING:
     from wherry_sync.operation import Arrival, Operation, Result
     from wherry_sync.stage import Rescued
 
-_READ_BYTES = 256 * 1024
-
 
 class LocalEndpoint:
     """A tree on this machine.
@@ -443,7 +441,6 @@ class _Root:
 
 def _chunks(descriptor: int) -> Iterator[bytes]:
     try:
-        while data := os.read(descriptor, _READ_BYTES):
-            yield data
+        yield from handles.chunks(descriptor)
     finally:
         os.close(descriptor)

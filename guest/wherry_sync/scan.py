@@ -131,6 +131,8 @@ class Scanner:
         self._notes = Notes()
         self._trust_ignored = True
         self._found = Snapshot()
+        # One object for a name, in however many directories it is.
+        self._names: dict[str, str] = {}
         # Inodes that were read and have several names: the record, and the paths read.
         self._linked: dict[bytes, tuple[bytes, set[str]]] = {}
         self.with_links: set[str] = set()
@@ -181,6 +183,7 @@ class Scanner:
             if others:
                 self._root = self._visit(fd, "", self._root, 0, _wanted(others))
         self.at = ""
+        self._names.clear()
         found.root = self._root.entry
         if wanted is None:
             self._trust_ignored = True
@@ -357,7 +360,9 @@ class Scanner:
         children: dict[str, Entry] = {}
         nodes: dict[str, Node] = {}
         kept = old.entry.children
+        once = self._names.setdefault
         for name, status in directories:
+            name = once(name, name)
             shown = self._shown(name)
             below = join(path, shown)
             node = self._subdirectory(fd, name, below, status, old, depth, wanted)
@@ -368,6 +373,7 @@ class Scanner:
                 children[shown] = kept[shown] if kept.get(shown) == node else node
         fresh: dict[str, bytes] = {}
         for name, status in other:
+            name = once(name, name)
             shown = self._shown(name)
             if shown.startswith(TEMPORARY_PREFIX):
                 continue
@@ -391,14 +397,19 @@ class Scanner:
         if len(same) + len(children) == len(kept) and all(
             kept.get(name) is child for name, child in children.items()
         ):
-            old.nodes = nodes
+            # Equal, they stay: what is new among much that goes keeps its memory from being freed.
+            if nodes != old.nodes:
+                old.nodes = nodes
             # Records of files whose contents are the same after all.
             if any(known(name) != record for name, record in fresh.items()):
                 old.records = Records({**kept_records, **fresh})
             return old
-        for name in same:
-            children[name] = kept[name]
-            fresh[name] = kept_records[name]
+        stay = set(same)
+        for name, record in kept_records.items():
+            # Its name here is the object that there is already.
+            if name in stay:
+                children[name] = kept[name]
+                fresh[name] = record
         return Node(Directory(children), Records(fresh), nodes)
 
     def _record_directory(

@@ -54,6 +54,30 @@ def same_contents(one: Leaf, other: Leaf | None) -> bool:
     return one == other
 
 
+def fill(descriptor: int, leaf: Leaf, chunks: Iterable[bytes], *, verify: bool = True) -> None:
+    """Write a file's contents to a new one, with long runs of zeros as holes.
+
+    :param verify: whether the digest is to be compared, besides the size.
+    :raises Damaged: they do not have the leaf's size or digest.
+    :raises OSError: the disk is full, or failed.
+    """
+    state = hashing.new() if verify else None
+    size = 0
+    hole = False
+    for chunk in chunks:
+        start = size
+        size += len(chunk)
+        if size > leaf.size:
+            break
+        if state is not None:
+            state.update(chunk)
+        hole = handles.write_new(descriptor, chunk, start)
+    if size != leaf.size or (state is not None and state.digest() != leaf.digest):
+        raise Damaged("the contents are not those announced")
+    if hole:
+        os.ftruncate(descriptor, size)
+
+
 class Rescued:
     """A file that was saved from being overwritten.
 
@@ -158,27 +182,14 @@ class Stage:
         :raises Damaged: they do not have the leaf's size or digest.
         :raises OSError: the disk is full, or failed.
         """
+        self.make(leaf, mtime_ns, lambda descriptor: fill(descriptor, leaf, chunks))
 
-        def fill(descriptor: int) -> None:
-            state = hashing.new()
-            size = 0
-            for chunk in chunks:
-                size += len(chunk)
-                if size > leaf.size:
-                    break
-                state.update(chunk)
-                handles.write_all(descriptor, chunk)
-            if size != leaf.size or state.digest() != leaf.digest:
-                raise Damaged("the contents are not those announced")
-
-        self.make(leaf, mtime_ns, fill)
-
-    def make(self, leaf: Leaf, mtime_ns: int, fill: Callable[[int], object]) -> None:
+    def make(self, leaf: Leaf, mtime_ns: int, write: Callable[[int], object]) -> None:
         """Have contents written to a new file; when that returns, they are received."""
         part = self.name("part")
         descriptor = os.open(part, _NEW, 0o600, dir_fd=self.fd)
         try:
-            fill(descriptor)
+            write(descriptor)
             os.utime(descriptor, ns=(mtime_ns, mtime_ns))
             os.rename(part, f"c-{leaf.digest.hex()}", src_dir_fd=self.fd, dst_dir_fd=self.fd)
         except BaseException:
@@ -205,17 +216,7 @@ class Stage:
         name = self.name("x")
         descriptor = os.open(name, _NEW, mode, dir_fd=self.fd)
         try:
-            state = hashing.new() if verify else None
-            size = 0
-            for chunk in arrival.chunks:
-                size += len(chunk)
-                if size > leaf.size:
-                    break
-                if state is not None:
-                    state.update(chunk)
-                handles.write_all(descriptor, chunk)
-            if size != leaf.size or (state is not None and state.digest() != leaf.digest):
-                raise Damaged("the contents are not those announced")
+            fill(descriptor, leaf, arrival.chunks, verify=verify)
             if owner is not None:
                 os.fchown(descriptor, *owner)
             os.utime(descriptor, ns=(arrival.mtime_ns, arrival.mtime_ns))
@@ -253,8 +254,7 @@ class Stage:
         try:
             target = os.open(part, _NEW, 0o600, dir_fd=self.fd)
             try:
-                while data := os.read(source, hashing.CHUNK_BYTES):
-                    handles.write_all(target, data)
+                fill(target, leaf, handles.chunks(source), verify=False)
                 status = os.fstat(source)
                 os.utime(target, ns=(status.st_mtime_ns, status.st_mtime_ns))
             finally:

@@ -30,7 +30,7 @@ and how many bytes the file has already, if what comes is only the rest of it. S
 a frame, and no file is announced with a size, as files change. Who finds half-way that a file
 has changed says so, and its bytes are for nothing. A bulk frame of :data:`PACKED` is the same,
 compressed by zstd (RFC 8878), after the length that it has then; the host makes such frames if
-the agent can read them.
+the agent can read them, and so does the agent.
 
 What comes from the guest is hostile until checked: the checks are here, and what fails them is
 a :class:`~wherry_wire.frames.WireError`, which ends the connection.
@@ -124,6 +124,21 @@ def parse_rows(payload: bytes, width: int) -> Iterator[tuple[bytes, ...]]:
                 raise WireError("a row is cut off")
             row.append(payload[start:position])
         yield tuple(row)
+
+
+def all_rows(payloads: list[bytes], width: int) -> Iterator[tuple[bytes, ...]]:
+    """Yield the rows of all bulk frames of a list, which is empty afterwards.
+
+    :raises WireError: one does not hold whole rows, or there are too many.
+    """
+    count = 0
+    payloads.reverse()
+    while payloads:
+        for row in parse_rows(payloads.pop(), width):
+            count += 1
+            if count > MAX_ROWS:
+                raise WireError("the list is too long")
+            yield row
 
 
 def pack_entry(entry: Entry | None) -> bytes:

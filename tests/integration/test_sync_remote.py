@@ -16,12 +16,14 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from sync_guest import Guest, Stream
 from sync_trees import read, write
 
 from wherry.core.errors import WherryError
+from wherry.platform.linux import Linux
 from wherry.service.syncing import describe
 from wherry.sync import flushing
 from wherry.sync import session as session_module
@@ -32,11 +34,14 @@ from wherry.sync.core.store import Store
 from wherry.sync.model import Paths, Root
 from wherry.sync.remote import Place, RemoteEndpoint
 from wherry.sync.session import Session
+from wherry_guest import packing
+from wherry_guest import system as agent_system
+from wherry_guest.sync import _Root as AgentRoot
 from wherry_sync import hashing
 from wherry_sync.entry import file
 from wherry_sync.local import LocalEndpoint
 from wherry_wire.frames import Frame
-from wherry_wire.messages import Done, SyncScanned, pack
+from wherry_wire.messages import Done, SyncFlush, SyncScanned, pack
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -314,6 +319,35 @@ def test_what_changes_while_no_agent_runs_travels_by_itself(
     pair.guest.restart()
     getattr(pair.session, told)()
     until(lambda: (pair.host / "g").exists())
+
+
+@pytest.mark.skipif(not packing.available(), reason="the agent needs libzstd.so.1")
+def test_what_comes_from_the_guest_comes_compressed(pair: Pair) -> None:
+    pair.barrier()
+    before = pair.session.status().bytes_moved
+    data = b"some text that comes again\n" * 8000
+    (pair.there / "f").write_bytes(data)
+    pair.barrier()
+    assert (pair.host / "f").read_bytes() == data
+    assert pair.session.status().bytes_moved - before < len(data) / 10
+
+
+def test_when_work_is_done_its_memory_is_given_back(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given_back = []
+    monkeypatch.setattr(session_module, "_FLUSH_S", 0.0)
+    monkeypatch.setattr(Linux, "give_memory_back", lambda self: given_back.append("host"))
+    monkeypatch.setattr(agent_system, "give_memory_back", lambda: given_back.append("guest"))
+    (pair.host / "f").write_text("f")
+    pair.barrier()
+    until(lambda: not (pair.session._follow_up or pair.session._unflushed_since))
+    assert given_back == ["host"]
+    # The agent is a process of its own, so what it does is looked at here.
+    agent = AgentRoot(None, "", None)  # type: ignore[arg-type]
+    agent._endpoint = SimpleNamespace(flush=lambda: None)  # type: ignore[assignment]
+    agent._flush(SyncFlush(last=False))
+    assert given_back == ["host", "guest"]
 
 
 def test_a_barrier_fails_at_once_while_the_guest_is_away(pair: Pair) -> None:

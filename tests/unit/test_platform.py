@@ -223,6 +223,36 @@ def test_memory_that_is_freed_is_given_back() -> None:
     assert kept[1] < 10
 
 
+BETWEEN = """
+from pathlib import Path
+from {module} import {name}
+
+def resident_mib():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096 >> 20
+
+before = resident_mib()
+pieces = [bytearray(b"x") * 8192 for _ in range(6000)]
+del pieces[::2], pieces[::2], pieces[::2], pieces[::2]
+kept = resident_mib() - before
+{call}.give_memory_back()
+print(kept, resident_mib() - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="others have no such call")
+@pytest.mark.parametrize(
+    ("module", "name", "call"),
+    [("wherry.platform", "current", "current()"), ("wherry_guest", "system", "system")],
+)
+def test_memory_that_is_free_between_what_is_used_is_given_back(
+    module: str, name: str, call: str
+) -> None:
+    script = BETWEEN.format(module=module, name=name, call=call)
+    kept, left = map(int, subprocess.check_output([sys.executable, "-c", script]).split())
+    assert kept > 40
+    assert left < kept // 3
+
+
 @pytest.mark.parametrize("status", [0, 7])
 def test_a_leash_passes_output_and_status(host: Platform, status: int) -> None:
     script = f'echo "$1"; read -r x && exit 99; exit {status}'

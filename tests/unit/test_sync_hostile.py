@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 import stat
+import struct
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,6 +21,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sync_pair import scratch
 from sync_trees import text
+from zstandard import ZstdCompressor
 
 from wherry.core.errors import WherryError
 from wherry.service import syncing
@@ -27,6 +29,7 @@ from wherry.sync import connection
 from wherry.sync.core.cycle import Cycle
 from wherry.sync.core.keep import Keep
 from wherry.sync.core.store import Store
+from wherry.sync.packing import packer
 from wherry.sync.remote import Place, RemoteEndpoint
 from wherry_sync import wire
 from wherry_sync.apply import Policy
@@ -90,14 +93,24 @@ fields = (
 row_frames = st.lists(st.lists(fields, min_size=1, max_size=3), max_size=4).map(
     lambda rows: b"".join(wire.rows(tuple(row) for row in rows))
 )
-contents = st.lists(
-    st.tuples(
-        fields.map(lambda field: field[:255]),
-        st.integers(-(2**63), 2**63 - 1),
-        st.lists(st.binary(max_size=9), max_size=3),
+packed = st.builds(
+    lambda length, frame, size: Frame(wire.PACKED, 0, struct.pack(">I", length) + frame[:size]),
+    st.sampled_from([0, 1, 9, 1 << 31]),
+    st.sampled_from([b"B", b"W" * 9, bytes(9)]).map(ZstdCompressor().compress) | st.binary(),
+    st.sampled_from([5, 99]),
+).map(Frame.encode)
+contents = st.builds(
+    lambda files, frame: b"".join(wire.contents(files, frame)),
+    st.lists(
+        st.tuples(
+            fields.map(lambda field: field[:255]),
+            st.integers(-(2**63), 2**63 - 1),
+            st.lists(st.binary(max_size=9) | st.just(bytes(99)), max_size=3),
+        ),
+        max_size=3,
     ),
-    max_size=3,
-).map(lambda files: b"".join(wire.contents(files)))
+    st.sampled_from([wire.plain, packer()]),
+)
 replies = st.one_of(
     st.builds(
         SyncScanned,
@@ -124,11 +137,21 @@ raw_frames = st.builds(
     st.binary(max_size=40) | st.sampled_from([b"{}", b"[]", b'{"a":' * 60, b"null"]),
 )
 streams = st.lists(
-    row_frames | contents | replies | raw_frames | st.binary(max_size=30), max_size=6
+    row_frames | contents | packed | replies | raw_frames | st.binary(max_size=30), max_size=6
 ).map(b"".join)
 
 LEAVES = [text("one"), text("two")]
 OPERATIONS = [Operation("a", None, LEAVES[0]), Operation("b", LEAVES[0], None)]
+
+
+def test_what_nobody_reads_may_be_packed_wrongly() -> None:
+    (good,) = wire.contents([(wire.pack_number(0), 0, [b"contents"])])
+    end = endpoint(good + Frame(wire.PACKED, 0, b"\0\0\0\x05hello").encode())
+    files = end.read_all([("a", LEAVES[0])])
+    next(files)
+    files.close()
+    with pytest.raises(OSError, match="was lost"):
+        end.sums("a", LEAVES[0])
 
 
 def drained(files: Iterator[tuple[object, int, Iterator[bytes]]]) -> None:

@@ -219,9 +219,10 @@ class Platform(Protocol):
         """
 
     def give_memory_back(self) -> None:
-        """Have this process return large pieces of memory to the system when it frees them.
+        """Return memory that is free to the system, and large pieces whenever they are freed.
 
-        Does nothing where that is so anyway, or cannot be had.
+        For the start of a process, and after large work. Does nothing where that is so anyway, or
+        cannot be had.
         """
 
     def leash(self, argv: Sequence[str | os.PathLike[str]]) -> list[str | os.PathLike[str]]:

@@ -38,15 +38,20 @@ class Linux(Posix):
         listeners.lengthen(pid, address, port)
 
     def give_memory_back(self) -> None:
-        """mallopt(3): with a threshold set, glibc no longer raises both up to 32 MiB by itself."""
+        """mallopt(3): with a threshold set, glibc no longer raises both up to 32 MiB by itself.
+
+        malloc_trim(3): what is free between what is used is returned by that alone.
+        """
         import ctypes  # which a command of the CLI need not pay for
 
+        library = ctypes.CDLL(None)
         try:
-            mallopt = ctypes.CDLL(None).mallopt
+            mallopt, malloc_trim = library.mallopt, library.malloc_trim
         except AttributeError:
             return  # musl has no such thing
         for option in (_M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD):
             mallopt(option, _LARGE_BYTES)
+        malloc_trim(0)
 
     def accelerator_problem(self, accelerator: str) -> str | None:
         """Open /dev/kvm: its permissions, not its existence, decide."""

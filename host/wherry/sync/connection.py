@@ -12,8 +12,9 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Protocol, TypeVar
 
 from wherry.core.errors import WherryError
-from wherry.sync.packing import Packer
+from wherry.sync.packing import unpack as unpack_contents
 from wherry_sync import wire
+from wherry_sync.packing import Packer
 from wherry_wire.frames import Decoder, Frame, WireError
 from wherry_wire.messages import Done, Failure, Message, SyncBusy, pack, unpack
 
@@ -79,9 +80,14 @@ class Connection:
             if ended:
                 return None
             frame = self._next()
-            if frame.type == wire.CONTENTS:
+            if frame.type in (wire.CONTENTS, wire.PACKED):
                 self._progress(len(frame.payload))
-                return frame.payload
+                if frame.type == wire.CONTENTS:
+                    return frame.payload
+                try:
+                    return unpack_contents(frame.payload)
+                except WireError as error:
+                    raise self._broken(error) from error
             self._expect(frame, Done)
             ended = True
             return None
@@ -101,7 +107,21 @@ class Connection:
                         if left_over > LEFT_OVER_BYTES:
                             self.close()
 
+    def _gather(self, payloads: list[bytes]) -> Callable[[bytes], None]:
+        """Return what takes the frames of a list of rows."""
+        size = 0
+
+        def gather(payload: bytes) -> None:
+            nonlocal size
+            size += len(payload)
+            if size > wire.MAX_ROWS_BYTES:
+                raise WireError("the list is too long")
+            payloads.append(payload)
+
+        return gather
+
     def _collect(self, rows: list[tuple[bytes, ...]], width: int) -> Callable[[bytes], None]:
+        """Return what takes the rows of a list."""
         size = 0
 
         def collect(payload: bytes) -> None:

@@ -1,54 +1,30 @@
-"""Compressing contents on their way to the guest, where that saves time.
-
-In emulation the guest's cipher lets through some 30 MB/s, and a host compresses and a guest
-unpacks several times that; with hardware acceleration SSH brings 500 MB/s, and compression
-would be the slower of the two. So both are measured under way.
-"""
+"""The host's end of :mod:`wherry_sync.packing`, with a library of its own."""
 
 from __future__ import annotations
 
-import struct
-import time
-
 import zstandard
 
-from wherry_sync import wire
-from wherry_wire.frames import Frame
+from wherry_sync.packing import Packer, split
+from wherry_wire.frames import WireError
 
-_LENGTH = struct.Struct(">I")
 _LEVEL = 1
-_WEIGHT = 0.2
-_TRY_AGAIN = 32
-"""Frames that go as they are before one is compressed again to see whether that pays now."""
 
 
-class Packer:
-    """Makes the bulk frames of contents for one connection. One thread at a time."""
+def packer() -> Packer:
+    """Return what makes the bulk frames of contents for one connection to the guest."""
+    return Packer(zstandard.ZstdCompressor(level=_LEVEL, write_content_size=True).compress)
 
-    def __init__(self) -> None:
-        self._compressor = zstandard.ZstdCompressor(level=_LEVEL, write_content_size=True)
-        # Of a byte of contents, in seconds; to begin with such that it is tried.
-        self._packing_s = 0.0
-        self._link_s = 1e-8
-        self._saved = 0.5
-        self._plain = 0
 
-    def sent(self, size: int, seconds: float) -> None:
-        """Learn how long the connection took for some bytes."""
-        self._link_s += _WEIGHT * (seconds / size - self._link_s)
+def unpack(payload: bytes) -> bytes:
+    """Return the piece of contents in a packed frame's payload, from a guest that is not trusted.
 
-    def __call__(self, payload: bytes) -> bytes:
-        """Return the bulk frame of a piece of contents."""
-        if self._packing_s > self._link_s * self._saved and self._plain < _TRY_AGAIN:
-            self._plain += 1
-            return wire.plain(payload)
-        self._plain = 0
-        begun = time.perf_counter()
-        packed = self._compressor.compress(payload)
-        took = time.perf_counter() - begun
-        self._packing_s += _WEIGHT * (took / len(payload) - self._packing_s)
-        saved = 1 - len(packed) / len(payload)
-        self._saved += _WEIGHT * (saved - self._saved)
-        if saved < 0.05:
-            return wire.plain(payload)
-        return Frame(wire.PACKED, 0, _LENGTH.pack(len(payload)) + packed).encode()
+    :raises WireError: there is none.
+    """
+    length, data = split(payload)
+    try:
+        # What the frame says of its size is believed by the library, and would be allocated.
+        if zstandard.frame_content_size(data) != length:
+            raise WireError("contents are packed wrongly")
+        return zstandard.ZstdDecompressor().decompress(data, allow_extra_data=False)
+    except zstandard.ZstdError as error:
+        raise WireError("contents are packed wrongly") from error

@@ -6,12 +6,13 @@ and what breaks the protocol ends the connection.
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from wherry.sync.connection import SILENCE_S, Connection, Stream
-from wherry.sync.packing import Packer
+from wherry.sync.packing import packer
 from wherry_sync import blocks, hashing, wire
 from wherry_sync.entry import (
     DIGEST_BYTES,
@@ -60,6 +61,7 @@ from wherry_wire.messages import (
     pack,
 )
 
+_CHANGED_AT_ONCE = 4096
 _STATUSES = {b"d": DONE, b"s": STALE, b"f": FAILED}
 
 
@@ -120,7 +122,7 @@ class RemoteEndpoint(Connection):
             self.close()
             raise
         self.boot = opened.boot_id
-        self._packer = Packer() if opened.packed else None
+        self._packer = packer() if opened.packed else None
 
     def has(self, copies: Iterable[str]) -> bool:
         """Whether the guest still has what was known of some copies, by their roots' ids.
@@ -142,24 +144,14 @@ class RemoteEndpoint(Connection):
 
     def scan(self, dirty: Collection[str] | None = None, *, like: Entry | None = None) -> Snapshot:
         """Return the copy as it is now; see :class:`wherry.sync.endpoint.Endpoint`."""
-        changes: dict[str, Entry | None] = {}
-        requeue: set[str] = set()
-        rows: list[tuple[bytes, ...]] = []
-        reply = self._call(SyncScan(full=dirty is None), SyncScanned, self._collect(rows, 2))
-        if not 0 <= reply.changes <= len(rows):
-            raise self._broken(WireError("changes are missing"))
+        payloads: list[bytes] = []
+        reply = self._call(SyncScan(full=dirty is None), SyncScanned, self._gather(payloads))
+        rows = wire.all_rows(payloads, 2)
         try:
-            for path, data in rows[: reply.changes]:
-                entry = wire.parse_entry(data)
-                shown = is_problem(entry) or is_untracked(entry)
-                # What is gone may have been a problem that had no better name.
-                changes[wire.parse_path(path, shown=shown or entry is None)] = entry
-            requeue = {wire.parse_path(path, shown=True) for path, _ in rows[reply.changes :]}
+            self._change(itertools.islice(rows, max(0, reply.changes)), reply.changes, like)
+            requeue = {wire.parse_path(path, shown=True) for path, _ in rows}
         except WireError as error:
             raise self._broken(error) from error
-        if changes:
-            self._known = share(updated(self._known, changes), like)
-            self._bound(len(changes))
         if reply.present != (self._known is not None):
             raise self._broken(WireError("the tree is not complete"))
         self._rescued = reply.rescued
@@ -170,6 +162,32 @@ class RemoteEndpoint(Connection):
         found.files_read = reply.files_read
         found.bytes_read = reply.bytes_read
         return found
+
+    def _change(self, rows: Iterable[tuple[bytes, ...]], count: int, like: Entry | None) -> None:
+        """Change what is known of the copy by rows of paths and entries.
+
+        Some at a time: after a first synchronisation they are as many as the files, and what is
+        equal in the other tree needs no memory as soon as it is compared.
+
+        :raises WireError: they are malformed, or not so many.
+        """
+        changes: dict[str, Entry | None] = {}
+        done = 0
+        for path, data in rows:
+            entry = wire.parse_entry(data)
+            shown = is_problem(entry) or is_untracked(entry)
+            # What is gone may have been a problem that had no better name.
+            changes[wire.parse_path(path, shown=shown or entry is None)] = entry
+            done += 1
+            # The more there were, the more at once: each time all of their directories are copied.
+            if len(changes) >= _CHANGED_AT_ONCE + done // 4:
+                self._known = share(updated(self._known, changes), like)
+                changes.clear()
+        if done != count:
+            raise WireError("changes are missing")
+        if changes:
+            self._known = share(updated(self._known, changes), like)
+        self._bound(done)
 
     def _bound(self, changes: int) -> None:
         """Keep the tree from growing without a bound; it is counted now and then."""

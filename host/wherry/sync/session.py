@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from wherry.core.errors import WherryError
+from wherry.platform import current
 from wherry.sync.barrier import Ticket
 from wherry.sync.core.cycle import Cycle, Outcome
 from wherry.sync.core.keep import Keep
@@ -564,6 +565,7 @@ class Session:
     def _flush(self, cycle: Cycle, host: LocalEndpoint, *, calm: bool) -> None:
         if self._flushing.step(cycle, calm=calm):
             host.save_cache(self._boot)
+            current().give_memory_back()
 
     def _part(self, cycle: Cycle, host: LocalEndpoint, store: Store) -> bool:
         """Carry over what is left, and end in order; whether that was possible.

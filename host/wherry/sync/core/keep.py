@@ -19,7 +19,7 @@ from typing import TextIO
 
 from wherry.core.files import write_atomic
 from wherry_sync.entry import Leaf, is_file
-from wherry_sync.hashing import new
+from wherry_sync.stage import Damaged, fill
 
 _INDEX = "index"
 _SPARE_LINES = 100
@@ -110,17 +110,12 @@ class Keep:
                 self._renumber(old)
             return True
         with self._part.open("wb") as file:
-            state = new()
-            for chunk in chunks:
-                state.update(chunk)
-                file.write(chunk)
-                if is_file(leaf) and file.tell() > leaf.size:
-                    # It need not have an end.
+            if is_file(leaf):
+                try:
+                    fill(file.fileno(), leaf, chunks)
+                except Damaged:
                     return False
-            file.flush()
             os.fsync(file.fileno())
-        if is_file(leaf) and state.digest() != leaf.digest:
-            return False
         kept = self._announce(path, leaf)
         os.fsync(self._index.fileno())
         target = self._path(kept.number)

@@ -63,8 +63,9 @@ class SidePlan:
 def ordered(operations: Iterable[Operation]) -> tuple[Operation, ...]:
     """Return operations in an order in which none gets in another's way."""
 
-    def depth_first(operation: Operation) -> list[str]:
-        return operation.path.split("/")
+    def depth_first(operation: Operation) -> str:
+        # As the names would be sorted one by one: a NUL is in none, and comes before all else.
+        return operation.path.replace("/", "\0")
 
     everything = sorted(operations, key=depth_first)
     deletions = [operation for operation in reversed(everything) if operation.after is None]
