@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from hypothesis import strategies as st
 
 from wherry.api.http import RequestHead, parse_request
+from wherry.api.messages import Piece, RequestReader
 
 INTERIM = [
     b"HTTP/1.1 100 Continue\r\n\r\n",
@@ -149,3 +150,29 @@ def last_answers(draw: st.DrawFn) -> Answer:
 def split_up(draw: st.DrawFn, data: bytes) -> list[bytes]:
     cuts = sorted(draw(st.lists(st.integers(0, len(data)), max_size=12)))
     return [data[a:b] for a, b in zip([0, *cuts], [*cuts, len(data)], strict=True) if a != b]
+
+
+LONG_FILLERS = [b" ", b"\t", b"0", b",", b"%", b"/", b":", b"%2e", b"a: b\r\n"]
+LONG_HEADS = [
+    b"GET / HTTP/1.1\r\nHost: d\r\nX: aFILLb\r\n\r\n",
+    b"GET / HTTP/1.1\r\nHost: d\r\nContent-Length: 1,FILL1\r\n\r\n",
+    b"GET / HTTP/1.1\r\nHost: d\r\nContent-Length:FILL1\r\n\r\n",
+    b"GET / HTTP/1.1\r\nHost: d\r\nTransfer-Encoding: FILLchunked\r\n\r\n",
+    b"GET / HTTP/1.1\r\nFILL: x\r\n\r\n",
+    b"GET /FILLx HTTP/1.1\r\nHost: d\r\n\r\n",
+    b"GET /containers/FILL/attach HTTP/1.1\r\nHost: d\r\n\r\n",
+    b"GET xFILL HTTP/1.1\r\nHost: d\r\n\r\n",
+    b"GET / HTTP/1.1\r\nHost: d\r\nFILL\r\n\r\n",
+]
+"""Heads, and what is put for FILL in them again and again."""
+
+
+def read(data: bytes, step: int = 1 << 20) -> list[RequestHead | Piece]:
+    """Return what is found in bytes that come so many at a time."""
+    reader = RequestReader()
+    found = []
+    for at in range(0, len(data), step):
+        reader.receive(memoryview(data[at : at + step]))
+        while (item := reader.next()) is not None:
+            found.append(item)
+    return found
