@@ -382,7 +382,7 @@ def test_any_long_bytes_are_a_request_or_refused_or_begun(data: st.DataObject) -
     ],
     ids=["bytes", "headers"],
 )
-@settings(LONG, max_examples=settings().max_examples // 10)
+@settings(LONG, max_examples=settings().max_examples // 25)
 @given(st.data())
 def test_the_bounds_of_a_head_are_so_however_it_comes(
     head: bytes, filler: bytes, longest: int, beyond: int, data: st.DataObject
