@@ -8,6 +8,7 @@ import os
 import shutil
 import signal
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -172,6 +173,35 @@ def test_a_stream_that_ended_before_it_was_used_is_replaced(proxy: Proxy) -> Non
         early.request("GET", "/_ping")
         assert early.answer()[0] == 200
     eventually(lambda: proxy.endpoint.counters.active == 0)
+
+
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("comes_back", [True, False])
+def test_a_stream_that_ended_while_a_hook_took_its_time_is_replaced(
+    proxy: Proxy, first: bool, comes_back: bool
+) -> None:
+    """The engine waits for a first head for five minutes alone."""
+    held, ready = threading.Event(), threading.Event()
+
+    def hold(request: Request) -> None:
+        held.set()
+        request.wait(ready, 10)
+
+    proxy.hooks.on("POST", "/echo", hold, body_limit=100)
+    with proxy.client() as client:
+        if not first:
+            client.request("GET", "/_ping")
+            assert client.answer()[0] == 200
+        client.request("POST", "/echo", body=b"x")
+        assert held.wait(10)
+        if comes_back:
+            proxy.engine.cut_all()
+        else:
+            proxy.engine.stop()
+        eventually(lambda: proxy.streams[0]._gone, "the stream's end is not seen")
+        ready.set()
+        status, _, body = client.answer()
+        assert (status, body == b"x") == ((200, True) if comes_back else (503, False))
 
 
 def test_a_refused_first_request_keeps_no_dead_stream(proxy: Proxy) -> None:

@@ -147,6 +147,12 @@ class Connection:
             remote.close()
         self._down.attach(remote)
 
+    def _open_again(self) -> None:
+        """Go on with another stream, as nothing is expected of the one that has ended."""
+        self._down.finish()
+        self._down = self._new_down()
+        self._open()
+
     def _new_down(self) -> Downstream:
         return Downstream(self._local, self._spawn, self.abort, self._prepare)
 
@@ -248,9 +254,7 @@ class Connection:
         if self._down.over and not self.bytes_up and not self._asked_in_vain:
             # It ended while the client had nothing to ask, as when the engine restarts. A
             # request that has waited for it is not made to wait again.
-            self._down.finish()
-            self._down = self._new_down()
-            self._open()
+            self._open_again()
         self._last_active = time.monotonic()
         raw, watches = head.raw, list[Watch]()
         match = self._hooks.match(head)
@@ -259,6 +263,10 @@ class Connection:
             if match is not None:
                 self._down.prepare()
                 raw = self._ask(head, match, watches)
+                if self._down.over:
+                    # The engine waits for a first head for five minutes (ReadHeaderTimeout in
+                    # cmd/dockerd), and hooks may take longer.
+                    self._open_again()
             self._down.begin(Exchange(head, watches))
         except BaseException as error:
             _end_watches(head, watches)
