@@ -41,7 +41,7 @@ from wherry_sync import hashing
 from wherry_sync.entry import file
 from wherry_sync.local import LocalEndpoint
 from wherry_wire.frames import Frame
-from wherry_wire.messages import Done, SyncFlush, SyncScanned, pack
+from wherry_wire.messages import Done, SyncFlushed, SyncScanned, pack
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -336,17 +336,18 @@ def test_when_work_is_done_its_memory_is_given_back(
     pair: Pair, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     given_back = []
-    monkeypatch.setattr(session_module, "_FLUSH_S", 0.0)
+    monkeypatch.setattr(flushing, "_CALM_S", 0.0)
+    monkeypatch.setattr(flushing, "_ASK_S", 0.01)
     monkeypatch.setattr(Linux, "give_memory_back", lambda self: given_back.append("host"))
     monkeypatch.setattr(agent_system, "give_memory_back", lambda: given_back.append("guest"))
     (pair.host / "f").write_text("f")
     pair.barrier()
-    until(lambda: not (pair.session._follow_up or pair.session._unflushed_since))
+    until(lambda: not (pair.session._follow_up or not pair.session._flushing.is_idle))
     assert given_back == ["host"]
     # The agent is a process of its own, so what it does is looked at here.
     agent = AgentRoot(None, "", None)  # type: ignore[arg-type]
-    agent._endpoint = SimpleNamespace(flush=lambda: None)  # type: ignore[assignment]
-    agent._flush(SyncFlush(last=False))
+    agent._endpoint = SimpleNamespace(flushed=lambda: True)  # type: ignore[assignment]
+    agent._flushed(SyncFlushed())
     assert given_back == ["host", "guest"]
 
 

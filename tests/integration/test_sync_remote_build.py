@@ -18,8 +18,9 @@ from wherry.sync.core.cycle import Cycle
 from wherry.sync.core.keep import Keep
 from wherry.sync.core.store import Store
 from wherry.sync.remote import Place, RemoteEndpoint
+from wherry_guest import packing
 from wherry_guest.sync import serve
-from wherry_sync import hashing, packing, wire
+from wherry_sync import hashing, wire
 from wherry_sync.entry import file
 from wherry_sync.local import LocalEndpoint
 from wherry_wire.frames import Decoder
