@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import threading
 
@@ -11,7 +12,7 @@ from wherry_sync import kernel
 class Flushes:
     """Has what was written to a filesystem on its disk, in a thread, one flush after the other.
 
-    :param fd: of anything on it; another one is opened for the thread.
+    :param fd: of anything on it; the thread has a duplicate of it.
     """
 
     def __init__(self, fd: int) -> None:
@@ -22,13 +23,19 @@ class Flushes:
         self._runs = False
 
     def begin(self) -> None:
-        """Begin one of all that was written up to now; after the one that runs, if one does."""
+        """Begin one of all that was written up to now; after the one that runs, if one does.
+
+        :raises OSError: there is no thread for it.
+        """
         with self._lock:
             self._wanted += 1
             if not self._runs:
-                threading.Thread(
-                    target=self._run, args=[os.dup(self._fd)], name="flush", daemon=True
-                ).start()
+                fd = os.dup(self._fd)
+                try:
+                    threading.Thread(target=self._run, args=[fd], name="flush", daemon=True).start()
+                except RuntimeError as error:
+                    os.close(fd)
+                    raise OSError(errno.EAGAIN, str(error)) from error
                 self._runs = True
 
     def is_done(self) -> bool:
@@ -52,15 +59,11 @@ class Flushes:
                         return
                 try:
                     kernel.flush(fd)
-                except OSError as error:
+                except Exception as error:
                     with self._lock:
-                        self._error = error
+                        self._error = OSError(f"the disk cannot be flushed: {error!r}")
                 else:
                     with self._lock:
                         self._done = wanted
-        except BaseException:
-            with self._lock:
-                self._runs = False
-            raise
         finally:
             os.close(fd)

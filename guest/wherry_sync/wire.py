@@ -30,7 +30,7 @@ and how many bytes the file has already, if what comes is only the rest of it. S
 a frame, and no file is announced with a size, as files change. Who finds half-way that a file
 has changed says so, and its bytes are for nothing. A bulk frame of :data:`PACKED` is the same,
 compressed by zstd (RFC 8878), after the length that it has then; the host makes such frames if
-the agent can read them, and so does the agent.
+the agent can read them, and the agent if its system has the library.
 
 What comes from the guest is hostile until checked: the checks are here, and what fails them is
 a :class:`~wherry_wire.frames.WireError`, which ends the connection.

@@ -201,6 +201,7 @@ def test_a_stream_that_ended_while_a_hook_took_its_time_is_replaced(
         eventually(lambda: proxy.streams[0]._gone, "the stream's end is not seen")
         ready.set()
         status, _, body = client.answer()
+        assert proxy.streams[0]._closed, "sshd keeps its half"
         assert (status, body == b"x") == ((200, True) if comes_back else (503, False))
 
 

@@ -302,7 +302,7 @@ def test_a_file_that_is_mounted_is_known_before_the_first_round_of_the_next_serv
         ([source], 60, True),
         ([source], 0, False),
     ):
-        machine.roots.release(map(str, used), idle_s=idle_s)
+        machine.roots.release(map(str, used), [], idle_s=idle_s)
         pins = json.loads((machine.directory / "sync" / "roots.json").read_text())["pins"]
         assert pins == [str(mounted.path)] * pinned
 
@@ -419,10 +419,10 @@ def test_a_root_that_is_halted_can_be_begun_anew(
     for _ in range(2):
         with pytest.raises(WherryError, match=f"halted.*wherry sync remove {source}"):
             machine.barrier()
-        machine.roots.release([], idle_s=-1)
+        machine.roots.release([], [], idle_s=-1)
         machine.roots.require(str(source))
     if released:
-        machine.roots.release([], idle_s=-1)
+        machine.roots.release([], [], idle_s=-1)
     machine.roots.remove(str(source))
     (source / "mine").write_text("mine")
     machine.roots.require(str(source))
@@ -440,13 +440,13 @@ def test_what_no_container_mounts_ends_and_is_ready_again(machine: Machine, sour
     machine.roots.require(str(kept))
     machine.roots.keep(str(kept))
     machine.barrier()
-    machine.roots.release([])
+    machine.roots.release([], [])
     assert len(machine.roots.all()) == 3, "somebody needed them just now"
     machine.roots.release([str(source / "in")], [str(source / "in")], idle_s=0)
     assert machine.roots.holding(str(source)) is session
     assert machine.roots.holding(str(other)) is None
     assert machine.roots.holding(str(kept)) is not None
-    machine.roots.release([], idle_s=0)
+    machine.roots.release([], [], idle_s=0)
     assert machine.roots.holding(str(source)) is None
     # Meanwhile both sides go their own ways, and what was deleted is not taken for new.
     (source / "f").unlink()
@@ -486,7 +486,7 @@ def test_what_conflicts_left_can_be_listed_though_no_container_mounts_it(
     there = machine.guest.tree(Place("", str(source)))
     machine.roots.require(str(source))
     machine.barrier()
-    machine.roots.release([], idle_s=0)
+    machine.roots.release([], [], idle_s=0)
     (source / "f").write_text("host")
     (there / "f").write_text("guest")
     session = machine.roots.require(str(source))
@@ -494,7 +494,7 @@ def test_what_conflicts_left_can_be_listed_though_no_container_mounts_it(
     machine.barrier()
     assert session.conflicts_since(count) == [str(source / "f")]
     assert session.conflicts_since(session.conflict_count) == []
-    machine.roots.release([], idle_s=0)
+    machine.roots.release([], [], idle_s=0)
     assert machine.roots.all() == [session]
     machine.roots.close()
     machine.open()
@@ -510,7 +510,7 @@ def test_files_that_roots_had_one_after_the_other_are_not_changed_back(
 ) -> None:
     def mount(path: Path) -> Session:
         """Have one root alone, as if the containers before had been removed long ago."""
-        machine.roots.release([], idle_s=-1)
+        machine.roots.release([], [], idle_s=-1)
         session = machine.roots.require(str(path), read_only=not writes)
         machine.barrier()
         return session
@@ -522,7 +522,7 @@ def test_files_that_roots_had_one_after_the_other_are_not_changed_back(
     (inner / "g").write_text("feature")
     (inner / "new").write_text("only on feature")
     machine.barrier()
-    machine.roots.release([], idle_s=-1)
+    machine.roots.release([], [], idle_s=-1)
     (inner / "g").write_text("g")
     (inner / "new").unlink()
     mount(source)
@@ -531,7 +531,7 @@ def test_files_that_roots_had_one_after_the_other_are_not_changed_back(
     (inner / "g").write_text("feature")
     (source / "f").write_text("feature")
     machine.barrier()
-    machine.roots.release([], idle_s=-1)
+    machine.roots.release([], [], idle_s=-1)
     (inner / "g").write_text("g")
     assert mount(inner).status().conflicts == 0
     assert machine.copy(inner) == read(inner) == {"g": "g"}
@@ -548,7 +548,7 @@ def test_a_root_around_another_one_knows_what_that_knew_from_the_first_time_on(
     write(inner, {"edited": "1"})
     machine.roots.require(str(inner))
     machine.barrier()
-    machine.roots.release([], idle_s=-1)
+    machine.roots.release([], [], idle_s=-1)
     (inner / "g").unlink()
     (inner / "edited").write_text("2")
     outer = machine.roots.require(str(source))
@@ -570,7 +570,7 @@ def test_what_a_guest_has_not_that_lost_its_copies_was_not_deleted(
     write(deep, {"h": "h"})
     machine.roots.require(str(inner))
     machine.barrier()
-    machine.roots.release([], idle_s=-1)
+    machine.roots.release([], [], idle_s=-1)
     wanted = read(source)
     tree, stage = machine.guest.tree(Place("", str(source))), machine.guest.directory / "stage"
     first = source
@@ -596,7 +596,7 @@ def test_what_a_guest_has_not_that_lost_its_copies_was_not_deleted(
     for path in (first, source):
         machine.roots.require(str(path))
         machine.barrier()
-        machine.roots.release([], idle_s=-1)
+        machine.roots.release([], [], idle_s=-1)
     assert machine.copy(source) == read(source) == wanted
 
 
@@ -668,9 +668,9 @@ def test_what_others_write_where_containers_only_read_stays_in_the_guest(
     # As long as a container is there that may write; then it is as at first.
     machine.roots.release([str(inner)], [str(inner)], idle_s=-1)
     assert session.writes
-    machine.roots.release([str(inner)])
+    machine.roots.release([str(inner)], [])
     assert session.writes, "one that is being made may write"
-    machine.roots.release([str(inner)], idle_s=-1)
+    machine.roots.release([str(inner)], [], idle_s=-1)
     assert not session.writes
     machine.barrier()
     (there / "made").write_text("other's")
@@ -696,7 +696,7 @@ def test_what_others_write_when_the_last_container_that_may_is_gone_stays_so_too
         (source / "f").write_text("f")
         machine.barrier()
     else:
-        machine.roots.release([], idle_s=-1)
+        machine.roots.release([], [], idle_s=-1)
     (there / "f").write_text("other's")
     machine.roots.require(str(source), read_only=read_only, first=True)
     machine.barrier()
@@ -810,7 +810,7 @@ def test_what_is_each_side_s_own_stays_so_in_a_root_around_it(
     machine.barrier()
     write(there, {"own": "guest's", "deep": {"own": {"g": "guest's"}}})
     if ended:
-        machine.roots.release([], idle_s=-1)
+        machine.roots.release([], [], idle_s=-1)
         machine.roots.close()
         machine.open()
     host, guest = read(inner), read(there)

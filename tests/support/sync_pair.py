@@ -7,8 +7,9 @@ import random
 import shutil
 import stat
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from sync_trees import read
 
@@ -31,6 +32,14 @@ def scratch() -> Path:
 
 class Crash(BaseException):
     """The process ends here; nothing that runs afterwards may tidy up."""
+
+
+class Oldest(random.Random):
+    """Chooses for a loss of power: what is lost is all that can be."""
+
+    def choice(self, seq: Sequence[Any]) -> Any:
+        """Return what is on the disk."""
+        return seq[0]
 
 
 class Fuse:

@@ -650,6 +650,36 @@ def test_what_may_have_been_written_is_gone_on_with_first(tmp_path: Path, state:
     assert roots.sessions.keys() == {kept, conflict, *[read, written] * running}
 
 
+def test_what_the_user_keeps_goes_on_though_the_engine_does_not_tell(tmp_path: Path) -> None:
+    roots = Roots()
+    kept, conflict = str(tmp_path / "k"), str(tmp_path / "c")
+    for path in (kept, conflict):
+        Path(path).mkdir()
+    roots.kept, roots.with_conflicts = (kept,), (conflict,)
+    mounts = Mounts(Hooks(), roots, StuckEngine(), [str(tmp_path)])  # type: ignore[arg-type]
+    with pytest.raises(TunnelError):
+        mounts.restore()
+    # Who may write there is not known.
+    assert roots.required == [(kept, False), (conflict, False)]
+
+
+def test_a_container_that_writes_and_was_not_known_is_found(tmp_path: Path) -> None:
+    engine, roots = Engine(), Roots()
+    source = str(tmp_path)
+    mounts = Mounts(Hooks(), roots, engine, [source])  # type: ignore[arg-type]
+    engine.mounts = [[{"Type": "bind", "Source": source}]]
+    roots.require(source, read_only=True)
+    for state, written, found in (
+        ("exited", False, False),
+        ("running", True, False),
+        ("running", False, True),
+    ):
+        roots.required.clear()
+        engine.state, roots.written = state, written
+        mounts.tidy()
+        assert roots.required == [(source, False)] * found
+
+
 def test_what_no_container_mounts_is_released(tmp_path: Path) -> None:
     engine, roots = Engine(), Roots()
     mounts = Mounts(Hooks(), roots, engine, ["/src"])  # type: ignore[arg-type]

@@ -283,7 +283,8 @@ def test_a_file_of_an_earlier_release_is_read(tmp_path: Path, version: int) -> N
         assert store.load() == tree({"f": "1"})
         assert (store.boot(HOST), store.device(HOST)) == ("h1", (7, "h1" if version > 2 else ""))
         assert store.copies() == [1]
-        assert (store.written(), store.withheld()) == (None, {})
+        # Who had written was not told.
+        assert (store.written(), store.withheld()) == (True, {})
         store.begin({"f": (None, text("2"))}, {"f": HOST})
         store.meet(("h2", "g2"), (9, 8), {})
         assert (store.device(HOST), store.inode(HOST)) == ((9, "h2"), None)

@@ -150,6 +150,9 @@ class Connection:
     def _open_again(self) -> None:
         """Go on with another stream, as nothing is expected of the one that has ended."""
         self._down.finish()
+        if self._remote is not None:
+            # sshd keeps its half of a stream until we close ours.
+            self._remote.close()
         self._down = self._new_down()
         self._open()
 

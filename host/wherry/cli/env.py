@@ -57,7 +57,7 @@ def env(name: str, chosen: str | None) -> None:
 
 def _guess() -> str:
     """$SHELL on POSIX systems; Windows sets none, and has PowerShell."""
-    name = PurePath(os.environ.get("SHELL") or "pwsh").name
+    name = PurePath(os.environ.get("SHELL") or "pwsh").stem
     if name == "pwsh":
         return "powershell"
     return name if name in _LINES else "bash"

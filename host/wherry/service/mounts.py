@@ -127,14 +127,17 @@ class Mounts:
 
         :raises WherryError: the engine does not tell.
         """
-        found = [
-            each for state, those in self._known.fetch() for each in those if state in _RUNNING
-        ]
-        # Those that may have written come first, as what they wrote is still to come.
-        found += map(Source, self._roots.kept)
-        found += [Source(path, read_only=True) for path in self._roots.with_conflicts]
-        for source in sorted(found, key=lambda source: source.read_only):
-            self._resume(source)
+        found = list(map(Source, self._roots.kept))
+        is_known = False
+        try:
+            found += _running(self._known.fetch())
+            is_known = True
+        finally:
+            # If the engine does not tell who may write, anybody may.
+            found += [Source(path, read_only=is_known) for path in self._roots.with_conflicts]
+            # Those that may have written come first, as what they wrote is still to come.
+            for source in sorted(found, key=lambda source: source.read_only):
+                self._resume(source)
 
     def tidy(self) -> None:
         """End the roots that no container mounts, nor did when this was called last.
@@ -146,7 +149,12 @@ class Mounts:
         """
         if not self._roots.all():
             return
-        used = {source for _, found in self._known.fetch() for source in found}
+        containers = self._known.fetch()
+        for source in _running(containers):
+            # One that was not known when the service began may have written.
+            if not source.read_only and self._roots.was_written(source.path) is False:
+                self._resume(source)
+        used = {source for _, found in containers for source in found}
         before, self._used = self._used, used
         both = used | before
         self._roots.release(
@@ -195,16 +203,15 @@ class Mounts:
 
     def _is_first(self, source: Source) -> bool:
         """Whether none can have written to a root that is not known to be written to."""
-        if source.read_only or self._roots.was_written(source.path) is not False:
-            return not source.read_only
+        if source.read_only:
+            return False
+        if self._roots.was_written(source.path) is not False:
+            return True
         session = self._roots.holding(source.path)
         root = source.path if session is None else session.root.place.path
         try:
-            return not any(
-                state in _RUNNING and not each.read_only and _meet(each.path, root)
-                for state, found in self._known.fetch()
-                for each in found
-            )
+            running = _running(self._known.fetch())
+            return not any(not each.read_only and _meet(each.path, root) for each in running)
         except WherryError:
             return False
 
@@ -468,6 +475,11 @@ class Mounts:
 def _outer_first(mounted: Iterable[Source]) -> list[Source]:
     """Return sources in an order in which no root takes the place of one before it."""
     return sorted(mounted, key=lambda source: source.path)
+
+
+def _running(containers: Iterable[tuple[str, list[Source]]]) -> list[Source]:
+    """Return what those containers mount that may be at work."""
+    return [source for state, found in containers for source in found if state in _RUNNING]
 
 
 def _meet(one: str, other: str) -> bool:

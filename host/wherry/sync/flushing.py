@@ -1,6 +1,7 @@
 """When what rounds have done goes to the two disks: once things have calmed down, or in the end.
 
-Rounds go on meanwhile, and so do barriers: to write all that is in a guest's page cache can take
+Rounds go on meanwhile, and so do barriers, but for the one before the first container that may
+write (:mod:`wherry.sync.core.withhold`): to write all that is in a guest's page cache can take
 many seconds, of which most is not even ours.
 """
 
@@ -50,7 +51,7 @@ class Flushing:
         return self._ask_at or self._since + _CALM_S
 
     def step(self, cycle: Cycle, *, calm: bool) -> bool:
-        """Begin a flush that is due, or ask about one; whether all of it is on both disks now.
+        """Begin a flush that is due, or ask about one; whether one has ended.
 
         :param calm: whether nothing else is to be done.
         :raises OSError: a side cannot be reached, or its disk fails.

@@ -158,7 +158,7 @@ class Roots:
         )
 
     def release(
-        self, used: Iterable[str], written: Iterable[str] = (), *, idle_s: float = _UNUSED_S
+        self, used: Iterable[str], written: Iterable[str], *, idle_s: float = _UNUSED_S
     ) -> None:
         """End the roots that none of some paths is in; what both sides have stays.
 
@@ -169,12 +169,13 @@ class Roots:
         :param idle_s: nor is one ended that somebody needed so shortly ago: for a container,
             perhaps, that is being made.
         """
-        needed, writable = set(used), set(written)
+        needed = set(used)
         with self._lock:
+            mounted, writable = needed | self._kept, self._kept.union(written)
             for path, session in list(self._sessions.items()):
-                if not _has_any(path, writable | self._kept):
+                if not _has_any(path, writable):
                     session.forbid_writes(idle_s)
-                inside = _has_any(path, needed | self._kept)
+                inside = _has_any(path, mounted)
                 busy = session.idle_s < idle_s or session.status().conflicts
                 if not inside and not busy:
                     log.info("%s is not synchronised any more: no container mounts it", path)

@@ -287,6 +287,8 @@ class Cycle:
                 return side, halt
         if not self._met:
             if host.root is not None and guest.root is not None:
+                if lost[HOST]:
+                    self._withholding.owe()
                 devices = (host.device, guest.device)
                 store.meet(boots, devices, diff(self._ancestor, ancestor))
                 self._met = True

@@ -60,6 +60,9 @@ CREATE TABLE withheld (
 ) WITHOUT ROWID;
 CREATE TABLE written (root INTEGER PRIMARY KEY, written INTEGER NOT NULL);
 """
+_OWED = "INSERT INTO written SELECT DISTINCT root, 1 FROM ancestor;"
+"""An earlier release did not tell who had written."""
+
 _FROM_1 = "ALTER TABLE pending ADD COLUMN origin INTEGER;"
 _FROM_2 = "ALTER TABLE side ADD COLUMN device_boot TEXT;"
 _FROM_4 = "ALTER TABLE side ADD COLUMN inode TEXT;"
@@ -138,7 +141,8 @@ class Store:
         # Not only consistent after a loss of power but complete: "begin" is relied on.
         self._execute("PRAGMA synchronous = FULL")
         ((version,),) = self._execute("PRAGMA user_version")
-        from_4 = _FROM_4 + _WITHHELD
+        from_5 = _WITHHELD + _OWED
+        from_4 = _FROM_4 + from_5
         from_3 = _COPIES + from_4
         changes = {
             0: _SCHEMA + _COPIES + _WITHHELD,
@@ -146,7 +150,7 @@ class Store:
             2: _FROM_2 + from_3,
             3: from_3,
             4: from_4,
-            5: _WITHHELD,
+            5: from_5,
         }.get(version)
         if changes is not None:
             self._database.executescript(

@@ -71,8 +71,7 @@ class Withholding:
         :raises OSError: the guest cannot be reached.
         """
         if self._written is None:
-            # What an earlier release knew it does not tell.
-            self._remember({}, written=writes or ancestor is not None)
+            self._remember({}, written=writes)
         if writes and not first and not self._written:
             self._remember(dict.fromkeys(self._known), written=True)
         if self._written and not self._known:
@@ -115,6 +114,13 @@ class Withholding:
         self._remember(
             {**dict.fromkeys(known), **self._stamped(changed)}, written=bool(self._written)
         )
+
+    def owe(self) -> None:
+        """Learn that the host may have lost what it had from the guest: it comes once more.
+
+        On the disk before the loss is answered, which happens once.
+        """
+        self._remember({}, written=True)
 
     def rest(self) -> None:
         """Learn that no container may write, and that nothing is left to bring to the host."""
