@@ -21,7 +21,8 @@ LEAST_BYTES = 128 * 1024
 
 PORTION_BYTES = WINDOW_BYTES // 4
 """How much has to be due, at most, before it is given back. paramiko would give back each tenth of
-the window; each costs a packet and the guest's time. With a quarter, three quarters are in flight meanwhile."""
+the window; each costs a packet and the guest's time. With a quarter, three quarters are in flight
+meanwhile."""
 
 BUSY_S = 0.1
 """How long a stream counts after it was given window."""
