@@ -163,6 +163,7 @@ def test_a_stream_that_ended_before_it_was_used_is_replaced(proxy: Proxy) -> Non
         eventually(lambda: len(proxy.streams) == 1)
         proxy.engine.stop()
         proxy.engine.start()
+        eventually(lambda: proxy.streams[0]._gone, "the stream's end is not seen")
         proxy.ping()
         idle.request("GET", "/_ping")
         assert idle.answer()[0] == 200
