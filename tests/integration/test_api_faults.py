@@ -195,6 +195,7 @@ def test_a_stream_that_ended_while_a_hook_took_its_time_is_replaced(
             assert client.answer()[0] == 200
         client.request("POST", "/echo", body=b"x")
         assert held.wait(10)
+        eventually(lambda: proxy.engine.connections)
         if comes_back:
             proxy.engine.cut_all()
         else:

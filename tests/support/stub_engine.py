@@ -97,6 +97,9 @@ class StubEngine:
         self._listener.close()
         self.path.unlink(missing_ok=True)
         self.exit.set()
+        # Who was accepted at the last moment is cut too.
+        for accepting in self._threads[:1]:
+            accepting.join(WAIT_S)
         self.cut_all()
         for thread in self._threads:
             thread.join(WAIT_S)
