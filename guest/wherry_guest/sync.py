@@ -472,7 +472,7 @@ class _Root:
 
     def _flush(self, request: SyncFlush) -> Done:
         self._end.flush()
-        self._save_cache(last=request.last)
+        self._rest(last=request.last)
         return Done()
 
     def _begin_flush(self, request: SyncBeginFlush) -> Done:
@@ -482,10 +482,11 @@ class _Root:
     def _flushed(self, request: SyncFlushed) -> SyncYes:
         done = self._end.flushed()
         if done:
-            self._save_cache(last=False)
+            self._rest(last=False)
         return SyncYes(done=done)
 
-    def _save_cache(self, *, last: bool) -> None:
+    def _rest(self, *, last: bool) -> None:
+        """Write down what is known, and give back the memory that it took to find that out."""
         if self._files_read or last:
             self._end.save_cache(_ORDERED if last else system.boot_id())
             self._files_read = 0

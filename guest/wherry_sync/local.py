@@ -359,11 +359,11 @@ class LocalEndpoint:
         kernel.flush(self._stage.fd)
 
     def begin_flush(self) -> None:
-        """Begin that, and do not wait for it."""
+        """Begin to have all that was done so far on the disk, and do not wait for it."""
         self._flushes.begin()
 
     def flushed(self) -> bool:
-        """Whether what was begun is done.
+        """Whether the flush that was begun last is done.
 
         :raises OSError: it has failed.
         """

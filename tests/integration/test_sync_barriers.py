@@ -260,8 +260,9 @@ def test_25_a_write_in_the_guest_by_a_name_outside_of_the_copy(
         time.sleep(0.01)
 
 
-def test_nobody_waits_for_the_disk(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
-    """To write all that others have in the page cache may take long."""
+@pytest.fixture
+def slow_disk(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
+    """A flush of the host's disk that goes on until the event is set."""
     monkeypatch.setattr(flushing, "_CALM_S", 0.0)
     monkeypatch.setattr(flushing, "_ASK_S", 0.01)
     begun, release = threading.Event(), threading.Event()
@@ -271,17 +272,21 @@ def test_nobody_waits_for_the_disk(pair: Pair, monkeypatch: pytest.MonkeyPatch) 
         assert release.wait(30)
 
     monkeypatch.setattr(kernel, "flush", flush)
-    try:
-        (pair.host / "f").write_text("1")
+    (pair.host / "f").write_text("1")
+    pair.barrier(fresh=True)
+    assert begun.wait(10)
+    yield release
+    release.set()
+
+
+def test_nobody_waits_for_the_disk(pair: Pair, slow_disk: threading.Event) -> None:
+    """To write all that others have in the page cache may take long."""
+    for number in range(3):
+        (pair.host / "f").write_text(str(number))
         pair.barrier(fresh=True)
-        assert begun.wait(10)
-        for number in range(3):
-            (pair.host / "f").write_text(str(number))
-            pair.barrier(fresh=True)
-            assert (pair.there / "f").read_text() == str(number)
-        assert not pair.session._flushing.is_idle
-    finally:
-        release.set()
+        assert (pair.there / "f").read_text() == str(number)
+    assert not pair.session._flushing.is_idle
+    slow_disk.set()
     deadline = time.monotonic() + 15
     while not pair.session._flushing.is_idle:
         assert time.monotonic() < deadline
@@ -289,34 +294,19 @@ def test_nobody_waits_for_the_disk(pair: Pair, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_what_cannot_be_watched_is_looked_at_while_a_disk_is_written(
-    pair: Pair, monkeypatch: pytest.MonkeyPatch
+    pair: Pair, slow_disk: threading.Event, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(flushing, "_CALM_S", 0.0)
-    monkeypatch.setattr(flushing, "_ASK_S", 0.01)
     monkeypatch.setattr(session, "_POLL_S", 0.1)
-    begun, release = threading.Event(), threading.Event()
-
-    def flush(fd: int) -> None:
-        begun.set()
-        assert release.wait(30)
-
-    monkeypatch.setattr(kernel, "flush", flush)
-    try:
-        (pair.host / "f").write_text("1")
-        pair.barrier(fresh=True)
-        assert begun.wait(10)
-        found = pair.session._watch
-        assert found is not None
-        found.close()
-        found.failed("no watch")
-        pair.barrier(fresh=True)
-        (pair.host / "f").write_text("2")
-        deadline = time.monotonic() + 10
-        while (pair.there / "f").read_text() != "2":
-            assert time.monotonic() < deadline, "nobody looked"
-            time.sleep(0.01)
-    finally:
-        release.set()
+    found = pair.session._watch
+    assert found is not None
+    found.close()
+    found.failed("no watch")
+    pair.barrier(fresh=True)
+    (pair.host / "f").write_text("2")
+    deadline = time.monotonic() + 10
+    while (pair.there / "f").read_text() != "2":
+        assert time.monotonic() < deadline, "nobody looked"
+        time.sleep(0.01)
 
 
 def test_a_directory_that_is_made_where_one_was_removed(pair: Pair) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 from fake_image import FILES, write_image
 from hypothesis import settings
+from sync_pair import Pair, scratch
 
 from wherry.config.layout import Layout, MachinePaths
 from wherry.platform.linux import Linux
@@ -109,6 +111,16 @@ def own_directories(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("WHERRY_HOME", str(own / "home"))
     monkeypatch.setenv("DOCKER_CONFIG", str(own / "docker"))
     monkeypatch.setenv("WHERRY_DEFAULT_SOCKET", str(own / "default.sock"))
+
+
+@pytest.fixture
+def pair() -> Iterator[Pair]:
+    """Two directories that are kept equal."""
+    place = scratch()
+    made = Pair(place)
+    yield made
+    made.close()
+    shutil.rmtree(place)
 
 
 @pytest.fixture

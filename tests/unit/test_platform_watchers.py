@@ -9,7 +9,7 @@ import struct
 import sys
 import threading
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from ctypes import wintypes
 from pathlib import Path
 from typing import Any
@@ -285,25 +285,30 @@ class Kernel32:
 
 def told(*events: tuple[int, str]) -> bytes:
     """Return FILE_NOTIFY_EXTENDED_INFORMATION structures."""
-    records = []
-    for number, (action, name) in enumerate(events):
-        raw = name.encode("utf-16-le")
-        size = (84 + len(raw) + 7) // 8 * 8
-        following = size if number + 1 < len(events) else 0
-        head = struct.pack("<II6qIIqqI", following, action, *[0] * 10, len(raw))
-        records.append((head + raw).ljust(size, b"\0"))
-    return b"".join(records)
+    return records(
+        events, 8, lambda *head: struct.pack("<II6qIIqqI", *head[:2], *[0] * 10, head[2])
+    )
 
 
 def told_plainly(*events: tuple[int, str]) -> bytes:
     """Return FILE_NOTIFY_INFORMATION structures."""
-    records = []
+    return records(events, 4, lambda *head: struct.pack("<III", *head))
+
+
+def records(
+    events: Sequence[tuple[int, str]], align: int, pack: Callable[[int, int, int], bytes]
+) -> bytes:
+    """Return structures of which each tells where the next one is.
+
+    :param pack: gives what comes before a name: of that offset, the action and the name's length.
+    """
+    found = b""
     for number, (action, name) in enumerate(events):
         raw = name.encode("utf-16-le")
-        size = (12 + len(raw) + 3) // 4 * 4
+        size = (len(pack(0, 0, 0)) + len(raw) + align - 1) // align * align
         following = size if number + 1 < len(events) else 0
-        records.append((struct.pack("<III", following, action, len(raw)) + raw).ljust(size, b"\0"))
-    return b"".join(records)
+        found += (pack(following, action, len(raw)) + raw).ljust(size, b"\0")
+    return found
 
 
 @pytest.fixture

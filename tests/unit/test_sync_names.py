@@ -4,20 +4,10 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from sync_pair import Pair, scratch
-
-
-@pytest.fixture
-def pair() -> Iterator[Pair]:
-    place = scratch()
-    made = Pair(place)
-    yield made
-    made.close()
-    shutil.rmtree(place)
+from sync_pair import Pair
 
 
 def deep(length: int) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import random
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -24,15 +23,6 @@ MB = 1 << 20
 HOLE = handles.HOLE_BYTES
 ROOM = 4 * HOLE
 """What a file may take on the disk beyond its data: the blocks that have data and zeros."""
-
-
-@pytest.fixture
-def pair() -> Iterator[Pair]:
-    place = scratch()
-    made = Pair(place)
-    yield made
-    made.close()
-    shutil.rmtree(place)
 
 
 def make(path: Path, size: int, data: dict[int, bytes]) -> bytes:

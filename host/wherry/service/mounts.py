@@ -37,7 +37,6 @@ import json
 import logging
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from pathlib import PurePosixPath
 from typing import TypeVar
 
 from wherry.api.hooks import DEFAULT_BODY_LIMIT_BYTES, Hooks, Refusal, Request, Watch
@@ -49,6 +48,7 @@ from wherry.sync import sources
 from wherry.sync.barrier import hold_required
 from wherry.sync.core.reconcile import GUEST, HOST
 from wherry.sync.drives import of_container, of_volume
+from wherry.sync.extent import meet
 from wherry.sync.roots import Roots
 from wherry.sync.session import Session
 from wherry.sync.sources import Source
@@ -178,8 +178,8 @@ class Mounts:
         body = self._shared.rewritten(request, of_container)
         found = [*sources.of_container(body), *self._known.of_volumes(sources.volumes_of(body))]
 
-        # All are asked before one is shared, after which somebody may write.
-        firsts = {source for source in found if self._is_first(source)}
+        # Before one of them is shared, after which somebody may write.
+        firsts = self._firsts(found)
 
         def shared() -> Iterator[Session]:
             for source in _outer_first(found):
@@ -201,25 +201,30 @@ class Mounts:
 
         return Watch(line=created)
 
-    def _is_first(self, source: Source) -> bool:
-        """Whether none can have written to a root that is not known to be written to."""
-        if source.read_only:
-            return False
-        if self._roots.was_written(source.path) is not False:
-            return True
-        session = self._roots.holding(source.path)
-        root = source.path if session is None else session.root.place.path
+    def _firsts(self, found: Iterable[Source]) -> set[Source]:
+        """Return those that nobody can have written to whose root is not known to be written to."""
+        firsts = {source for source in found if not source.read_only}
+        unsure = {source for source in firsts if self._roots.was_written(source.path) is False}
+        if not unsure:
+            return firsts
         try:
-            running = _running(self._known.fetch())
-            return not any(not each.read_only and _meet(each.path, root) for each in running)
+            containers = self._known.fetch()
         except WherryError:
-            return False
+            return firsts - unsure
+        written = [each.path for each in _running(containers) if not each.read_only]
+        for source in unsure:
+            session = self._roots.holding(source.path)
+            root = source.path if session is None else session.root.place.path
+            if any(meet(path, root) for path in written):
+                firsts.discard(source)
+        return firsts
 
     def _create_volume(self, request: Request) -> Watch | None:
         body = self._shared.rewritten(request, of_volume)
         found = sources.of_volume(body)
+        firsts = self._firsts(found)
         for source in found:
-            self._shared.share(source, first=self._is_first(source))
+            self._shared.share(source, first=source in firsts)
 
         def created(line: bytes) -> None:
             self._known.learn_volume(parse_json(line).get("Name"), body)
@@ -480,12 +485,6 @@ def _outer_first(mounted: Iterable[Source]) -> list[Source]:
 def _running(containers: Iterable[tuple[str, list[Source]]]) -> list[Source]:
     """Return what those containers mount that may be at work."""
     return [source for state, found in containers for source in found if state in _RUNNING]
-
-
-def _meet(one: str, other: str) -> bool:
-    """Whether one of two paths is the other one, or in it."""
-    paths = PurePosixPath(one), PurePosixPath(other)
-    return paths[0].is_relative_to(paths[1]) or paths[1].is_relative_to(paths[0])
 
 
 def _then(function: Callable[[], object]) -> Watch:

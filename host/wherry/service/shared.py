@@ -12,6 +12,7 @@ from wherry.api.hooks import Refusal, Request
 from wherry.core.errors import WherryError
 from wherry.service import ssh_agent
 from wherry.sync.drives import PathRefused, host_path, to_guest
+from wherry.sync.extent import contains
 from wherry.sync.roots import Roots
 from wherry.sync.session import Session
 from wherry.sync.sources import Source
@@ -60,8 +61,7 @@ class Shared:
     def has(self, path: str) -> bool:
         """Whether a path of the guest's is one that containers may mount of the host."""
         return path not in _GUEST_SOCKETS and any(
-            path == root or path.startswith("/" if root == "/" else f"{root}/")
-            for root in self._directories
+            path == root or contains(root, path) for root in self._directories
         )
 
     def share(self, source: Source, *, first: bool = False) -> Session | None:

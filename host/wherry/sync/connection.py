@@ -107,8 +107,8 @@ class Connection:
                         if left_over > LEFT_OVER_BYTES:
                             self.close()
 
-    def _gather(self, payloads: list[bytes]) -> Callable[[bytes], None]:
-        """Return what takes the frames of a list of rows."""
+    def _gather(self, take: Callable[[bytes], object]) -> Callable[[bytes], None]:
+        """Return what takes the frames of a list of rows, as long as that is not too long."""
         size = 0
 
         def gather(payload: bytes) -> None:
@@ -116,22 +116,19 @@ class Connection:
             size += len(payload)
             if size > wire.MAX_ROWS_BYTES:
                 raise WireError("the list is too long")
-            payloads.append(payload)
+            take(payload)
 
         return gather
 
     def _collect(self, rows: list[tuple[bytes, ...]], width: int) -> Callable[[bytes], None]:
-        """Return what takes the rows of a list."""
-        size = 0
+        """Return what takes the rows of a list, likewise."""
 
         def collect(payload: bytes) -> None:
-            nonlocal size
-            size += len(payload)
             rows.extend(wire.parse_rows(payload, width))
-            if len(rows) > wire.MAX_ROWS or size > wire.MAX_ROWS_BYTES:
+            if len(rows) > wire.MAX_ROWS:
                 raise WireError("the list is too long")
 
-        return collect
+        return self._gather(collect)
 
     def _call(
         self, request: Message, kind: type[M], take: Callable[[bytes], None] | None = None

@@ -1,4 +1,4 @@
-"""What a root's directory has that is not synchronised."""
+"""What a root has of all paths, and what its directory has that is not synchronised."""
 
 from __future__ import annotations
 
@@ -12,6 +12,16 @@ from wherry.core.errors import ConfigError, WherryError
 from wherry.sync.core import rules
 from wherry_sync.entry import join, name_problem
 from wherry_sync.ignore import Ignore
+
+
+def contains(outer: str, inner: str) -> bool:
+    """Whether a path of the guest's is in another one."""
+    return inner.startswith("/" if outer == "/" else outer + "/")
+
+
+def meet(one: str, other: str) -> bool:
+    """Whether one of two paths of the guest's is the other one, or in it."""
+    return one == other or contains(one, other) or contains(other, one)
 
 
 def ignore_of(

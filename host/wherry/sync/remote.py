@@ -145,7 +145,7 @@ class RemoteEndpoint(Connection):
     def scan(self, dirty: Collection[str] | None = None, *, like: Entry | None = None) -> Snapshot:
         """Return the copy as it is now; see :class:`wherry.sync.endpoint.Endpoint`."""
         payloads: list[bytes] = []
-        reply = self._call(SyncScan(full=dirty is None), SyncScanned, self._gather(payloads))
+        reply = self._call(SyncScan(full=dirty is None), SyncScanned, self._gather(payloads.append))
         rows = wire.all_rows(payloads, 2)
         try:
             self._change(itertools.islice(rows, max(0, reply.changes)), reply.changes, like)
@@ -394,11 +394,11 @@ class RemoteEndpoint(Connection):
         self._call(SyncFlush(last=False), Done)
 
     def begin_flush(self) -> None:
-        """Begin that, and do not wait for it."""
+        """Begin to have all that is in the copy on the guest's disk, and do not wait for it."""
         self._call(SyncBeginFlush(), Done)
 
     def flushed(self) -> bool:
-        """Whether what was begun is done."""
+        """Whether the flush that was begun last is done."""
         return self._call(SyncFlushed(), SyncYes).done
 
     def part(self) -> None:

@@ -26,7 +26,7 @@ from wherry.sync.core import rules
 from wherry.sync.core.reconcile import GUEST
 from wherry.sync.core.store import Store
 from wherry.sync.core.traits import Traits
-from wherry.sync.extent import check_inside, check_private, ignore_of
+from wherry.sync.extent import check_inside, check_private, contains, ignore_of, meet
 from wherry.sync.model import Paths, Root, id_of
 from wherry.sync.remote import Place
 from wherry.sync.session import Connect, Session, has_conflicts
@@ -191,8 +191,7 @@ class Roots:
             session = self._holding(path)
             if session is not None:
                 return session.writes
-            near = (_has_any(path, [each]) or _has_any(each, [path]) for each in self._numbers)
-            return False if any(near) else None
+            return False if any(meet(path, each) for each in self._numbers) else None
 
     def holding(self, path: str) -> Session | None:
         """Return the session that keeps a path equal, if there is one."""
@@ -277,7 +276,7 @@ class Roots:
 
     def _holding(self, path: str) -> Session | None:
         for key, session in self._sessions.items():
-            if key == path or (not session.root.place.single and _contains(key, path)):
+            if key == path or (not session.root.place.single and contains(key, path)):
                 return session
         return None
 
@@ -292,7 +291,7 @@ class Roots:
         :raises WherryError: it cannot begin. If its rules are why, those go on.
         """
         ignore = NOTHING if single else self._rules(path)
-        inner = [key for key in self._sessions if key == path or _contains(path, key)]
+        inner = [key for key in self._sessions if key == path or contains(path, key)]
         others = any(self._sessions[key].writes for key in inner)
         for key in inner:
             self._end(key)
@@ -333,7 +332,7 @@ class Roots:
         inside = {
             posixpath.relpath(each, path): self._ignored.get(each, ())
             for each in sorted(self._numbers)
-            if _contains(path, each)
+            if contains(path, each)
         }
         settings = self._ignored.get(path, ())
         return ignore_of(self._host_path(path), self._private, settings, inside)
@@ -354,7 +353,7 @@ class Roots:
             self._connect,
             boot=self._boot,
             traits=traits_of(here),
-            pins=[posixpath.relpath(each, path) for each in self._pins if _contains(path, each)],
+            pins=[posixpath.relpath(each, path) for each in self._pins if contains(path, each)],
             writes=writes,
             first=first,
         )
@@ -367,14 +366,12 @@ class Roots:
         :raises WherryError: the database cannot be read or written.
         """
         # Those around others come first: parents are remembered before what is in them.
-        related = [
-            each for each in sorted(self._numbers) if _contains(each, path) or _contains(path, each)
-        ]
+        related = [each for each in sorted(self._numbers) if each != path and meet(each, path)]
         if not related:
             return
         with self._store(number) as store:
             for other in related:
-                if _contains(other, path):
+                if contains(other, path):
                     store.take(self._numbers[other], posixpath.relpath(path, other), "")
                 else:
                     store.take(self._numbers[other], "", posixpath.relpath(other, path))
@@ -483,8 +480,4 @@ def _is_case_sensitive(directory: Path, name: str) -> bool | None:
 
 def _has_any(path: str, others: Iterable[str]) -> bool:
     """Whether any of other paths is a path itself or in it."""
-    return any(each == path or _contains(path, each) for each in others)
-
-
-def _contains(outer: str, inner: str) -> bool:
-    return inner.startswith("/" if outer == "/" else outer + "/")
+    return any(each == path or contains(path, each) for each in others)

@@ -358,7 +358,10 @@ class Store:
 
     def written(self) -> bool | None:
         """Return whether containers may have written what is not on the host; None if unknown."""
-        for (written,) in self._execute("SELECT written FROM written WHERE root = ?", self._root):
+        return self._written(self._root)
+
+    def _written(self, root: int) -> bool | None:
+        for (written,) in self._execute("SELECT written FROM written WHERE root = ?", root):
             return bool(written)
         return None
 
@@ -416,15 +419,10 @@ class Store:
         withheld = self._execute(
             f"SELECT path, entry, stamp, coming FROM withheld WHERE {_PART}", *part
         )
-        with _Transaction(self._database):
-            # What containers owe to one of them, this one owes.
-            self._execute(
-                "INSERT INTO written SELECT ?, written FROM written WHERE root = ?"
-                " ON CONFLICT (root) DO UPDATE SET written = max(written, excluded.written)",
-                self._root,
-                other,
-            )
-        if not (ancestor or pending or withheld):
+        written = [each for each in (self.written(), self._written(other)) if each is not None]
+        owes = any(written) if written else None
+        knows = bool(ancestor or pending or withheld)
+        if not knows and owes == self.written():
             return
         cut, at = len(_bytes(theirs)) + 1 if theirs else 0, _bytes(ours)
 
@@ -433,6 +431,11 @@ class Store:
 
         known = self._execute(f"SELECT 1 FROM ancestor WHERE {_PART} LIMIT 1", *own)
         with _Transaction(self._database):
+            if owes is not None:
+                # What containers owe to one of them, this one owes.
+                self._execute("INSERT OR REPLACE INTO written VALUES (?, ?)", self._root, owes)
+            if not knows:
+                return
             for table in _TREES:
                 for which in (part, own):
                     self._execute(f"DELETE FROM {table} WHERE {_PART}", *which)
