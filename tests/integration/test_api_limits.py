@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
+import os
 import select
 import socket
+import sys
 import threading
 import time
 import tracemalloc
@@ -537,3 +539,18 @@ def test_a_hook_under_many_clients(proxy: Proxy) -> None:
         thread.join()
     assert len(seen) == 300
     assert seen.count("end") == 150
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the system grants less")
+def test_clients_that_do_not_wait_are_queued_as_by_the_engine(tmp_path: Path) -> None:
+    """However many come before one is accepted: they would get EAGAIN (connect(2))."""
+    path = tmp_path / "docker.sock"
+    listener = current().listen_local(path)
+    try:
+        with contextlib.ExitStack() as clients:
+            for _ in range(700):
+                client = clients.enter_context(socket.socket(socket.AF_UNIX))
+                client.setblocking(False)
+                client.connect(os.fspath(path))
+    finally:
+        listener.close()
