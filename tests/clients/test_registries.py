@@ -159,13 +159,17 @@ def test_a_pull_through_a_proxy(engine: Clients, servers: tuple[Server, Server, 
 def test_a_pull_without_tls_asks_a_proxy(
     engine: Clients, servers: tuple[Server, Server, Server]
 ) -> None:
-    """And is answered. Tinyproxy passes one of several ``Accept`` on, so nothing is found."""
+    """And is answered.
+
+    Tinyproxy passes one of several ``Accept`` on, and the engine sends them in an order of
+    chance, so the registry may have the manifest in another form than the one asked for.
+    """
     _, open_, proxy = servers
     engine.docker("tag", "busybox", f"{open_.name}/plain:1")
     engine.docker("push", f"{open_.name}/plain:1")
     target = f"{BEHIND_PROXY}:{open_.port}"
     done = engine.docker("pull", f"{target}/plain:1", check=False)
-    assert b"manifest unknown" in done.stderr
+    assert done.returncode == 0 or b"manifest unknown" in done.stderr
     assert f" http://{target}/v2/plain/manifests/1 " in proxy.said()
     engine.docker("rmi", f"{open_.name}/plain:1")
 
