@@ -10,7 +10,7 @@ there then, so it does not count: see :class:`Moved`.
 
 Not atomic, so the stage's journal has it before the first byte is written, and
 :meth:`~wherry_sync.replace.Replacer.finish_in_place` finishes it after a crash. A torn file is
-therefore never taken for somebody's edit.
+therefore never taken for somebody's edit: see :func:`is_torn`.
 """
 
 from __future__ import annotations
@@ -29,10 +29,71 @@ if TYPE_CHECKING:
     from wherry_sync.stage import Stage
 
 _STEP_BYTES = 1 << 20
+_OLD_BYTES = 1 << 20
+"""Of a file's old contents, that the journal has while it is written over."""
 
 
 class Moved(Stale):
     """What has the name is not what was written to; that was written as a whole."""
+
+
+def old_contents(fd: int, name: str, before: Leaf) -> bytes:
+    """Return what a file has before it is written over, for the journal; nothing if it is much."""
+    if before.size > _OLD_BYTES:
+        return b""
+    try:
+        descriptor = handles.open_regular(fd, name)
+    except OSError:
+        # Whoever writes it finds out why.
+        return b""
+    try:
+        return os.pread(descriptor, before.size, 0)
+    finally:
+        os.close(descriptor)
+
+
+def is_torn(fd: int, name: str, stage: Stage, before: Leaf, after: Leaf, old: bytes) -> bool:
+    """Whether a file is what a write in place that was interrupted has left, and nothing else.
+
+    It begins as the new contents do, and goes on as the old ones, with zeros behind where space
+    was reserved. Nobody has written to it since, but who wrote just that.
+
+    :param old: what it had, as :func:`old_contents` said; nothing is known by it if it is not
+        ``before``.
+    :raises OSError: it cannot be read.
+    """
+    if len(old) != before.size or hashing.digest(old) != before.digest:
+        old = b""
+    target = handles.open_regular(fd, name)
+    try:
+        if not before.size <= os.fstat(target).st_size <= max(before.size, after.size):
+            return False
+        source = stage.open_contents(after)
+        try:
+            position = _common(target, source)
+        finally:
+            os.close(source)
+        if position < before.size and not old:
+            return False
+        while data := os.pread(target, _STEP_BYTES, position):
+            if data != old[position : position + len(data)].ljust(len(data), b"\0"):
+                return False
+            position += len(data)
+        return True
+    finally:
+        os.close(target)
+
+
+def _common(one: int, other: int) -> int:
+    """Return how many bytes two files begin with that are the same."""
+    position = 0
+    while True:
+        pieces = [os.pread(each, _STEP_BYTES, position) for each in (one, other)]
+        pairs = enumerate(zip(*pieces, strict=False))
+        same = next((at for at, (a, b) in pairs if a != b), min(map(len, pieces)))
+        position += same
+        if not same or any(len(piece) > same for piece in pieces):
+            return position
 
 
 def start(stage: Stage, before: Leaf, after: Leaf) -> int:
@@ -188,14 +249,17 @@ def append(fd: int, name: str, tail: bytes, mtime_ns: int, expected: os.stat_res
         os.close(target)
 
 
-def begins(fd: int, name: str, before: Leaf) -> bool:
-    """Whether a file begins with all of the contents that it had before.
+def appended(fd: int, name: str, before: Leaf, limit: int) -> bytes | None:
+    """Return what a file has behind the contents that it had before, or None if it lacks these.
 
+    :param limit: bytes to return at most.
     :raises OSError: it cannot be read.
     """
     descriptor = handles.open_regular(fd, name)
     try:
-        return hashing.read_digest(descriptor, before.size) == (before.digest, before.size)
+        if hashing.read_digest(descriptor, before.size) != (before.digest, before.size):
+            return None
+        return os.pread(descriptor, limit, before.size)
     finally:
         os.close(descriptor)
 

@@ -106,7 +106,7 @@ class Replacer:
     def finish_in_place(self, fd: int, root_name: str = "") -> None:
         """Finish a write in place that a crash interrupted, before anything else is done.
 
-        What is there now may also have been edited since, so it is rescued first.
+        What is there now may also have been edited since. Then it is rescued first.
         """
         entry = self._stage.journal()
         if entry is None or not entry.in_place:
@@ -141,14 +141,18 @@ class Replacer:
         status: os.stat_result,
     ) -> None:
         if entry.tail:
-            if inplace.begins(fd, name, before):
-                self._rescue(fd, name, entry.path)
+            found = inplace.appended(fd, name, before, len(entry.tail) + 1)
+            if found is not None:
+                if not entry.tail.startswith(found):
+                    self._rescue(fd, name, entry.path)
                 inplace.finish_append(fd, name, before, entry.tail)
             return
         if not self._stage.has(after):
             return
         for _ in range(_TRIES):
-            self._rescue(fd, name, entry.path)
+            if not inplace.is_torn(fd, name, self._stage, before, after, entry.old):
+                self._rescue(fd, name, entry.path)
+            self._checkpoint("torn")
             try:
                 inplace.rewrite(fd, name, self._stage, after, 0, self._checkpoint, status)
             except inplace.Moved:
@@ -165,7 +169,6 @@ class Replacer:
         copy = self._stage.name("t")
         inplace.copy(fd, name, self._stage.fd, copy)
         self._stage.rescue(copy, path)
-        self._checkpoint("torn")
 
     def replace(self, change: Change) -> None:
         """Give a file or link the contents that are staged, or another mode.
@@ -198,7 +201,9 @@ class Replacer:
         """
         fd, name, before, after = change.fd, change.name, change.before, change.after
         stage, step = self._stage, self._checkpoint
-        stage.begin(Journal(change.path, before, after, in_place=True))
+        # Of a file that is appended to, no old byte is written over.
+        old = b"" if start else inplace.old_contents(fd, name, before)
+        stage.begin(Journal(change.path, before, after, in_place=True, old=old))
         step("in place")
         try:
             if start is None:

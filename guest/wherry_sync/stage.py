@@ -101,9 +101,10 @@ class Journal:
     :ivar made: the file in the stage that is exchanged with the one in the tree, if it is not
         called ``t-N``.
     :ivar tail: what is appended, if that is all that is done in place.
+    :ivar old: the contents that are written over, unless they are much.
     """
 
-    __slots__ = ("after", "before", "in_place", "made", "path", "tail")
+    __slots__ = ("after", "before", "in_place", "made", "old", "path", "tail")
 
     def __init__(
         self,
@@ -114,6 +115,7 @@ class Journal:
         in_place: bool = False,
         made: str = "",
         tail: bytes = b"",
+        old: bytes = b"",
     ) -> None:
         self.path = path
         self.before = before
@@ -121,6 +123,7 @@ class Journal:
         self.in_place = in_place
         self.made = made
         self.tail = tail
+        self.old = old
 
 
 class Stage:
@@ -304,6 +307,7 @@ class Stage:
             b"in place" if in_place else b"",
             journal.made.encode(),
             journal.tail,
+            journal.old,
         )
         data = b"".join(len(field).to_bytes(4, "big") + field for field in fields)
         handles.write_at(self._journal, len(data).to_bytes(4, "big") + data, 0)
@@ -333,9 +337,9 @@ class Stage:
             if len(fields[-1]) != length:
                 return None
             data = data[4 + length :]
-        if len(fields) != 6:
+        if len(fields) != 7:
             return None
-        path, before, after, in_place, made, tail = fields
+        path, before, after, in_place, made, tail, old = fields
         try:
             text = path.decode()
         except UnicodeDecodeError:
@@ -347,6 +351,7 @@ class Stage:
             in_place=bool(in_place),
             made=made.decode("ascii"),
             tail=tail,
+            old=old,
         )
 
     def leaf(self, name: str) -> Leaf:

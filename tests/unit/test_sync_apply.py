@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from sync_trees import FIFO, read, text, tree, write
 
-from wherry_sync import hashing, kernel
+from wherry_sync import hashing, inplace, kernel
 from wherry_sync.apply import Policy
 from wherry_sync.entry import EMPTY, Entry, Leaf, is_file, link, lookup
 from wherry_sync.local import LocalEndpoint
@@ -91,7 +91,7 @@ class Place:
         ]
 
 
-CONTENTS = ["1", "2", "3", "1 and more", "short", ""]
+CONTENTS = ["1", "2", "3", "1 and more", "short", "", "short and even longer"]
 
 
 def digest(entry: Entry | None) -> bytes:
@@ -673,7 +673,7 @@ def test_what_gets_the_name_while_a_torn_file_is_finished_is_left_alone(
     place.action = lambda point: goes(place.root / "f") if point == "truncated" else None
     place.open()
     assert read(place.root) == left
-    assert place.rescued() == [("f", "short more")]
+    assert not place.rescued()
 
 
 @pytest.mark.parametrize("point", ["in place", "written in place", "truncated"])
@@ -694,8 +694,7 @@ def test_a_crash_in_place_is_never_an_edit(place: Place, point: str, edited: boo
     place.restart()
     wanted = "1 and more" if point == "in place" and not edited else "short"
     assert read(place.root) == {"a": wanted, "b": wanted}
-    torn = "mine" if edited else "short more" if point == "written in place" else None
-    assert place.rescued() == ([] if torn is None else [("a", torn)])
+    assert place.rescued() == ([("a", "mine")] if edited else [])
     assert not list((place.directory / "stage").glob("c-*"))
 
 
@@ -721,7 +720,106 @@ def test_what_is_written_over_a_torn_file_is_kept_too(place: Place) -> None:
     place.action = edit
     place.open()
     assert read(place.root) == {"a": "short", "b": "short"}
-    assert sorted(place.rescued()) == [("a", "mine"), ("a", "short more")]
+    assert place.rescued() == [("a", "mine")]
+
+
+@pytest.mark.parametrize("place", ["staged"], indirect=True)
+@pytest.mark.parametrize("before", ["", "1", "1 and more"])
+@pytest.mark.parametrize("after", ["", "1 and more", "short", "short and even longer"])
+@pytest.mark.parametrize("edited", [None, 0, -1])
+def test_what_is_torn_anywhere_is_told_from_an_edit(
+    place: Place, before: str, after: str, edited: int | None
+) -> None:
+    """A kernel that ends a program ends its write where it likes, with space reserved or not."""
+    old, new = before.encode(), after.encode()
+
+    def crash(point: str) -> None:
+        if point == "in place":
+            raise Crash
+
+    found = [
+        new[:done] + room[done:]
+        for room in {old, old.ljust(len(new), b"\0")}
+        for done in range(len(new) + 1)
+    ]
+    for torn in {bytes(each) for each in found} - {old, new}:
+        there = bytearray(torn)
+        if edited is not None:
+            there[edited] ^= 1
+        write(place.root, {"a": before})
+        (place.root / "b").hardlink_to(place.root / "a")
+        place.action = crash
+        with pytest.raises(Crash):
+            place.one("a", before, after)
+        (place.root / "a").write_bytes(there)
+        place.restart()
+        assert read(place.root) == {"a": after, "b": after}
+        lost = [] if edited is None else [("a", there.decode())]
+        assert place.rescued() == lost, torn
+        for each in place.end.rescued():
+            place.end.forget_rescued(each.name)
+        for path in place.root.iterdir():
+            path.unlink()
+
+
+@pytest.mark.parametrize("place", ["staged"], indirect=True)
+@pytest.mark.parametrize("point", ["in place", "written in place"])
+@pytest.mark.parametrize("grown", [False, True])
+@pytest.mark.parametrize("edited", [False, True])
+def test_of_much_only_what_was_appended_is_known_to_be_torn(
+    place: Place, monkeypatch: pytest.MonkeyPatch, point: str, grown: bool, edited: bool
+) -> None:
+    """Its old contents are not kept meanwhile; who wrote what cannot be told, so it is kept."""
+    monkeypatch.setattr(inplace, "_OLD_BYTES", 4)
+    monkeypatch.setattr(inplace, "_STEP_BYTES", 4)
+    before, after = ("short", "short and even longer") if grown else ("1 and more", "short")
+    write(place.root, {"a": before})
+    (place.root / "b").hardlink_to(place.root / "a")
+
+    def crash(now: str) -> None:
+        if now == point:
+            raise Crash
+
+    place.action = crash
+    with pytest.raises(Crash):
+        place.one("a", before, after)
+    there = (place.root / "a").read_bytes()
+    if edited:
+        (place.root / "a").write_bytes(there + b"!")
+        there += b"!"
+    place.restart()
+    touched = edited or point != "in place"
+    assert read(place.root)["a"] == (after if touched else before)
+    kept = edited or (touched and not grown)
+    assert place.rescued() == ([("a", there.decode())] if kept else [])
+
+
+@pytest.mark.parametrize("place", ["staged"], indirect=True)
+@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize("there", ["sh", "short more\0", "short\0\0\0\0\0", "other"])
+def test_what_only_looks_torn_is_kept(
+    place: Place, monkeypatch: pytest.MonkeyPatch, there: str, late: bool
+) -> None:
+    """Cut off, grown, full of zeros; or it was when its old contents were read."""
+    write(place.root, {"a": "1 and more"})
+    (place.root / "b").hardlink_to(place.root / "a")
+
+    def crash(point: str) -> None:
+        if point == "in place":
+            raise Crash
+
+    def read_late(fd: int, name: str, before: Leaf) -> bytes:
+        return there.encode()
+
+    place.action = crash
+    if late:
+        monkeypatch.setattr(inplace, "old_contents", read_late)
+    with pytest.raises(Crash):
+        place.one("a", "1 and more", "short")
+    (place.root / "a").write_text(there)
+    place.restart()
+    assert read(place.root) == {"a": "short", "b": "short"}
+    assert place.rescued() == [("a", there)]
 
 
 def test_50_a_full_disk_leaves_the_file_as_it_was(
@@ -852,7 +950,7 @@ def test_a_torn_append_is_never_an_edit(
     place.restart()
     assert read(place.root) == {"log": "mine" if edited == "mine" else "1 and more"}
     # One that is an edit, and nothing else, is left where it is.
-    assert place.rescued() == ([] if edited == "mine" else [("log", edited or "1 and")])
+    assert place.rescued() == ([("log", "1 and my")] if edited == "1 and my" else [])
 
 
 def test_the_next_scan_looks_where_we_have_changed_something(place: Place) -> None:
