@@ -26,6 +26,7 @@ from wherry.platform.base import ChangeSink, TreeWatcher
 from wherry.sync import barrier, flushing, session, watch
 from wherry.sync.core.reconcile import GUEST, HOST
 from wherry.sync.model import Paths, Root
+from wherry.sync.progress import Progress
 from wherry.sync.remote import Place, RemoteEndpoint
 from wherry.sync.session import Session
 from wherry_sync import handles, hashing, kernel
@@ -596,13 +597,13 @@ def test_a_scan_of_this_computer_is_progress(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     points: list[str] = []
-    original = Session._progress
+    original = Progress.moved
 
-    def progress(self: Session, point: str = "") -> None:
+    def moved(self: Progress, point: str = "") -> None:
         points.append(point)
         original(self, point)
 
-    monkeypatch.setattr(Session, "_progress", progress)
+    monkeypatch.setattr(Progress, "moved", moved)
     (tmp_path / "host").mkdir()
     with (tmp_path / "host" / "large").open("wb") as file:
         file.truncate(6 << 20)

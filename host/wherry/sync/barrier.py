@@ -32,11 +32,14 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from wherry.core.errors import WherryError
+from wherry.sync.core.reconcile import GUEST, HOST
 
 if TYPE_CHECKING:
+    from wherry.sync.core.cycle import Outcome
     from wherry.sync.session import Session
 
 STALL_S = 60.0
@@ -64,18 +67,17 @@ class Ticket:
         self._error: WherryError | None = None
         self._sides: tuple[WherryError | None, WherryError | None] = (None, None)
 
-    def finish(
-        self,
-        error: WherryError | None,
-        sides: tuple[WherryError | None, WherryError | None] = (None, None),
-    ) -> None:
-        """Let whoever waits go on.
+    def answer(self, root: Path, outcome: Outcome) -> None:
+        """Let whoever waits go on after a round: it may lack something all the same.
 
-        :param error: why nothing is certain.
-        :param sides: why the host, and the guest, have not all that the other one has.
+        :param root: on the host.
         """
+        self._sides = (failure(root, outcome, HOST), failure(root, outcome, GUEST))
+        self.done.set()
+
+    def finish(self, error: WherryError | None) -> None:
+        """Let whoever waits go on; with nothing certain, if there is an error."""
         self._error = error
-        self._sides = sides
         self.done.set()
 
     def check(self, side: int | None = None) -> None:
@@ -88,6 +90,28 @@ class Ticket:
         for error in (self._error, *sides):
             if error is not None:
                 raise WherryError(error.message, hint=error.hint) from error
+
+
+def failure(root: Path, outcome: Outcome, wanted: int | None = None) -> WherryError | None:
+    """Return why a side, or any, has not all that the other one has after a round.
+
+    :param root: on the host.
+    """
+    if outcome.halt is not None:
+        side, halt = outcome.halt
+        where = root if side == HOST else f"the copy of {root} in the guest"
+        return WherryError(
+            f"the synchronisation of {root} is halted: {where}: {halt.value}",
+            hint=f"bring it back, or: wherry sync remove {root}",
+        )
+    for side in (HOST, GUEST) if wanted is None else (wanted,):
+        for problem in outcome.lacked_by(side):
+            where = "on this computer" if side == HOST else "in the guest"
+            return WherryError(
+                f"{root / problem.path} cannot be brought up to date {where}: {problem.reason}",
+                hint="see: wherry sync status",
+            )
+    return None
 
 
 def hold(

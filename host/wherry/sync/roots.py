@@ -22,6 +22,7 @@ from pathlib import Path
 
 from wherry.core.errors import WherryError
 from wherry.core.files import write_atomic
+from wherry.sync.conflicts import has_conflicts
 from wherry.sync.core import rules
 from wherry.sync.core.reconcile import GUEST
 from wherry.sync.core.store import Store
@@ -29,7 +30,7 @@ from wherry.sync.core.traits import Traits
 from wherry.sync.extent import check_inside, check_private, contains, ignore_of, meet
 from wherry.sync.model import Paths, Root, id_of
 from wherry.sync.remote import Place
-from wherry.sync.session import Connect, Session, has_conflicts
+from wherry.sync.session import Connect, Session
 from wherry_sync import handles
 from wherry_sync.ignore import NOTHING, Ignore
 

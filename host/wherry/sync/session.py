@@ -17,12 +17,12 @@ import time
 from collections.abc import Callable, Collection, Iterable
 from contextlib import closing
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, TypeVar
 
 from wherry.core.errors import WherryError
 from wherry.platform import current
-from wherry.sync.barrier import Ticket
+from wherry.sync.barrier import Ticket, failure
+from wherry.sync.conflicts import DIRECTORY, Conflicts
 from wherry.sync.core.cycle import Cycle, Outcome
 from wherry.sync.core.keep import Keep
 from wherry.sync.core.reconcile import GUEST, HOST
@@ -30,6 +30,7 @@ from wherry.sync.core.store import Store
 from wherry.sync.core.traits import Traits
 from wherry.sync.flushing import Flushing
 from wherry.sync.model import Paths, Root, Status, id_of
+from wherry.sync.progress import Progress
 from wherry.sync.remote import Place, RemoteEndpoint
 from wherry.sync.watch import HostWatch
 from wherry_sync.apply import Policy
@@ -59,18 +60,9 @@ _TRASH_BYTES = 1 << 30
 _TRASH_FILES = 10_000
 
 _ORDERED = "ended in order"
-_CONFLICTS = "conflicts"
 
 T = TypeVar("T")
 Connect = Callable[[Place, bool, Callable[[int], None]], RemoteEndpoint]
-
-
-def has_conflicts(state: Path) -> bool:
-    """Whether the state of a session has files that conflicts left."""
-    try:
-        return any(path.name.isdigit() for path in (state / _CONFLICTS).iterdir())
-    except OSError:
-        return False
 
 
 class Session:
@@ -110,8 +102,7 @@ class Session:
         self._host_changed = False
         self._guest_changed = False
         self._follow_up = False
-        self._moved_at = self._heard_at = time.monotonic()
-        self._busy_at = ""
+        self._progress = Progress()
         self._status = Status(root, "connecting")
         self._remote: RemoteEndpoint | None = None
         self._cycle: Cycle | None = None
@@ -131,9 +122,7 @@ class Session:
         self._first = first
         # When somebody needed that last.
         self._allowed_at = time.monotonic()
-        # By number; see Keep.
-        self._conflicts: dict[int, str] = {}
-        self._conflict_count = 0
+        self._conflicts = Conflicts(root.path)
         # Whether the guest's end knows it.
         self._pins = dict.fromkeys(pins, False)
         self._calls: list[tuple[Callable[[Keep], Any], concurrent.futures.Future[Any]]] = []
@@ -252,30 +241,26 @@ class Session:
     @property
     def conflict_count(self) -> int:
         """How many files conflicts have left, ever; for :meth:`conflicts_since`."""
-        return self._conflict_count
+        return self._conflicts.last
 
     def conflicts_since(self, count: int) -> list[str]:
         """Return the paths of the conflicts after so many, as far as they are not resolved."""
-        with self._lock:
-            return [path for number, path in self._conflicts.items() if number > count]
+        return self._conflicts.since(count)
 
     @property
     def where(self) -> str:
         """What it is at, as the end of a sentence that says that it is stalled."""
-        transfer = self.status().transfer
-        if transfer is None or not transfer.path:
-            return f" at {self._busy_at}, which is being read in the guest" if self._busy_at else ""
-        return f" at {transfer.path}, after {transfer.done_files} of {transfer.total_files} files"
+        return self._progress.where(self.status().transfer)
 
     @property
     def idle_s(self) -> float:
         """Seconds since it last made progress, or the guest said that it is at work."""
-        return time.monotonic() - max(self._moved_at, self._heard_at)
+        return self._progress.idle_s
 
     @property
     def busy_s(self) -> float:
         """Seconds since it last made progress; the guest may be at work on one path since."""
-        return time.monotonic() - self._moved_at
+        return self._progress.busy_s
 
     def close(self) -> None:
         """Stop: what is not on both disks yet is flushed, with a bound; safe to call twice."""
@@ -295,7 +280,7 @@ class Session:
             self._paths.state.mkdir(mode=0o700, parents=True, exist_ok=True)
             with (
                 closing(Store(self._paths.database, self.root.number)) as store,
-                closing(Keep(self._paths.state / _CONFLICTS)) as conflicts,
+                closing(Keep(self._paths.state / DIRECTORY)) as conflicts,
                 closing(
                     Keep(
                         self._paths.state / "trash",
@@ -304,8 +289,8 @@ class Session:
                     )
                 ) as trash,
             ):
-                self._conflict_count = conflicts.last
-                self._look_at(conflicts)
+                self._conflicts.load(conflicts)
+                self._status.conflicts = len(self._conflicts)
                 self._serve(store, conflicts, trash)
         except Exception as error:
             log.exception("%s is not synchronised any more", self.root.path)
@@ -364,8 +349,8 @@ class Session:
             self._boot,
             ignore=root.place.ignore,
             policy=Policy(keep=trash.take, links_stay=False),
-            checkpoint=self._progress,
-            progress=self._progress,
+            checkpoint=self._progress.moved,
+            progress=self._progress.moved,
             single=root.place.single or None,
             cache=str(self._paths.state / "cache"),
             trust=_ORDERED if store.boot(HOST) == "" else self._boot,
@@ -376,12 +361,12 @@ class Session:
         self._rewatch()
         ordered = store.boot(GUEST) == ""
         self._remote = remote = self._connect(self.root.place, ordered, self._on_bytes)
-        remote.on_busy = self._on_busy
+        remote.on_busy = self._progress.busy
         self._looked = False
         try:
             if not remote.has(id_of(number) for number in store.copies()):
                 store.forget()
-            return Cycle(host, remote, store, conflicts, self._traits, self._progress)
+            return Cycle(host, remote, store, conflicts, self._traits, self._progress.moved)
         except BaseException:
             remote.close()
             raise
@@ -434,13 +419,8 @@ class Session:
 
     def _look_at(self, conflicts: Keep) -> None:
         """Take note of what conflicts have left: files that a round has kept, too, that failed."""
-        paths = {kept.number: str(self.root.path / kept.path) for kept in conflicts}
-        with self._lock:
-            for number in sorted(paths.keys() - self._conflicts.keys()):
-                if number > self._conflict_count:
-                    log.warning("both sides changed %s; the guest's is kept", paths[number])
-            self._conflicts, self._conflict_count = paths, conflicts.last
-            self._status.conflicts = len(paths)
+        self._conflicts.update(conflicts)
+        self._status.conflicts = len(self._conflicts)
 
     def _patience(self, connected: bool) -> float:
         if not connected:
@@ -490,7 +470,7 @@ class Session:
                     also=host.with_links if fresh else (),
                 )
             finally:
-                if conflicts.last != self._conflict_count:
+                if conflicts.last != self._conflicts.last:
                     self._look_at(conflicts)
         except BaseException as error:
             # A connection may have been dead for long before it was used: once more, then.
@@ -515,10 +495,7 @@ class Session:
         self._ended_at = time.monotonic()
         self._report(outcome)
         for ticket in tickets:
-            if outcome.halt is not None:
-                ticket.finish(self._failure(outcome))
-            else:
-                ticket.finish(None, (self._failure(outcome, HOST), self._failure(outcome, GUEST)))
+            ticket.answer(self.root.path, outcome)
         self._flush(cycle, host, calm=False)
 
     def _rounds(
@@ -588,34 +565,15 @@ class Session:
             return False
         return True
 
-    def _failure(self, outcome: Outcome, wanted: int | None = None) -> WherryError | None:
-        """Return why a side, or any, has not all that the other one has; None if it has."""
-        if outcome.halt is not None:
-            side, halt = outcome.halt
-            where = self.root.path if side == HOST else f"the copy of {self.root.path} in the guest"
-            return WherryError(
-                f"the synchronisation of {self.root.path} is halted: {where}: {halt.value}",
-                hint=f"bring it back, or: wherry sync remove {self.root.path}",
-            )
-        for side in (HOST, GUEST) if wanted is None else (wanted,):
-            for problem in outcome.lacked_by(side):
-                where = "on this computer" if side == HOST else "in the guest"
-                return WherryError(
-                    f"{self.root.path / problem.path} cannot be brought up to date {where}:"
-                    f" {problem.reason}",
-                    hint="see: wherry sync status",
-                )
-        return None
-
     def _report(self, outcome: Outcome) -> None:
-        failure = self._failure(outcome)
+        unequal = failure(self.root.path, outcome)
         with self._lock:
             status = self._status
             status.state = "halted" if outcome.halt is not None else "watching"
-            status.reason = failure.message if failure is not None else ""
+            status.reason = unequal.message if unequal is not None else ""
             status.problems = outcome.unequal
             status.watch_problem = (self._watch.problem or "") if self._watch is not None else ""
-        if failure is None:
+        if unequal is None:
             self._failures = 0
 
     def _drop(self, error: Exception) -> None:
@@ -642,7 +600,7 @@ class Session:
             tickets, self._tickets = self._tickets, []
         self._finish(tickets, error)
 
-    def _finish(self, tickets: list[Ticket], error: WherryError | None) -> None:
+    def _finish(self, tickets: list[Ticket], error: WherryError) -> None:
         for ticket in tickets:
             ticket.finish(error)
 
@@ -650,21 +608,11 @@ class Session:
         with self._lock:
             self._status.state = state
             self._status.reason = reason
-        self._progress(state)
-
-    def _progress(self, point: str = "") -> None:
-        self._moved_at = time.monotonic()
-        self._busy_at = ""
-
-    def _on_busy(self, path: str) -> None:
-        if path != self._busy_at:
-            self._progress()
-            self._busy_at = path
-        self._heard_at = time.monotonic()
+        self._progress.moved(state)
 
     def _on_bytes(self, size: int) -> None:
         self._status.bytes_moved += size
-        self._progress("bytes")
+        self._progress.moved("bytes")
 
     def _on_host_change(self) -> None:
         with self._lock:
