@@ -1,4 +1,4 @@
-"""The ancestor, and which paths are not on both disks yet. SQLite with a write-ahead log.
+"""The ancestor, and which paths are not on both disks yet: a database.
 
 A cycle goes through here twice. :meth:`Store.begin` writes down, before anything is touched,
 that its paths are pending on both sides, with what was there for certain; :meth:`Store.commit`
@@ -21,56 +21,16 @@ along: on another data disk what is not there would look as if it had been delet
 
 from __future__ import annotations
 
-import sqlite3
-import threading
 from collections.abc import Callable, Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
-from wherry.core.errors import WherryError
+from wherry.sync.core import database
 from wherry.sync.core.reconcile import GUEST, HOST
 from wherry.sync.core.recover import Pending
 from wherry_sync.apply import no_fault
 from wherry_sync.entry import EMPTY, Directory, Entry, Leaf
-
-_SCHEMA = """
-CREATE TABLE ancestor (
-    root INTEGER NOT NULL, path BLOB NOT NULL, entry BLOB NOT NULL, PRIMARY KEY (root, path)
-) WITHOUT ROWID;
-CREATE TABLE pending (
-    root INTEGER NOT NULL, side INTEGER NOT NULL, path BLOB NOT NULL,
-    before BLOB, after BLOB, number INTEGER NOT NULL, origin INTEGER,
-    PRIMARY KEY (root, side, path)
-) WITHOUT ROWID;
-CREATE TABLE side (
-    root INTEGER NOT NULL, side INTEGER NOT NULL, boot TEXT NOT NULL, device INTEGER,
-    device_boot TEXT, inode TEXT, PRIMARY KEY (root, side)
-) WITHOUT ROWID;
-"""
-_COPIES = """
-CREATE TABLE copies (
-    root INTEGER NOT NULL, copy INTEGER NOT NULL, PRIMARY KEY (root, copy)
-) WITHOUT ROWID;
-"""
-_WITHHELD = """
-CREATE TABLE withheld (
-    root INTEGER NOT NULL, path BLOB NOT NULL, entry BLOB, stamp BLOB NOT NULL, coming BLOB,
-    PRIMARY KEY (root, path)
-) WITHOUT ROWID;
-CREATE TABLE written (root INTEGER PRIMARY KEY, written INTEGER NOT NULL);
-"""
-_OWED = "INSERT INTO written SELECT DISTINCT root, 1 FROM ancestor;"
-"""An earlier release did not tell who had written."""
-
-_FROM_1 = "ALTER TABLE pending ADD COLUMN origin INTEGER;"
-_FROM_2 = "ALTER TABLE side ADD COLUMN device_boot TEXT;"
-_FROM_4 = "ALTER TABLE side ADD COLUMN inode TEXT;"
-"""As text, for SQLite's integers have a sign."""
-
-_VERSION = 6
-_PATIENCE_S = 60.0
-"""For another root's transaction, which may be a large one on a slow disk."""
 
 _DIRECTORY = b"D"
 _UNCERTAIN = "uncertain"
@@ -78,9 +38,6 @@ _UNCERTAIN = "uncertain"
 
 _TREES = ("ancestor", "pending", "withheld")
 """The tables of what is known of paths."""
-
-_OPENING = threading.Lock()
-"""SQLite does not wait for another connection that makes or removes the write-ahead log."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,22 +66,7 @@ class Store:
     def __init__(self, path: Path, root: int, checkpoint: Callable[[str], None] = no_fault) -> None:
         self._root = root
         self._checkpoint = checkpoint
-        self._database = sqlite3.connect(path, timeout=_PATIENCE_S, isolation_level=None)
-        try:
-            with _OPENING:
-                self._open(path)
-        except sqlite3.DatabaseError as error:
-            self._database.close()
-            damaged = not isinstance(error, sqlite3.OperationalError)
-            raise WherryError(
-                f"{path} cannot be read: {error}",
-                hint="move it away; what differs on both sides is then a conflict"
-                if damaged
-                else "",
-            ) from error
-        except BaseException:
-            self._database.close()
-            raise
+        self._database = database.connect(path)
         ((last,),) = self._execute("SELECT coalesce(max(number), 0) FROM pending")
         self._number: int = last
         # While a flush goes on: what was there when it began, at the paths of rounds since.
@@ -133,34 +75,7 @@ class Store:
 
     def close(self) -> None:
         """Close the database; safe to call twice."""
-        with _OPENING:
-            self._database.close()
-
-    def _open(self, path: Path) -> None:
-        self._execute("PRAGMA journal_mode = WAL")
-        # Not only consistent after a loss of power but complete: "begin" is relied on.
-        self._execute("PRAGMA synchronous = FULL")
-        ((version,),) = self._execute("PRAGMA user_version")
-        from_5 = _WITHHELD + _OWED
-        from_4 = _FROM_4 + from_5
-        from_3 = _COPIES + from_4
-        changes = {
-            0: _SCHEMA + _COPIES + _WITHHELD,
-            1: _FROM_1 + _FROM_2 + from_3,
-            2: _FROM_2 + from_3,
-            3: from_3,
-            4: from_4,
-            5: from_5,
-        }.get(version)
-        if changes is not None:
-            self._database.executescript(
-                f"BEGIN IMMEDIATE;{changes}PRAGMA user_version = {_VERSION};COMMIT;"
-            )
-        elif version != _VERSION:
-            raise WherryError(
-                f"{path} is of another release of wherry (version {version})",
-                hint="install that release, or remove the file to compare both sides anew",
-            )
+        database.close(self._database)
 
     def load(self) -> Entry | None:
         """Return the ancestor."""
@@ -200,7 +115,7 @@ class Store:
             for path, (before, _) in changes.items():
                 self._before.setdefault(path, before)
         self._checkpoint("begin")
-        with _Transaction(self._database):
+        with database.Transaction(self._database):
             self._database.executemany(
                 "INSERT INTO pending VALUES (?, ?, ?, ?, ?, ?, ?) ON CONFLICT (root, side, path)"
                 " DO UPDATE SET after = excluded.after, number = excluded.number,"
@@ -224,7 +139,7 @@ class Store:
     def commit(self, changes: Mapping[str, Entry | None]) -> None:
         """Change the ancestor by what :func:`~wherry_sync.diff.diff` says."""
         self._checkpoint("commit")
-        with _Transaction(self._database, lazy=True):
+        with database.Transaction(self._database, lazy=True):
             self._change(changes)
         self._checkpoint("committed")
 
@@ -266,7 +181,7 @@ class Store:
         At a path that is pending again since, that is what is there for certain.
         """
         self._checkpoint("confirm")
-        with _Transaction(self._database, lazy=True):
+        with database.Transaction(self._database, lazy=True):
             self._execute(
                 "DELETE FROM pending WHERE root = ? AND side = ? AND number <= ?",
                 self._root,
@@ -302,7 +217,7 @@ class Store:
 
     def identify(self, side: int, inode: int) -> None:
         """Note the inode of a side's root, after both sides have met."""
-        with _Transaction(self._database, lazy=True):
+        with database.Transaction(self._database, lazy=True):
             self._execute(
                 "UPDATE side SET inode = ? WHERE root = ? AND side = ?",
                 str(inode),
@@ -334,7 +249,7 @@ class Store:
         were known, what is remembered is of the root's own from now on.
         """
         self._checkpoint("meet")
-        with _Transaction(self._database):
+        with database.Transaction(self._database):
             self._change(changes)
             self._execute("DELETE FROM copies WHERE root = ?", self._root)
             self._execute("UPDATE pending SET origin = NULL WHERE root = ?", self._root)
@@ -377,7 +292,7 @@ class Store:
     def withhold(self, changes: Mapping[str, Withheld | None], *, written: bool) -> None:
         """Change what :meth:`withheld` and :meth:`written` return, in one transaction."""
         self._checkpoint("withhold")
-        with _Transaction(self._database):
+        with database.Transaction(self._database):
             self._execute("INSERT OR REPLACE INTO written VALUES (?, ?)", self._root, written)
             self._database.executemany(
                 "DELETE FROM withheld WHERE root = ? AND path = ?",
@@ -399,7 +314,7 @@ class Store:
         For what an end remembers of the contents of files it has to tell a loss of power; and
         what containers wrote is owed all the same.
         """
-        with _Transaction(self._database):
+        with database.Transaction(self._database):
             for table in (*_TREES, "copies"):
                 self._execute(f"DELETE FROM {table} WHERE root = ?", self._root)
             self._execute("UPDATE side SET device = NULL, inode = NULL WHERE root = ?", self._root)
@@ -430,7 +345,7 @@ class Store:
             return b"/".join(filter(None, (at, path[cut:])))
 
         known = self._execute(f"SELECT 1 FROM ancestor WHERE {_PART} LIMIT 1", *own)
-        with _Transaction(self._database):
+        with database.Transaction(self._database):
             if owes is not None:
                 # What containers owe to one of them, this one owes.
                 self._execute("INSERT OR REPLACE INTO written VALUES (?, ?)", self._root, owes)
@@ -518,25 +433,6 @@ class Store:
     def _execute(self, statement: str, *values: object) -> list[tuple]:  # type: ignore[type-arg]
         with closing(self._database.cursor()) as cursor:
             return cursor.execute(statement, values).fetchall()
-
-
-class _Transaction:
-    """A transaction, on the disk at its end; or at the end of a later one, if it is lazy."""
-
-    def __init__(self, database: sqlite3.Connection, *, lazy: bool = False) -> None:
-        self._database = database
-        self._lazy = lazy
-
-    def __enter__(self) -> None:
-        if self._lazy:
-            # With a write-ahead log this waits for the disk at a checkpoint alone.
-            self._database.execute("PRAGMA synchronous = NORMAL")
-        self._database.execute("BEGIN IMMEDIATE")
-
-    def __exit__(self, kind: object, *_: object) -> None:
-        self._database.execute("COMMIT" if kind is None else "ROLLBACK")
-        if self._lazy:
-            self._database.execute("PRAGMA synchronous = FULL")
 
 
 def _data(entry: Entry | None) -> bytes | None:
