@@ -55,8 +55,10 @@ if [ $# -gt 0 ]; then
     leave "$status"
 fi
 
-# Two runs side by side: one with a machine, and one without, which waits for much and says what
-# it has to say when the first has ended. Neither is killed: what tests have made, they remove.
+# Two runs side by side: one with a machine that its tests share, and one without, which waits for
+# much, boots machines of its own in the end, and says what it has to say when the first has ended.
+# Neither is killed: what tests have made, they remove.
+own_machines=tests/vm/test_guest.py
 work=$(mktemp -d)
 others=
 finish() {
@@ -70,11 +72,11 @@ trap finish EXIT
 # A shell's background jobs ignore an interrupt, unless they are told otherwise.
 (
     trap - INT
-    exec python -m pytest -p no:cacheprovider tests/unit tests/integration
+    exec python -m pytest -p no:cacheprovider tests/unit tests/integration "$own_machines"
 ) >"$work/others" 2>&1 &
 others=$!
-python -m pytest tests/vm tests/clients || status=$?
-say "The tests without a machine"
+python -m pytest tests/vm tests/clients --ignore "$own_machines" || status=$?
+say "The tests without that machine"
 wait "$others" || status=$?
 others=
 cat "$work/others"

@@ -1,4 +1,7 @@
-"""What the guest does at boot that only a boot can show."""
+"""What the guest does at boot that only a boot can show.
+
+On machines of their own: ``packaging/test.sh`` runs these beside the tests that share one.
+"""
 
 from __future__ import annotations
 
@@ -8,12 +11,16 @@ import json
 import os
 import shutil
 import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 from sandbox import Sandbox, wait_until
 
+from wherry.config.layout import Layout
 from wherry.platform import current
 from wherry.vm.image import Image
 from wherry_images.build import version_to_build
@@ -71,6 +78,38 @@ def edit(raw: Path, *commands: str) -> None:
 
 def is_whole(raw: Path) -> bool:
     return subprocess.run(["e2fsck", "-fn", raw], capture_output=True).returncode == 0
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(2400)
+def test_an_arm64_guest_boots_in_emulation(small: Sandbox, tmp_path: Path) -> None:
+    """The other architecture comes from the same recipe, answers, and runs this one's programs."""
+    platform = current()
+    other = "aarch64" if platform.architecture() == "x86_64" else "x86_64"
+    # The recipe's own: one that is there already may be of an earlier recipe.
+    sandbox = Sandbox(tmp_path)
+    said = sandbox.wherry("image", "build", "--arch", other, timeout=900).stdout.decode()
+    image = said.removeprefix("Image ").partition(" ")[0].rstrip(":")
+    assert image == f"{version_to_build(other)}-{other}"
+    sandbox.wherry("start", "other", "--image", image, "--cpus", "2", "--memory", "2GiB")
+    try:
+        said = sandbox.docker("info", "--format", "{{.Architecture}}", name="wherry-other").stdout
+        assert said.decode().strip() == other
+        native = small.wherry("shell", "--", "cat", "/usr/bin/busybox").stdout
+        (tmp_path / "busybox").write_bytes(native)
+        (tmp_path / "busybox").chmod(0o755)
+        (tmp_path / "Dockerfile").write_text(
+            "FROM scratch\nCOPY busybox /bin/busybox\n"
+            'RUN ["/bin/busybox", "sh", "-c", "/bin/busybox uname -m >/machine"]\n'
+            'CMD ["/bin/busybox", "sh", "-c", "/bin/busybox cat /machine; /bin/busybox uname -m"]\n'
+        )
+        foreign = f"--platform=linux/{'amd64' if other == 'aarch64' else 'arm64'}"
+        context = ("build", "-q", foreign, "-t", "foreign", str(tmp_path))
+        sandbox.docker(*context, name="wherry-other")
+        said = sandbox.docker("run", "--rm", foreign, "foreign", name="wherry-other").stdout
+        assert said.decode().split() == [platform.architecture()] * 2
+    finally:
+        sandbox.stop_all()
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="needs root, to mount a small disk")
@@ -167,32 +206,82 @@ def test_a_disk_with_foreign_contents_is_refused_and_kept(
         assert file.read(len(content)) == content
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(2400)
-def test_an_arm64_guest_boots_in_emulation(machine: Sandbox, tmp_path: Path) -> None:
-    """The other architecture comes from the same recipe, answers, and runs this one's programs."""
-    platform = current()
-    other = "aarch64" if platform.architecture() == "x86_64" else "x86_64"
-    # The recipe's own: one that is there already may be of an earlier recipe.
-    said = machine.wherry("image", "build", "--arch", other, timeout=900).stdout.decode()
-    image = said.removeprefix("Image ").partition(" ")[0].rstrip(":")
-    assert image == f"{version_to_build(other)}-{other}"
-    machine.wherry("start", "other", "--image", image, "--cpus", "2", "--memory", "2GiB")
+def test_a_first_format_that_is_interrupted_is_done_again(
+    guest_image: Image, tmp_path: Path
+) -> None:
+    """On the same file alone: what came in its place meanwhile may be somebody's."""
+    sandbox = Sandbox(tmp_path)
+    paths = Layout(sandbox.home, current()).machine("default")
+    data, mark, aside = paths.data_disk, paths.new_disk, paths.directory / "aside"
     try:
-        said = machine.docker("info", "--format", "{{.Architecture}}", name="wherry-other").stdout
-        assert said.decode().strip() == other
-        native = machine.wherry("shell", "--", "cat", "/usr/bin/busybox").stdout
-        (tmp_path / "busybox").write_bytes(native)
-        (tmp_path / "busybox").chmod(0o755)
-        (tmp_path / "Dockerfile").write_text(
-            "FROM scratch\nCOPY busybox /bin/busybox\n"
-            'RUN ["/bin/busybox", "sh", "-c", "/bin/busybox uname -m >/machine"]\n'
-            'CMD ["/bin/busybox", "sh", "-c", "/bin/busybox cat /machine; /bin/busybox uname -m"]\n'
-        )
-        foreign = f"--platform=linux/{'amd64' if other == 'aarch64' else 'arm64'}"
-        context = ("build", "-q", foreign, "-t", "foreign", str(tmp_path))
-        machine.docker(*context, name="wherry-other")
-        said = machine.docker("run", "--rm", foreign, "foreign", name="wherry-other").stdout
-        assert said.decode().split() == [platform.architecture()] * 2
+        kill_while_it_formats(sandbox, data)
+        assert not is_ext4(data, tmp_path)
+        begun = mark.read_bytes()
+        assert begun
+
+        data.rename(aside)
+        shutil.copy(aside, data)
+        done = sandbox.wherry("start", check=False)
+        assert done.returncode == 1
+        assert b"boot: the guest stopped: the data disk " in done.stderr
+        assert b"it is left as it is" in done.stderr
+        subprocess.run(["qemu-img", "compare", aside, data], check=True)
+
+        aside.rename(data)
+        mark.write_bytes(begun)
+        with subprocess.Popen(START, env=sandbox.env, stderr=subprocess.DEVNULL):
+            wait_until(lambda: not mark.exists(), 120, "the disk is the guest's")
+            sandbox.wherry("stop", "--force")
+        assert is_ext4(data, tmp_path)
     finally:
-        machine.wherry("delete", "--yes", "other")
+        sandbox.stop_all()
+
+
+START = [sys.executable, "-m", "wherry", "start"]
+_STEP_S = 0.005
+
+
+def kill_while_it_formats(sandbox: Sandbox, data: Path) -> None:
+    """Start a machine for the first time, and kill QEMU once something is on its data disk."""
+    command = [*START, "--cpus", "2", "--memory", "1GiB"]
+    with subprocess.Popen(command, env=sandbox.env, stderr=subprocess.PIPE) as start:
+        try:
+            wait_until(
+                lambda: data.exists() and sandbox.status()["qemu_pid"], 120, "QEMU has started"
+            )
+            qemu = psutil.Process(sandbox.status()["qemu_pid"])
+            empty = data.stat().st_blocks
+            end = time.monotonic() + 120
+            while data.stat().st_blocks == empty:
+                assert time.monotonic() < end
+                assert start.poll() is None
+            # Then step by step, since what is there is to be no file system yet.
+            while not has_data(data):
+                assert time.monotonic() < end
+                qemu.resume()
+                time.sleep(_STEP_S)
+                qemu.suspend()
+            qemu.kill()
+            assert start.stderr is not None
+            assert b"boot: " in start.stderr.read()
+            assert start.wait(60) == 1
+        finally:
+            start.kill()
+
+
+def has_data(disk: Path) -> bool:
+    """Return whether something is on a disk that QEMU perhaps has open."""
+    command = ["qemu-img", "map", "-U", "--output=json", disk]
+    extents = json.loads(subprocess.run(command, check=True, capture_output=True).stdout)
+    return any(each["data"] for each in extents)
+
+
+def is_ext4(disk: Path, directory: Path) -> bool:
+    """Return whether there is a whole file system on a disk; its journal may be full."""
+    raw = directory / "data.raw"
+    subprocess.run(["qemu-img", "convert", "-O", "raw", disk, raw], check=True)
+    found = subprocess.run(["dumpe2fs", "-h", raw], capture_output=True)
+    checked = subprocess.run(["e2fsck", "-p", raw], capture_output=True)
+    raw.unlink()
+    # 1 is "errors corrected" (e2fsck(8)).
+    return found.returncode == 0 and checked.returncode <= 1

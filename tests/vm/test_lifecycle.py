@@ -8,12 +8,10 @@ from __future__ import annotations
 import gzip
 import json
 import os
-import shutil
 import signal
 import socket
 import stat
 import subprocess
-import sys
 import threading
 import time
 import urllib.request
@@ -30,7 +28,6 @@ from sandbox import Sandbox, wait_until
 from wherry.config.layout import Layout
 from wherry.platform import current
 from wherry.service.trust import FIRMWARE_BYTES
-from wherry.vm.image import Image
 
 pytestmark = [pytest.mark.vm, pytest.mark.timeout(600)]
 
@@ -294,84 +291,3 @@ def many_authorities(machine: Sandbox) -> Iterator[trustme.CA]:
     (trusted / "many.pem").write_bytes(pem)
     yield found[-1]
     (trusted / "many.pem").unlink()
-
-
-def test_a_first_format_that_is_interrupted_is_done_again(
-    guest_image: Image, tmp_path: Path
-) -> None:
-    """On the same file alone: what came in its place meanwhile may be somebody's."""
-    sandbox = Sandbox(tmp_path)
-    paths = Layout(sandbox.home, current()).machine("default")
-    data, mark, aside = paths.data_disk, paths.new_disk, paths.directory / "aside"
-    try:
-        kill_while_it_formats(sandbox, data)
-        assert not is_ext4(data, tmp_path)
-        begun = mark.read_bytes()
-        assert begun
-
-        data.rename(aside)
-        shutil.copy(aside, data)
-        done = sandbox.wherry("start", check=False)
-        assert done.returncode == 1
-        assert b"boot: the guest stopped: the data disk " in done.stderr
-        assert b"it is left as it is" in done.stderr
-        subprocess.run(["qemu-img", "compare", aside, data], check=True)
-
-        aside.rename(data)
-        mark.write_bytes(begun)
-        with subprocess.Popen(START, env=sandbox.env, stderr=subprocess.DEVNULL):
-            wait_until(lambda: not mark.exists(), 120, "the disk is the guest's")
-            sandbox.wherry("stop", "--force")
-        assert is_ext4(data, tmp_path)
-    finally:
-        sandbox.stop_all()
-
-
-START = [sys.executable, "-m", "wherry", "start"]
-_STEP_S = 0.005
-
-
-def kill_while_it_formats(sandbox: Sandbox, data: Path) -> None:
-    """Start a machine for the first time, and kill QEMU once something is on its data disk."""
-    command = [*START, "--cpus", "2", "--memory", "1GiB"]
-    with subprocess.Popen(command, env=sandbox.env, stderr=subprocess.PIPE) as start:
-        try:
-            wait_until(
-                lambda: data.exists() and sandbox.status()["qemu_pid"], 120, "QEMU has started"
-            )
-            qemu = psutil.Process(sandbox.status()["qemu_pid"])
-            empty = data.stat().st_blocks
-            end = time.monotonic() + 120
-            while data.stat().st_blocks == empty:
-                assert time.monotonic() < end
-                assert start.poll() is None
-            # Then step by step, since what is there is to be no file system yet.
-            while not has_data(data):
-                assert time.monotonic() < end
-                qemu.resume()
-                time.sleep(_STEP_S)
-                qemu.suspend()
-            qemu.kill()
-            assert start.stderr is not None
-            assert b"boot: " in start.stderr.read()
-            assert start.wait(60) == 1
-        finally:
-            start.kill()
-
-
-def has_data(disk: Path) -> bool:
-    """Return whether something is on a disk that QEMU perhaps has open."""
-    command = ["qemu-img", "map", "-U", "--output=json", disk]
-    extents = json.loads(subprocess.run(command, check=True, capture_output=True).stdout)
-    return any(each["data"] for each in extents)
-
-
-def is_ext4(disk: Path, directory: Path) -> bool:
-    """Return whether there is a whole file system on a disk; its journal may be full."""
-    raw = directory / "data.raw"
-    subprocess.run(["qemu-img", "convert", "-O", "raw", disk, raw], check=True)
-    found = subprocess.run(["dumpe2fs", "-h", raw], capture_output=True)
-    checked = subprocess.run(["e2fsck", "-p", raw], capture_output=True)
-    raw.unlink()
-    # 1 is "errors corrected" (e2fsck(8)).
-    return found.returncode == 0 and checked.returncode <= 1
