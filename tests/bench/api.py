@@ -12,19 +12,27 @@ import cProfile
 import os
 import re
 import socket
-import statistics
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import psutil
-from harness import MB, STREAMS, Bench, Measures, connect, main, rate
+from harness import (
+    MB,
+    STREAMS,
+    Bench,
+    Measures,
+    connect,
+    kept_connection,
+    main,
+    new_connections,
+    rate,
+    under_load,
+)
 
 from wherry.tunnel.tunnel import Tunnel
 
-ROUND_TRIPS = 40
 GO_CHUNK = b"8000\r\n%s\r\n" % bytes(0x8000) * 32
 """A MiB as Go's ``net/http`` sends it when ``io.Copy`` feeds it."""
 
@@ -119,30 +127,6 @@ def ping(connection: socket.socket) -> None:
     assert answer == PONG
 
 
-def new_ping(path: Path, pause_s: float = 0.001) -> float:
-    """Median µs of connecting and a ping, again and again."""
-    times = []
-    for _ in range(ROUND_TRIPS):
-        start = time.perf_counter()
-        with connect(path) as connection:
-            ping(connection)
-            times.append(time.perf_counter() - start)
-        time.sleep(pause_s)
-    return statistics.median(times) * 1e6
-
-
-def kept_ping(path: Path) -> float:
-    """Median µs of a ping on a kept connection."""
-    times = []
-    with connect(path) as connection:
-        for _ in range(5 * ROUND_TRIPS):
-            start = time.perf_counter()
-            ping(connection)
-            times.append(time.perf_counter() - start)
-            time.sleep(0.0005)
-    return statistics.median(times) * 1e6
-
-
 def down(path: Path, size: int) -> None:
     size = size >> 20 << 20
     left = (size >> 20) * len(GO_CHUNK)
@@ -167,28 +151,6 @@ def up(path: Path, size: int) -> None:
             connection.sendall(GO_CHUNK)
         connection.sendall(b"0\r\n\r\n")
         assert connection.recv(4096).startswith(b"HTTP/1.1 200")
-
-
-def ping_under_load(transfer: Callable[[Path, int], None], path: Path, size: int) -> float:
-    """The median µs of a ping on a kept connection while 8 streams run."""
-    times = []
-    done = threading.Event()
-
-    def load() -> None:
-        rate(transfer, path, size, STREAMS)
-        done.set()
-
-    with connect(path) as connection:
-        thread = threading.Thread(target=load)
-        thread.start()
-        time.sleep(0.05)
-        while not done.is_set():
-            start = time.perf_counter()
-            ping(connection)
-            times.append(time.perf_counter() - start)
-            time.sleep(0.002)
-        thread.join()
-    return statistics.median(times) * 1e6
 
 
 def memory(path: Path, process: psutil.Process) -> dict[str, float]:
@@ -228,20 +190,28 @@ def memory(path: Path, process: psutil.Process) -> dict[str, float]:
 
 def measures(size: int) -> Measures:
     return {
-        "ping, new connection": ("µs", False, new_ping),
-        "the same, no pause": ("µs", False, lambda path: new_ping(path, 0.0)),
-        "ping, kept connection": ("µs", False, kept_ping),
+        "ping, new connection": ("µs", False, lambda path: new_connections(path, ping)),
+        "the same, no pause": ("µs", False, lambda path: new_connections(path, ping, pause_s=0)),
+        "ping, kept connection": ("µs", False, lambda path: kept_connection(path, ping)),
         "1 stream down": ("MB/s", True, lambda path: rate(down, path, size)),
         "1 stream up": ("MB/s", True, lambda path: rate(up, path, size)),
         "8 streams down": ("MB/s", True, lambda path: rate(down, path, size, STREAMS)),
         "8 streams up": ("MB/s", True, lambda path: rate(up, path, size, STREAMS)),
-        "ping, 8 down": ("µs", False, lambda path: ping_under_load(down, path, size)),
-        "ping, 8 up": ("µs", False, lambda path: ping_under_load(up, path, size)),
+        "ping, 8 down": ("µs", False, lambda path: under_load(path, ping, down, size)),
+        "ping, 8 up": ("µs", False, lambda path: under_load(path, ping, up, size)),
     }
 
 
 if __name__ == "__main__":
     main(
-        Bench(__file__, serve, relay, new_ping, measures, memory, ("ours", "plain")),
+        Bench(
+            __file__,
+            serve,
+            relay,
+            lambda path: new_connections(path, ping),
+            measures,
+            memory,
+            ("ours", "plain"),
+        ),
         "How fast the API's proxy is, next to ssh -L and a plain relay.",
     )

@@ -14,7 +14,6 @@ import argparse
 import json
 import os
 import signal
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -22,7 +21,15 @@ import time
 from pathlib import Path
 from typing import Any
 
-from harness import MB, Measures, alternate, connect, give_json, print_table
+from harness import (
+    MB,
+    Measures,
+    alternate,
+    give_json,
+    kept_connection,
+    new_connections,
+    print_table,
+)
 from sandbox import Sandbox
 
 from wherry.config.layout import Layout
@@ -94,8 +101,16 @@ class Engine:
     def measures(self) -> Measures:
         size = self._size // MB
         return {
-            "ping, new connection": ("µs", False, new_ping),
-            "ping, kept connection": ("µs", False, kept_ping),
+            "ping, new connection": (
+                "µs",
+                False,
+                lambda path: new_connections(path, ping, times=ROUND_TRIPS, pause_s=0.01),
+            ),
+            "ping, kept connection": (
+                "µs",
+                False,
+                lambda path: kept_connection(path, ping, times=2 * ROUND_TRIPS, pause_s=0.005),
+            ),
             "docker ps": ("ms", False, lambda path: self.docker(path, "ps")),
             "docker run --rm": (
                 "ms",
@@ -115,30 +130,6 @@ def ping(connection: Any) -> None:
         chunk = connection.recv(4096)
         assert chunk, answer
         answer += chunk
-
-
-def new_ping(path: Path) -> float:
-    """Median µs of connecting and a ping."""
-    times = []
-    for _ in range(ROUND_TRIPS):
-        begun = time.perf_counter()
-        with connect(path) as connection:
-            ping(connection)
-            times.append(time.perf_counter() - begun)
-        time.sleep(0.01)
-    return statistics.median(times) * 1e6
-
-
-def kept_ping(path: Path) -> float:
-    """Median µs of a ping on a kept connection."""
-    times = []
-    with connect(path) as connection:
-        for _ in range(2 * ROUND_TRIPS):
-            begun = time.perf_counter()
-            ping(connection)
-            times.append(time.perf_counter() - begun)
-            time.sleep(0.005)
-    return statistics.median(times) * 1e6
 
 
 def forward(sandbox: Sandbox, directory: Path, path: Path) -> subprocess.Popen[bytes]:

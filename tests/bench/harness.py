@@ -42,9 +42,14 @@ PEERS = {"ssh": (), "ssh gcm": ("-c", "aes128-gcm@openssh.com")}
 MB = 1_000_000
 CHUNK = bytes(1 << 20)
 STREAMS = 8
+ROUND_TRIPS = 40
 
 Measures = dict[str, tuple[str, bool, Callable[[Path], float]]]
 """Name: unit, whether more is better, and how to measure it on a socket."""
+
+
+Ask = Callable[[socket.socket], object]
+"""Sends something small on a connection, and returns when it is answered."""
 
 
 @dataclass(frozen=True)
@@ -89,6 +94,61 @@ def rate(transfer: Callable[[Path, int], None], path: Path, size: int, streams: 
     for thread in threads:
         thread.join()
     return size / MB / (time.perf_counter() - start)
+
+
+def new_connections(
+    path: Path, ask: Ask, *, times: int = ROUND_TRIPS, pause_s: float = 0.001
+) -> float:
+    """Median µs of connecting and a question, again and again."""
+    found = []
+    for _ in range(times):
+        begun = time.perf_counter()
+        with connect(path) as connection:
+            ask(connection)
+            found.append(time.perf_counter() - begun)
+        time.sleep(pause_s)
+    return statistics.median(found) * 1e6
+
+
+def kept_connection(
+    path: Path,
+    ask: Ask,
+    *,
+    times: int = 5 * ROUND_TRIPS,
+    pause_s: float = 0.0005,
+    during: Callable[[], object] | None = None,
+) -> float:
+    """Median µs of a question on a connection that stays.
+
+    :param during: asked as long as this runs, instead of so many times.
+    """
+    found: list[float] = []
+    ended = threading.Event()
+
+    def run() -> None:
+        if during is not None:
+            during()
+            ended.set()
+
+    with connect(path) as connection:
+        thread = threading.Thread(target=run)
+        thread.start()
+        if during is not None:
+            time.sleep(0.05)
+        while not ended.is_set() if during is not None else len(found) < times:
+            begun = time.perf_counter()
+            ask(connection)
+            found.append(time.perf_counter() - begun)
+            time.sleep(pause_s)
+        thread.join()
+    return statistics.median(found) * 1e6
+
+
+def under_load(path: Path, ask: Ask, transfer: Callable[[Path, int], None], size: int) -> float:
+    """Median µs of a question while all streams run."""
+    return kept_connection(
+        path, ask, pause_s=0.002, during=lambda: rate(transfer, path, size, STREAMS)
+    )
 
 
 def run_relay(bench: Bench, directory: Path, port: int, user: str) -> None:

@@ -8,20 +8,26 @@ See :mod:`harness` for how it is measured.
 from __future__ import annotations
 
 import socket
-import statistics
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import psutil
-from harness import CHUNK, MB, STREAMS, Bench, Measures, connect, main, rate
+from harness import (
+    CHUNK,
+    MB,
+    STREAMS,
+    Bench,
+    Measures,
+    connect,
+    main,
+    new_connections,
+    rate,
+    under_load,
+)
 
 from wherry.tunnel.tunnel import Tunnel
-
-ROUND_TRIPS = 40
-
 
 # -- the programs ----------------------------------------------------------------------------
 
@@ -91,43 +97,9 @@ def up(path: Path, size: int) -> None:
         assert connection.recv(1) == b"k"
 
 
-def round_trip(path: Path, pause_s: float = 0.001) -> float:
-    """Median µs of connecting and echoing one byte, again and again."""
-    times = []
-    for _ in range(ROUND_TRIPS):
-        start = time.perf_counter()
-        with connect(path) as connection:
-            connection.sendall(b"e")
-            assert connection.recv(1) == b"e"
-            times.append(time.perf_counter() - start)
-        time.sleep(pause_s)
-    return statistics.median(times) * 1e6
-
-
-def ping_under_load(
-    transfer: Callable[[Path, int], None], path: Path, size: int
-) -> tuple[float, float]:
-    """MB/s of 8 streams, and the median µs of a small request and answer meanwhile."""
-    times = []
-    done = threading.Event()
-    speed = [0.0]
-
-    def load() -> None:
-        speed[0] = rate(transfer, path, size, STREAMS)
-        done.set()
-
-    with connect(path) as connection:
-        thread = threading.Thread(target=load)
-        thread.start()
-        time.sleep(0.05)
-        while not done.is_set():
-            start = time.perf_counter()
-            connection.sendall(b"e")
-            assert connection.recv(1) == b"e"
-            times.append(time.perf_counter() - start)
-            time.sleep(0.002)
-        thread.join()
-    return speed[0], statistics.median(times) * 1e6
+def echo(connection: socket.socket) -> None:
+    connection.sendall(b"e")
+    assert connection.recv(1) == b"e"
 
 
 def memory(path: Path, process: psutil.Process) -> dict[str, float]:
@@ -139,8 +111,7 @@ def memory(path: Path, process: psutil.Process) -> dict[str, float]:
     before = rss()
     idle = [connect(path) for _ in range(200)]
     for connection in idle:
-        connection.sendall(b"e")
-        assert connection.recv(1) == b"e"
+        echo(connection)
     with_idle = rss()
     with connect(path) as connection:
         left = 1000 * MB
@@ -171,17 +142,24 @@ def measures(size: int) -> Measures:
     return {
         "1 stream down": ("MB/s", True, lambda path: rate(down, path, size)),
         "1 stream up": ("MB/s", True, lambda path: rate(up, path, size)),
-        "connect + 1 byte": ("µs", False, round_trip),
-        "the same, no pause": ("µs", False, lambda path: round_trip(path, 0.0)),
+        "connect + 1 byte": ("µs", False, lambda path: new_connections(path, echo)),
+        "the same, no pause": ("µs", False, lambda path: new_connections(path, echo, pause_s=0)),
         "8 streams down": ("MB/s", True, lambda path: rate(down, path, size, STREAMS)),
         "8 streams up": ("MB/s", True, lambda path: rate(up, path, size, STREAMS)),
-        "ping, 8 down": ("µs", False, lambda path: ping_under_load(down, path, size)[1]),
-        "ping, 8 up": ("µs", False, lambda path: ping_under_load(up, path, size)[1]),
+        "ping, 8 down": ("µs", False, lambda path: under_load(path, echo, down, size)),
+        "ping, 8 up": ("µs", False, lambda path: under_load(path, echo, up, size)),
     }
 
 
 if __name__ == "__main__":
     main(
-        Bench(__file__, serve, relay, round_trip, measures, memory),
+        Bench(
+            __file__,
+            serve,
+            relay,
+            lambda path: new_connections(path, echo),
+            measures,
+            memory,
+        ),
         "How fast the relay is, next to ssh -L.",
     )
