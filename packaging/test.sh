@@ -55,10 +55,10 @@ if [ $# -gt 0 ]; then
     leave "$status"
 fi
 
-# Two runs side by side: one with a machine that its tests share, and one without, which waits for
-# much, boots machines of its own in the end, and says what it has to say when the first has ended.
-# Neither is killed: what tests have made, they remove.
-own_machines=tests/vm/test_guest.py
+# Two runs side by side, which take about as long. One has a machine that its tests share. The other
+# one has what needs none, and what starts, stops and breaks machines; it says what it has to say
+# when the first has ended. Neither is killed: what tests have made, they remove.
+starts=(tests/vm/test_guest.py tests/vm/test_lifecycle.py)
 work=$(mktemp -d)
 others=
 finish() {
@@ -72,11 +72,11 @@ trap finish EXIT
 # A shell's background jobs ignore an interrupt, unless they are told otherwise.
 (
     trap - INT
-    exec python -m pytest -p no:cacheprovider tests/unit tests/integration "$own_machines"
+    exec python -m pytest -p no:cacheprovider tests/unit tests/integration "${starts[@]}"
 ) >"$work/others" 2>&1 &
 others=$!
-python -m pytest tests/vm tests/clients --ignore "$own_machines" || status=$?
-say "The tests without that machine"
+python -m pytest tests/vm tests/clients "${starts[@]/#/--ignore=}" || status=$?
+say "The tests that run beside those"
 wait "$others" || status=$?
 others=
 cat "$work/others"

@@ -1,7 +1,4 @@
-"""What the guest does at boot that only a boot can show.
-
-On machines of their own: ``packaging/test.sh`` runs these beside the tests that share one.
-"""
+"""What the guest does at boot that only a boot can show, on machines of its own."""
 
 from __future__ import annotations
 
