@@ -7,6 +7,7 @@ or empty, or gone, was lost.
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import re
@@ -139,6 +140,9 @@ def test_59_60_kill_9_at_random_points(
             now = seen(root)
             for name, last in before.items():
                 assert now[name] >= last, (name, killed[-1])
+            # Each file is written on one side, so this would be what we left half-written.
+            found = json.loads(machine.wherry("sync", "conflicts", "--json").stdout)
+            assert found == [], killed[-1]
         state = machine.home / "machines" / "default" / "sync"
         left = [path for path in state.glob("*/stage/*") if path.name != "journal"]
         assert left == [], "rubbish in the stage"
