@@ -107,6 +107,7 @@ def test_59_60_kill_9_at_random_points(
     root = tmp_path / "src"
     root.mkdir()
     choose = random.Random(seed)
+    conflicts: list[object] = []
     machine.docker(
         "run", "-d", "--name", "chaos", "-v", f"{root}:/src", "busybox", "sleep", "99999"
     )
@@ -140,9 +141,11 @@ def test_59_60_kill_9_at_random_points(
             now = seen(root)
             for name, last in before.items():
                 assert now[name] >= last, (name, killed[-1])
-            # Each file is written on one side, so this would be what we left half-written.
             found = json.loads(machine.wherry("sync", "conflicts", "--json").stdout)
-            assert found == [], killed[-1]
+            # Each file is written on one side, so it would be what we left half-written. What a
+            # guest without power has left is of any age, and may be what nobody has seen.
+            assert what == "QEMU" or found == conflicts, killed[-1]
+            conflicts = found
         state = machine.home / "machines" / "default" / "sync"
         left = [path for path in state.glob("*/stage/*") if path.name != "journal"]
         assert left == [], "rubbish in the stage"
