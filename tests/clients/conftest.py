@@ -65,9 +65,11 @@ def containerd_store(clients: Clients) -> Iterator[None]:
         assert clients.said("info", "-f", "{{.Driver}}") == store
 
     key = "engine.features.containerd-snapshotter"
-    use("overlayfs", "set", key, "true")
-    yield
-    use("overlay2", "unset", key)
+    try:
+        use("overlayfs", "set", key, "true")
+        yield
+    finally:
+        use("overlay2", "unset", key)
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import socket
 import time
 import urllib.request
@@ -86,7 +87,8 @@ def page(port: int, wanted: str, timeout_s: float = 60) -> None:
         try:
             with urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=10) as answer:
                 said = answer.read().decode()
-        except OSError as error:
+        except (OSError, http.client.HTTPException) as error:
+            # The file may become another one while it is served.
             said = repr(error)
             time.sleep(0.2)
 
@@ -100,7 +102,9 @@ def test_up_watch_and_down(clients: Clients, project: tuple[Path, int]) -> None:
     assert clients.said(*compose, "ps", "--format", "{{.Service}} {{.Health}}", "web") == (
         "web healthy"
     )
-    assert "first" in clients.said(*compose, "logs", "--no-log-prefix", "visitor")
+    # That it runs does not mean that it has asked.
+    logs = (*compose, "logs", "--no-log-prefix", "visitor")
+    wait_for(lambda: "first" in clients.said(*logs), "the visitor sees the page")
     assert clients.said(*compose, "exec", "-T", "web", "cat", "/data/starts") == "start"
 
     with clients.started(*compose, "watch", "--no-up") as watch:

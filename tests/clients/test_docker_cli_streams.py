@@ -6,7 +6,6 @@ import hashlib
 import json
 import signal
 import socket
-import time
 
 import pytest
 from docker_clients import Clients, wait_for
@@ -91,12 +90,10 @@ def test_a_client_that_leaves_closes_its_stream_in_the_engine(
         # count as long as they live, which is longer than this waits.
         idle.connect(clients.socket)
         # Those of the command before are closing.
-        time.sleep(2)
-        before = clients.engine_connections()
+        before = clients.steady_engine_connections()
         with clients.started(*arguments) as live:
             wait_for(lambda: clients.engine_connections() > before, "the stream is open")
-            time.sleep(2)
-            opened = clients.engine_connections()
+            opened = clients.steady_engine_connections()
             live.process.send_signal(leaves_by)
             live.wait(30)
             wait_for(lambda: clients.engine_connections() < opened, "the stream is closed", 20)
@@ -125,6 +122,8 @@ def test_ctrl_c_cancels_a_pull_in_the_engine(clients: Clients) -> None:
         "busybox", "sh", "-c",
         'touch /log; nc -ll -p 80 -e sh -c "$SERVE" & exec tail -f /log',
     )  # fmt: skip
+    serving = "until wget -qO- http://127.0.0.1/v2/; do sleep 0.1; done"
+    clients.docker("exec", "registry", "sh", "-c", serving)
     with (
         clients.started("logs", "-f", "registry") as registry,
         clients.started("pull", "127.0.0.1:5999/nothing") as pull,
@@ -137,9 +136,11 @@ def test_ctrl_c_cancels_a_pull_in_the_engine(clients: Clients) -> None:
 
 def test_an_engine_that_restarts_ends_its_clients_and_takes_new_ones(clients: Clients) -> None:
     """Nobody hangs: open streams end with an error, and the next request that works, works."""
-    clients.docker("run", "-d", "--name", "victim", "busybox", "sleep", "100000")
+    since = clients.engine_time()
+    script = "echo begun; exec sleep 100000"
+    clients.docker("run", "-d", "--name", "victim", "busybox", "sh", "-c", script)
     with (
-        clients.started("events") as events,
+        clients.started("events", "--since", since) as events,
         clients.started("logs", "-f", "victim") as logs,
         clients.started("exec", "victim", "sleep", "1000") as exec_,
     ):
@@ -147,6 +148,8 @@ def test_an_engine_that_restarts_ends_its_clients_and_takes_new_ones(clients: Cl
             lambda: "sleep 1000" in clients.guest("pgrep", "-ax", "sleep", check=False),
             "the exec runs",
         )
+        events.expect("container start")
+        logs.expect("begun")
         clients.guest("s6-svc", "-r", DOCKERD)
         assert events.wait() != 0
         logs.wait()

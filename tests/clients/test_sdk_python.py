@@ -155,7 +155,7 @@ def test_events_are_followed_from_another_thread(
             if event["Action"] == "destroy":
                 started.set()
 
-    thread = threading.Thread(target=read)
+    thread = threading.Thread(target=read, daemon=True)
     thread.start()
     sdk.containers.run("busybox", ["true"], remove=True, labels=["followed"])
     assert started.wait(60)

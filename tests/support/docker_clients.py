@@ -129,6 +129,17 @@ class Clients:
         listed = self.guest("ss", "-Hx", "state", "connected", "src", "*docker.sock")
         return sum(line.split()[-1] != "0" for line in listed.splitlines())
 
+    def steady_engine_connections(self) -> int:
+        """The same when those that are being opened or closed are so: at three looks in a row."""
+        looks: list[int] = []
+
+        def steady() -> bool:
+            looks.append(self.engine_connections())
+            return len(looks) > 2 and len({*looks[-3:]}) == 1
+
+        wait_until(steady, 60, "the engine's connections stay the same")
+        return looks[-1]
+
 
 class Live:
     """A program that runs, its output read line by line as it comes.

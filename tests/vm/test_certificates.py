@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -52,20 +53,31 @@ def test_a_registry_s_own_certificates(
         client = stranger.issue_cert("me")
         client.private_key_pem.write_to_path(place / "client.key")
         client.cert_chain_pems[0].write_to_path(place / "client.cert")
-        done = machine.wherry("config", "set", "certificates.directory", str(trusted))
-        assert done.stderr == b""
-        assert travels(machine, registry) == ""
-        (place / "client.key").unlink()
-        done = machine.wherry("config", "set", "certificates.directory", str(trusted))
-        assert b"client.key is missing" in done.stderr
-        assert travels(machine, registry) != ""
-        machine.wherry("config", "unset", "certificates.directory")
+        try:
+            done = machine.wherry("config", "set", "certificates.directory", str(trusted))
+            assert done.stderr == b""
+            assert travels(machine, registry) == ""
+            (place / "client.key").unlink()
+            done = machine.wherry("config", "set", "certificates.directory", str(trusted))
+            assert b"client.key is missing" in done.stderr
+            assert travels(machine, registry) != ""
+        finally:
+            machine.wherry("config", "unset", "certificates.directory")
         assert "unknown authority" in travels(machine, registry)
 
 
-def test_an_authority_of_the_user_s(machine: Sandbox, stranger: trustme.CA, tmp_path: Path) -> None:
+@pytest.fixture
+def container(machine: Sandbox) -> Iterator[str]:
+    """A container that runs."""
+    made = machine.docker("run", "-d", "busybox", "sleep", "1000").stdout.decode().strip()
+    yield made
+    machine.docker("rm", "-f", made)
+
+
+def test_an_authority_of_the_user_s(
+    machine: Sandbox, container: str, stranger: trustme.CA, tmp_path: Path
+) -> None:
     """The engine that runs learns of it, while containers go on."""
-    container = machine.docker("run", "-d", "busybox", "sleep", "1000").stdout.decode().strip()
 
     def started() -> bytes:
         state = "{{.State.Running}} {{.State.StartedAt}}"
@@ -99,4 +111,3 @@ def test_an_authority_of_the_user_s(machine: Sandbox, stranger: trustme.CA, tmp_
         assert travels(machine, registry) == ""
     machine.wherry("config", "unset", "engine.debug")
     assert started() == before
-    machine.docker("rm", "-f", container)

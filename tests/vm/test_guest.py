@@ -252,6 +252,8 @@ def kill_while_it_formats(sandbox: Sandbox, data: Path) -> None:
             while data.stat().st_blocks == empty:
                 assert time.monotonic() < end
                 assert start.poll() is None
+            # To look takes its time, in which all could be done.
+            qemu.suspend()
             # Then step by step, since what is there is to be no file system yet.
             while not has_data(data):
                 assert time.monotonic() < end

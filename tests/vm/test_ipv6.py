@@ -30,7 +30,10 @@ def test_containers_reach_each_other(machine: Sandbox, network: str) -> None:
     address = found[0]["NetworkSettings"]["Networks"][network]["GlobalIPv6Address"]
     said = machine.docker(
         "run", "--rm", "--network", network, "busybox", "sh", "-c",
-        f"wget -T 20 -qO- http://[{address}]:8080/ && nslookup -type=aaaa server",
+        # It may not listen yet.
+        "for i in $(seq 60); do"
+        f" wget -T 20 -qO- http://[{address}]:8080/ && break; sleep 0.5; done;"
+        " nslookup -type=aaaa server",
     ).stdout.decode()  # fmt: skip
     assert "well" in said
     assert f"Address: {address}" in said

@@ -51,6 +51,14 @@ def fetch(url: str) -> bytes:
             time.sleep(0.2)
 
 
+@pytest.fixture
+def containers(machine: Sandbox) -> Iterator[None]:
+    """For a test that makes some: when it fails, the next one finds none of them."""
+    yield
+    if left := machine.docker("ps", "-aq", check=False).stdout.decode().split():
+        machine.docker("rm", "-f", *left, check=False)
+
+
 def test_status_tells_what_scripts_rely_on(machine: Sandbox) -> None:
     status = machine.status()
     assert status["name"] == "default"
@@ -84,6 +92,7 @@ def test_the_engine_has_no_tcp_port(machine: Sandbox) -> None:
     assert ports == {"22"}
 
 
+@pytest.mark.usefixtures("containers")
 def test_a_container_runs_and_answers_on_its_port(machine: Sandbox) -> None:
     port = free_port()
     machine.docker(
@@ -132,6 +141,7 @@ def test_logs_of_every_source(machine: Sandbox) -> None:
     assert b"API listen" in machine.wherry("logs", "--source", "engine").stdout
 
 
+@pytest.mark.usefixtures("containers")
 def test_a_killed_service_leaves_the_containers_running(machine: Sandbox) -> None:
     machine.docker("run", "-d", "--name", "survivor", "busybox", "sleep", "1000")
     before = machine.status()
@@ -143,9 +153,9 @@ def test_a_killed_service_leaves_the_containers_running(machine: Sandbox) -> Non
     after = machine.status()
     assert after["qemu_pid"] == before["qemu_pid"]
     assert machine.docker("ps", "--format", "{{.Names}}").stdout == b"survivor\n"
-    machine.docker("rm", "-f", "survivor")
 
 
+@pytest.mark.usefixtures("containers")
 def test_published_ports_survive_a_killed_service(machine: Sandbox) -> None:
     port = free_port()
     machine.docker(
@@ -244,9 +254,10 @@ def test_a_second_machine_beside_the_first(machine: Sandbox) -> None:
     assert b"wherry-second" not in contexts
 
 
+@pytest.mark.usefixtures("containers")
 def test_what_a_stop_leaves_and_a_start_brings(machine: Sandbox, tmp_path: Path) -> None:
     """Both take long here, so this is all of it."""
-    before = machine.docker("images", "-q", "--no-trunc").stdout
+    before = sorted(machine.docker("images", "-q", "--no-trunc").stdout.split())
     machine.docker("run", "-d", "--name", "writer", "busybox", "sh", "-c",
                    "trap 'echo bye >/bye; exit 3' TERM; while :; do sleep 0.1; done")  # fmt: skip
     port = free_port()
@@ -271,13 +282,12 @@ def test_what_a_stop_leaves_and_a_start_brings(machine: Sandbox, tmp_path: Path)
         machine.docker("tag", "busybox", name)
         machine.docker("push", "-q", name)
         machine.docker("rmi", name)
-    assert machine.docker("images", "-q", "--no-trunc").stdout == before
+    assert sorted(machine.docker("images", "-q", "--no-trunc").stdout.split()) == before
     # The container was asked to end, and what it wrote then is there.
     code = machine.docker("inspect", "-f", "{{.State.ExitCode}}", "writer").stdout
     assert code == b"3\n"
     machine.docker("cp", "writer:/bye", str(machine.home / "bye"))
     assert (machine.home / "bye").read_bytes() == b"bye\n"
-    machine.docker("rm", "-f", "writer", "web")
 
 
 @contextmanager

@@ -109,6 +109,18 @@ def ports(machine: Sandbox) -> list[dict[str, Any]]:
     return found
 
 
+def settled(machine: Sandbox, count: int, timeout_s: float = 30) -> list[dict[str, Any]]:
+    """Return the ports when there are so many, and none is only about to be opened."""
+    found: list[dict[str, Any]] = []
+
+    def done() -> bool:
+        found[:] = ports(machine)
+        return len(found) == count and all(each["state"] != "pending" for each in found)
+
+    wait_until(done, timeout_s, f"{count} ports have settled")
+    return found
+
+
 def state(machine: Sandbox, name: str) -> str:
     return machine.docker("inspect", "-f", "{{.State.Status}}", name).stdout.decode().strip()
 
@@ -160,7 +172,7 @@ def test_a_port_of_all_addresses_answers_on_both_loopbacks(machine: Sandbox) -> 
 def test_the_listener_is_there_when_run_returns_and_gone_when_rm_does(machine: Sandbox) -> None:
     port = free_port()
     for _ in range(5):
-        machine.docker("run", "-d", "--name", "web", "-p", f"{port}:80", "busybox", "sleep", "99")
+        machine.docker("run", "-d", "--name", "web", "-p", f"{port}:80", "busybox", "sleep", "999")
         assert answers("127.0.0.1", port)
         assert answers("::1", port)
         machine.docker("rm", "-f", "web")
@@ -323,7 +335,7 @@ def test_the_engine_chooses_around_what_this_computer_has(machine: Sandbox) -> N
         said = machine.docker("port", name, port).stdout.decode().split("\n")[0]
         return int(said.rpartition(":")[2])
 
-    sleep = ("busybox", "sleep", "99")
+    sleep = ("busybox", "sleep", "999")
     machine.docker("run", "-d", "--name", "first", "-p", "80", *sleep)
     first, low = chosen("first", "80"), free_port()
     with (
@@ -346,7 +358,7 @@ def test_a_port_in_use_fails_the_start_and_says_who_has_it(machine: Sandbox, add
         port = taken.getsockname()[1]
         asked = "" if ":" in address else f"{address}:"
         done = machine.docker(
-            "run", "-d", "--name", "web", "-p", f"{asked}{port}:80", "busybox", "sleep", "9",
+            "run", "-d", "--name", "web", "-p", f"{asked}{port}:80", "busybox", "sleep", "999",
             check=False,
         )  # fmt: skip
         said = done.stderr.decode()
@@ -368,7 +380,7 @@ def test_of_two_ports_the_free_one_is_let_go_again(machine: Sandbox) -> None:
         port = taken.getsockname()[1]
         done = machine.docker(
             "run", "-d", "--name", "web", "-p", f"{free}:80", "-p", f"{port}:81",
-            "busybox", "sleep", "9", check=False,
+            "busybox", "sleep", "999", check=False,
         )  # fmt: skip
         assert done.returncode == 125
         assert not answers("127.0.0.1", free)
@@ -378,7 +390,7 @@ def test_a_port_of_another_container_is_refused_by_the_engine(machine: Sandbox) 
     port = free_port()
     web(machine, "web", f"{port}:80")
     done = machine.docker(
-        "run", "-d", "--name", "two", "-p", f"{port}:80", "busybox", "sleep", "9", check=False
+        "run", "-d", "--name", "two", "-p", f"{port}:80", "busybox", "sleep", "999", check=False
     )
     assert b"port is already allocated" in done.stderr
     assert fetch("127.0.0.1", port) == "web"
@@ -386,7 +398,7 @@ def test_a_port_of_another_container_is_refused_by_the_engine(machine: Sandbox) 
 
 def test_an_address_that_this_computer_does_not_have(machine: Sandbox) -> None:
     done = machine.docker(
-        "run", "-d", "--name", "web", "-p", "192.0.2.7:8080:80", "busybox", "sleep", "9",
+        "run", "-d", "--name", "web", "-p", "192.0.2.7:8080:80", "busybox", "sleep", "999",
         check=False,
     )  # fmt: skip
     assert b"cannot assign requested address" in done.stderr
@@ -395,7 +407,7 @@ def test_an_address_that_this_computer_does_not_have(machine: Sandbox) -> None:
 
 def test_a_container_that_is_started_from_inside_the_guest(machine: Sandbox) -> None:
     port = free_port()
-    machine.docker("create", "--name", "web", "-p", f"{port}:80", "busybox", "sleep", "99")
+    machine.docker("create", "--name", "web", "-p", f"{port}:80", "busybox", "sleep", "999")
     done = machine.wherry("shell", "--", "python3", "-c", FROM_INSIDE, "web/start")
     assert done.stdout == b"204\n"
     wait_until(lambda: answers("127.0.0.1", port), 20, "its port is open")
@@ -406,12 +418,14 @@ def test_a_container_that_is_started_from_inside_the_guest(machine: Sandbox) -> 
 def test_a_container_that_ends_or_leaves_its_network_has_no_port(machine: Sandbox) -> None:
     """Nothing that is asked of wherry waits for it."""
     ends, leaves = free_port(), free_port()
-    machine.docker("run", "-d", "-p", f"{ends}:80", "busybox", "sleep", "8")
+    machine.docker("run", "-d", "--name", "ends", "-p", f"{ends}:80", "busybox", "sleep", "999")
     assert answers("127.0.0.1", ends)
-    machine.docker("run", "-d", "--name", "web", "-p", f"{leaves}:80", "busybox", "sleep", "99")
+    process = machine.docker("inspect", "-f", "{{.State.Pid}}", "ends").stdout.decode().strip()
+    machine.docker("run", "-d", "--name", "web", "-p", f"{leaves}:80", "busybox", "sleep", "999")
     assert answers("127.0.0.1", leaves)
     machine.docker("network", "disconnect", "bridge", "web")
     wait_until(lambda: not answers("127.0.0.1", leaves), 20, "it has left its network")
+    machine.wherry("shell", "--", "kill", "-9", process)
     wait_until(lambda: not answers("127.0.0.1", ends), 30, "the other one has ended")
 
 
@@ -456,11 +470,10 @@ def test_a_port_that_becomes_free_is_taken_later(machine: Sandbox) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         machine.docker(
-            "create", "--name", "web", "-p", f"127.0.0.1:{port}:80", "busybox", "sleep", "99"
+            "create", "--name", "web", "-p", f"127.0.0.1:{port}:80", "busybox", "sleep", "999"
         )
         machine.wherry("shell", "--", "python3", "-c", FROM_INSIDE, "web/start")
-        wait_until(lambda: ports(machine) != [], 20, "it is wanted")
-        (found,) = ports(machine)
+        (found,) = settled(machine, 1, 20)
         assert found["state"] == "failed"
         assert "address already in use" in found["reason"]
     wait_until(lambda: ports(machine)[0]["state"] == "open", 30, "it is open")
@@ -468,16 +481,16 @@ def test_a_port_that_becomes_free_is_taken_later(machine: Sandbox) -> None:
 
 def test_what_a_container_on_the_host_s_network_listens_on(machine: Sandbox) -> None:
     everywhere, here = free_port(), free_port()
-    script = f"httpd -p {everywhere}; httpd -p 127.0.0.1:{here}; sleep 99"
+    script = f"httpd -p {everywhere}; httpd -p 127.0.0.1:{here}; sleep 999"
     machine.docker(
         "run", "-d", "--name", "host", "--network", "host", "busybox", "sh", "-c", script
     )
-    wait_until(lambda: len(ports(machine)) == 3, 30, "all are seen")
+    found = settled(machine, 3)
     assert answers("127.0.0.1", everywhere)
     assert answers("::1", everywhere)
     assert answers("127.0.0.1", here)
     assert not answers("::1", here)
-    assert {each["host_network"] for each in ports(machine)} == {True}
+    assert {each["host_network"] for each in found} == {True}
     # Datagrams and IPv6 alone, by a program that is the container's by its cgroup.
     # Not one that the system would choose: those are of programs that ask.
     six, low = free_port(), (Forward("udp", "0.0.0.0", each) for each in range(20000, 30000))
@@ -488,7 +501,7 @@ def test_what_a_container_on_the_host_s_network_listens_on(machine: Sandbox) -> 
     start = f"setsid sh -c {shlex.quote(serve)} </dev/null >/dev/null 2>&1 &"
     machine.wherry("shell", "--", "sh", "-c", start)
     machine.docker("exec", "host", "httpd", "-p", f"[::1]:{six}")
-    wait_until(lambda: len(ports(machine)) == 5, 30, "these are seen too")
+    settled(machine, 5)
     assert echo("127.0.0.1", datagrams, b"x") == b"x"
     assert answers("::1", six)
     assert not answers("127.0.0.1", six)
@@ -496,8 +509,8 @@ def test_what_a_container_on_the_host_s_network_listens_on(machine: Sandbox) -> 
         # One that this computer has cannot be reached there, and that is all.
         port = taken.getsockname()[1]
         machine.docker("exec", "host", "httpd", "-p", str(port))
-        wait_until(lambda: len(ports(machine)) == 7, 30, "it is seen")
-        assert {each["state"] for each in ports(machine) if each["port"] == port} == {"failed"}
+        found = settled(machine, 7)
+        assert {each["state"] for each in found if each["port"] == port} == {"failed"}
         machine.docker("start", "host")
         assert state(machine, "host") == "running"
     machine.docker("rm", "-f", "host")
@@ -515,8 +528,8 @@ def test_compose_up_returns_when_its_ports_are_there(
     first, second = free_port(), free_port()
     (tmp_path / "compose.yaml").write_text(
         "services:\n"
-        f"  one: {{image: busybox, command: sleep 99, ports: ['{first}:80']}}\n"
-        f"  two: {{image: busybox, command: sleep 99, ports: ['127.0.0.1:{second}:80']}}\n"
+        f"  one: {{image: busybox, command: sleep 999, ports: ['{first}:80']}}\n"
+        f"  two: {{image: busybox, command: sleep 999, ports: ['127.0.0.1:{second}:80']}}\n"
     )
     compose = ("compose", "-f", str(tmp_path / "compose.yaml"))
     machine.docker(*compose, "up", "-d")
