@@ -167,9 +167,10 @@ def test_a_stream_that_ended_before_it_was_used_is_replaced(proxy: Proxy) -> Non
         proxy.ping()
         idle.request("GET", "/_ping")
         assert idle.answer()[0] == 200
+    eventually(lambda: proxy.endpoint.counters.active == 0)
     proxy.problem = TunnelError("an outage")
     with proxy.client() as early:
-        time.sleep(0.1)
+        eventually(lambda: [each for each in list(proxy.endpoint._connections) if each._down.over])
         proxy.problem = None
         early.request("GET", "/_ping")
         assert early.answer()[0] == 200

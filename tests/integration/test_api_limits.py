@@ -54,7 +54,7 @@ def test_a_malformed_request_reaches_no_engine(proxy: Proxy, data: bytes) -> Non
     with proxy.client() as client:
         client.request("GET", "/_ping")
         client.answer()
-        with contextlib.suppress(BrokenPipeError):
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
             client.send(data)
         status, headers, body = client.answer()
         assert (status, headers["connection"]) == (400, "close")
@@ -89,21 +89,22 @@ MUCH = bytes(1_000_000)
 HALF = b"GET /_ping HTTP/1.1\r\nHost: x\r\nX-Registry-Config: "
 
 
-@pytest.mark.parametrize("earlier", [0, 2])
+@pytest.mark.parametrize("earlier", [0, 4])
 def test_a_head_has_a_time_by_which_it_is_whole(make_proxy: MakeProxy, earlier: int) -> None:
     """From its first byte on; a client that asks nothing has all the time."""
     proxy = make_proxy(head_timeout_s=1.0)
     with proxy.client() as client, proxy.client() as idle:
         for _ in range(earlier):
             client.send(HALF)
-            time.sleep(0.6)
+            time.sleep(0.3)
             client.send(b"e\r\n\r\n")
             assert client.answer()[0] == 200
         begun = time.monotonic()
         client.send(HALF)
-        for _ in range(2):
-            time.sleep(0.3)
-            client.send(b"e")
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            for _ in range(2):
+                time.sleep(0.3)
+                client.send(b"e")
         assert client.rest() == b""
         assert 0.9 < time.monotonic() - begun < 5
         eventually(lambda: proxy.endpoint.counters.active == 1)
@@ -142,7 +143,7 @@ def test_long_heads_that_are_not_whole_share_a_room(proxy: Proxy) -> None:
                     client.send(HALF + b"e" * size)
             eventually(lambda: proxy.endpoint._room._left < 1 << 20)
             eventually(lambda: proxy.endpoint.counters.active <= 17)
-            held = sum(each._reader.held for each in proxy.endpoint._connections)
+            held = sum(each._reader.held for each in list(proxy.endpoint._connections))
             assert held <= (16 << 20) + 30 * (64 << 10)
             proxy.ping()
             told = [each for each in clients if select.select([each.sock], [], [], 0.01)[0]]
@@ -364,7 +365,7 @@ def test_a_client_beyond_the_limit_that_goes_on_sending_reads_its_answer(
 ) -> None:
     proxy = make_proxy(limit=0)
     with proxy.client() as client:
-        client.request("POST", "/echo", body=bytes(3_000_000))
+        client.request("POST", "/echo", body=bytes(1_200_000))
         assert client.answer()[0] == 503
         assert client.rest() == b""
     with proxy.client() as client:

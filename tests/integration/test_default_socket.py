@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import socket
 
-from fake_host import FakeHost
+from fake_host import FakeHost, kill
 
 KEY = "endpoint.default_socket"
 
@@ -49,8 +49,7 @@ def test_a_running_machine_takes_it_and_gives_it_back_at_once(host: FakeHost) ->
 def test_a_dead_service_s_link_goes_with_stop_by_force(host: FakeHost) -> None:
     host.make(**{KEY: "true"})
     host.good("start")
-    service = host.status()["service_pid"]
-    os.kill(service, 9)
+    kill(host.status()["service_pid"])
     host.good("stop", "--force")
     assert not os.path.lexists(host.default_socket)
 

@@ -223,8 +223,8 @@ def test_the_relay_leads_to_nothing_of_the_host_s_own() -> None:
     """A port on IPv6 whose IPv4 somebody else has would be a way to that one."""
 
     async def body(kept: Kept) -> None:
-        with socket.create_server(("127.0.0.1", 0)) as taken:
-            port = taken.getsockname()[1]
+        port = free_port()
+        with socket.create_server(("127.0.0.1", port)):
             await kept.keeper.update(both(port))
             first, second = kept.keeper.published()
             assert "address already in use" in first.problem
@@ -282,8 +282,8 @@ def test_what_a_container_listens_on_in_the_host_s_network_is_no_fault_of_its_st
 
 def test_a_port_that_could_not_be_bound_is_tried_again() -> None:
     async def body(kept: Kept) -> None:
-        with socket.create_server(("127.0.0.1", 0)) as taken:
-            port = taken.getsockname()[1]
+        port = free_port()
+        with socket.create_server(("127.0.0.1", port)):
             await kept.keeper.update({Forward("tcp", "127.0.0.1", port): WEB})
             (found,) = kept.keeper.published()
             assert "address already in use" in found.problem
@@ -332,8 +332,8 @@ def test_of_two_families_the_one_asked_for_is_blamed(
     ipv6_first: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A port that is published on all addresses is bound for IPv4 before IPv6 fails."""
-    with socket.create_server(("::", 0), family=socket.AF_INET6) as taken:
-        port = taken.getsockname()[1]
+    port = free_port()
+    with socket.create_server(("::", port), family=socket.AF_INET6):
         listens = (
             "import socket, sys\n"
             f"with socket.create_server(('0.0.0.0', {port})): print(); sys.stdin.read()\n"

@@ -454,10 +454,12 @@ def test_the_listener_outlives_the_server(own_chain: Chain) -> None:
             with contextlib.suppress(ConnectionError):
                 assert client.recv(1) == b""
         assert own_chain.lost.wait(WAIT_S)
-        threading.Timer(0.3, own_chain.sshd.start).start()
+        starting = threading.Timer(0.3, own_chain.sshd.start)
+        starting.start()
         with endpoint.connect() as client:  # waits for the tunnel to come back
             client.sendall(b"y")
             assert client.recv(1) == b"y"
+        starting.join()
 
 
 def test_close_leaves_no_thread(chain: Chain) -> None:

@@ -84,12 +84,17 @@ def agent(path: Path, key: Path) -> Iterator[None]:
     """An ssh-agent that has the key."""
     process = subprocess.Popen(["ssh-agent", "-D", "-a", path], stdout=subprocess.DEVNULL)
     try:
-        wait_for(path.exists, "the agent's socket")
+        wait_for(lambda: listens(path), "the agent's socket")
         subprocess.run(["ssh-add", "-q", key], env=environment(path), check=True)
         yield
     finally:
         process.terminate()
         process.wait(WAIT_S)
+
+
+def listens(path: Path) -> bool:
+    with socket.socket(socket.AF_UNIX) as probe:
+        return probe.connect_ex(str(path)) == 0
 
 
 def environment(path: Path) -> dict[str, str]:

@@ -146,7 +146,9 @@ def answer(connection: socket.socket, settings: dict[str, Any]) -> None:
     with connection, contextlib.suppress(OSError):
         request = b""
         while b"\r\n\r\n" not in request:
-            request += connection.recv(65536)
+            if not (more := connection.recv(65536)):
+                return
+            request += more
         target = request.split()[1].decode()
         status, body = "200 OK", "OK"
         stuck = tuple(settings.get("stuck", ()))

@@ -73,6 +73,7 @@ class FakePipes:
             made = Instance(name)
             self.instances.append(made)
             self.open_handles += 1
+            self.news.notify_all()
         self.on_made(made)
         return made
 

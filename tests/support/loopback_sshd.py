@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
+from fake_host import kill
+from fake_monitor import free_port
 
 from wherry.tunnel.connection import Connection, Watcher
 from wherry.tunnel.keys import MachineKeys, make_keys
@@ -49,8 +51,7 @@ class LoopbackSshd:
         self.directory = directory
         self.keys: MachineKeys = make_keys(directory / "keys")
         self.user = getpass.getuser()
-        with socket.create_server(("127.0.0.1", 0)) as probe:
-            self.port: int = probe.getsockname()[1]
+        self.port = free_port()
         self._streamlocal = streamlocal
         self._process: subprocess.Popen[bytes] | None = None
         self.start()
@@ -124,8 +125,7 @@ class LoopbackSshd:
         self._process.wait()
         for process in sessions:
             with contextlib.suppress(psutil.NoSuchProcess):
-                process.kill()
-        psutil.wait_procs(sessions, timeout=5)
+                kill(process.pid)
         self._process = None
 
 

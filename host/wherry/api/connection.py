@@ -139,8 +139,8 @@ class Connection:
         try:
             self._remote = remote = self._open_stream()
         except TunnelError as error:
-            self._down.open_failed(error)
             self._asked_in_vain = self._local.has_input()
+            self._down.open_failed(error)
             return
         if self._gone.is_set():
             # Aborted before there was a stream to close.
