@@ -111,6 +111,8 @@ def test_a_tunnel_that_stays_down(tmp_path: Path) -> None:
         # No request is lost with it: its client sees that it has ended, and makes another one.
         assert kept.rest() == b""
         assert time.monotonic() - begun < OUTAGE_S
+        # Streams are told of the end before the tunnel is; who asks in between is refused at once.
+        eventually(lambda: tunnel.error)
         for number in (1, 8):
             clients = [stack.enter_context(Client(path)) for _ in range(number)]
             begun = time.monotonic()

@@ -477,6 +477,7 @@ def test_the_tunnel_comes_back(own_sshd: LoopbackSshd) -> None:
 def test_an_outage_is_bounded(own_sshd: LoopbackSshd) -> None:
     own_sshd.stop()
     kept = Kept(own_sshd, outage_timeout_s=0.3)
+    wait_for(lambda: kept.tunnel.counters.failures, "nothing is tried")
     start = time.monotonic()
     with pytest.raises(TunnelError, match=r"there is no connection.*refused"):
         kept.tunnel.open_unix("/nowhere")

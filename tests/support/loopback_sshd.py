@@ -108,9 +108,18 @@ class LoopbackSshd:
 
     def signal_sessions(self, number: signal.Signals) -> None:
         """Send a signal to each process that serves a connection."""
-        for process in self.sessions():
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.send_signal(number)
+        fresh, known = set(self.sessions()), set[psutil.Process]()
+        while fresh:
+            known |= fresh
+            for process in fresh:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.send_signal(number)
+            # One that has just let a user in hands its work to a child of its own.
+            fresh.clear()
+            for process in known:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    fresh.update(process.children())
+            fresh -= known
 
     def stop(self) -> None:
         """Kill it and its sessions, as a machine that is switched off does."""

@@ -299,5 +299,7 @@ def many_authorities(machine: Sandbox) -> Iterator[trustme.CA]:
     pem = b"".join(each.cert_pem.bytes() for each in found)
     assert len(gzip.compress(pem)) > FIRMWARE_BYTES
     (trusted / "many.pem").write_bytes(pem)
-    yield found[-1]
-    (trusted / "many.pem").unlink()
+    try:
+        yield found[-1]
+    finally:
+        (trusted / "many.pem").unlink()
