@@ -162,6 +162,22 @@ def test_an_interrupt_at_any_moment(exists: bool, host: FakeHost) -> None:
     assert 130 in outcomes
 
 
+def test_an_interrupt_while_it_is_booted_again(host: FakeHost) -> None:
+    """What the boot before had is being closed; it is closed all the same."""
+    host.behave(
+        last_line="wherry: ssh",
+        engine="absent",
+        fatal="Oops: int3: 0000 [#1]\r\nKernel panic - not syncing: Fatal exception",
+        fatal_after_s=1.0,
+        quit_s=0.5,
+    )
+    command = host.spawn("start", "--accel", "tcg")
+    wait_until(lambda: "booting again" in host.service_log(), 20, "the kernel has failed")
+    assert interrupt(host, command).status == 130
+    host.at_rest()
+    assert not host.paths.directory.exists()
+
+
 def test_a_second_interrupt_changes_nothing(host: FakeHost) -> None:
     host.behave(last_line="wherry: init")
     command = host.spawn("start")

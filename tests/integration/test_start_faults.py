@@ -367,6 +367,46 @@ def test_a_guest_that_gives_up(
     host.at_rest()
 
 
+OOPS = (
+    "Oops: int3: 0000 [#1] PREEMPT SMP NOPTI\r\n"
+    "Kernel panic - not syncing: Fatal exception in interrupt"
+)
+EARLY = {"delay_s": 0.2, "last_line": "wherry: init", "fatal": OOPS}
+LATE = {"last_line": "wherry: ssh", "engine": "absent", "fatal": OOPS, "fatal_after_s": 1.0}
+
+
+@pytest.mark.parametrize("boots", [[EARLY], [LATE], [EARLY, LATE, EARLY, LATE]])
+def test_a_kernel_that_is_emulated_wrongly_is_booted_again(
+    host: FakeHost, boots: list[dict[str, object]]
+) -> None:
+    """Wherever in a start it fails; what its engine is asked then, works."""
+    host.behave(boots={str(number): each for number, each in enumerate(boots, 1)})
+    done = host.run("start", "--accel", "tcg")
+    assert done.status == 0, done.stderr
+    assert host.status()["state"] == "running"
+    assert host.service_log().count("booting again") == len(boots)
+    assert host.run("shell", "--", "echo", "well").stdout == "well\n"
+    assert host.run("stop").status == 0
+    host.at_rest()
+
+
+@pytest.mark.parametrize("boot", [EARLY, LATE])
+def test_one_that_always_is_fails(host: FakeHost, boot: dict[str, object]) -> None:
+    host.behave(**boot)
+    done = host.run("start", "--accel", "tcg")
+    assert done.status == 1
+    assert "kernel panicked: Fatal exception in interrupt" in done.line
+    assert host.service_log().count("booting again") == 2
+    host.at_rest()
+
+
+def test_another_panic_of_an_emulated_kernel_is_its_own(host: FakeHost) -> None:
+    host.behave(**{**LATE, "fatal": "Kernel panic - not syncing: Out of memory"})
+    assert "kernel panicked: Out of memory" in host.run("start", "--accel", "tcg").line
+    assert "booting again" not in host.service_log()
+    host.at_rest()
+
+
 def test_a_failure_is_told_when_the_machine_is_at_rest(host: FakeHost) -> None:
     host.behave(engine="absent", last_line="wherry: ssh", quit_s=1.5)
     host.make()

@@ -90,6 +90,7 @@ def main(settings: dict[str, Any]) -> None:
         if line == last:
             break
     if fatal := settings.get("fatal"):
+        time.sleep(settings.get("fatal_after_s", 0))
         say(fatal)
         if not settings.get("lives_on"):
             power_off(control)

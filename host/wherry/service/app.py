@@ -27,7 +27,7 @@ from wherry.control.server import ControlServer, Emit
 from wherry.core.bridge import in_thread, post
 from wherry.core.errors import TunnelError, WherryError
 from wherry.service import console, engine, shutdown, space, state, status, syncing
-from wherry.service.boot import Boot, end_orphan
+from wherry.service.boot import BOOT_TRIES, Boot, end_orphan
 from wherry.service.changes import Changes
 from wherry.service.default_socket import DefaultSocket
 from wherry.service.engine_settings import EngineSettings
@@ -77,22 +77,32 @@ class Service:
         self._stages = Stages()
         self._engine_settings = EngineSettings(paths)
         self._trust = Trust(layout, paths)
-        self._ssh_agent = SshAgent(layout, paths)
         # What an earlier service knew of a QEMU that this one may adopt.
         before = state.read(paths)
-        self._boot = Boot(
-            layout,
-            paths,
-            bounds,
-            self._stages,
-            self._trust,
-            before=before,
-            launched=self._launched,
-            engine_settings=self._engine_settings,
-        )
         self._record = replace(
             before, state=State.STARTING, reason="", service=state.ourselves(), started=0.0
         )
+        self._assemble()
+        self._stop_asked = False
+        self._force = False
+        self._left: WherryError | None = None
+        """Why the VM is left running though this service ends; None when it is not."""
+        self._event_listeners: list[Emit] = []
+
+    def _assemble(self) -> None:
+        """Make what serves one boot of the guest."""
+        layout, paths = self._layout, self._paths
+        self._boot = Boot(
+            layout,
+            paths,
+            self._bounds,
+            self._stages,
+            self._trust,
+            before=self._record,
+            launched=self._launched,
+            engine_settings=self._engine_settings,
+        )
+        self._ssh_agent = SshAgent(layout, paths)
         self._engine_version = ""
         self._tunnel: Tunnel | None = None
         # Filled before the endpoint listens.
@@ -101,13 +111,8 @@ class Service:
         self._guest: Guest | None = None
         self._files = Files(layout, paths, self._hooks)
         self._networking = Networking(self._hooks, layout.platform)
-        self._stop_asked = False
-        self._force = False
-        self._left: WherryError | None = None
-        """Why the VM is left running though this service ends; None when it is not."""
         self._space: asyncio.Task[None] | None = None
         self._ssh: tuple[str, int] | None = None
-        self._event_listeners: list[Emit] = []
 
     async def run(self) -> int:
         """Start the machine, serve it until it ends, and return the exit status."""
@@ -230,8 +235,18 @@ class Service:
 
     async def _start(self) -> None:
         keys = load_keys(self._paths.keys)
-        driver = await self._boot.run()
-        await self._connect(driver, keys)
+        for tries_left in reversed(range(BOOT_TRIES)):
+            driver = await self._boot.run()
+            try:
+                await self._connect(driver, keys)
+            except WherryError:
+                if not tries_left or not self._boot.was_emulated_wrongly():
+                    raise
+            else:
+                return
+            # Nobody has used it yet, and what the engine has begun is as after a loss of power.
+            await self._tear_down(force=True)
+            self._assemble()
 
     def _launched(self) -> None:
         """Note the QEMU that runs now: whoever finds us killed will look for it."""

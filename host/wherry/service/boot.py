@@ -33,10 +33,10 @@ T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 
-_BOOT_TRIES = 3
+BOOT_TRIES = 3
 """QEMU before 8.1 rarely emulates a self-modifying kernel wrongly with several processors
-(its commit deba78709a mends that); the kernel then panics early, before it has written
-anything, and another try is as good as the first."""
+(its commit deba78709a mends that); the kernel then panics, mostly early, before it has written
+anything, or when the engine has it load modules. Another try is as good as the first."""
 
 _QUIT_S = 10.0
 _ENGINE_RETRY_S = 0.1
@@ -199,7 +199,7 @@ class Boot:
         settings = paths.config.read_bytes() if paths.config.exists() else b""
         write_atomic(paths.launched_config, settings)
         trusted = await in_thread(lambda: self._trust.firmware(chosen), name="certificates")
-        for tries_left in reversed(range(_BOOT_TRIES)):
+        for tries_left in reversed(range(BOOT_TRIES)):
             paths.console_log.unlink(missing_ok=True)  # what it says is believed to be of this boot
             self.driver = driver = QemuDriver(paths.qemu_log, layout.platform, tools.system)
             try:
@@ -242,12 +242,9 @@ class Boot:
         self, error: StageError, config: Config, chosen: image.Image, tools: programs.Programs
     ) -> bool:
         """Return whether another try of a boot that failed is likely to do better."""
-        said = console.read(self._paths.console_log)
         if self.accelerator == "tcg":
-            oops = console.emulation_oops(said)
-            if oops:
-                log.warning("booting again: QEMU's emulation made the kernel fail: %s", oops)
-            return bool(oops)
+            return self.was_emulated_wrongly()
+        said = console.read(self._paths.console_log)
         if config.accelerator != "auto" or "wherry: init" in said:
             return False
         # What worked once may not work today: another host kernel, another user of it.
@@ -256,6 +253,15 @@ class Boot:
         probe.forget(self._layout.accelerators, failed)
         await self._choose_accelerator(config, chosen, tools)
         return self.accelerator != failed
+
+    def was_emulated_wrongly(self) -> bool:
+        """Whether a boot of ours failed in a way that the next one is likely not to."""
+        if self.adopted or self.accelerator != "tcg":
+            return False
+        oops = console.emulation_oops(console.read(self._paths.console_log))
+        if oops:
+            log.warning("booting again: QEMU's emulation made the kernel fail: %s", oops)
+        return bool(oops)
 
     async def _await_ssh(self, driver: QemuDriver) -> None:
         await self._stages.run(
