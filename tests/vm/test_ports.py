@@ -35,7 +35,9 @@ FROM_INSIDE = """
 import socket, sys
 engine = socket.socket(socket.AF_UNIX)
 engine.connect("/run/docker.sock")
-engine.sendall(f"POST /containers/{sys.argv[1]} HTTP/1.0\\r\\n\\r\\n".encode())
+path, body = sys.argv[1:]
+head = f"Content-Type: application/json\\r\\nContent-Length: {len(body)}"
+engine.sendall(f"POST {path} HTTP/1.0\\r\\n{head}\\r\\n\\r\\n{body}".encode())
 print(engine.recv(100).split()[1].decode())
 """
 
@@ -119,6 +121,12 @@ def settled(machine: Sandbox, count: int, timeout_s: float = 30) -> list[dict[st
 
     wait_until(done, timeout_s, f"{count} ports have settled")
     return found
+
+
+def inside(machine: Sandbox, path: str, body: str = "") -> str:
+    """Have the engine do something that wherry does not see; return the answer's status."""
+    argv = ["python3", "-c", FROM_INSIDE, path, body]
+    return machine.wherry("shell", "--", *argv).stdout.decode().strip()
 
 
 def state(machine: Sandbox, name: str) -> str:
@@ -408,10 +416,9 @@ def test_an_address_that_this_computer_does_not_have(machine: Sandbox) -> None:
 def test_a_container_that_is_started_from_inside_the_guest(machine: Sandbox) -> None:
     port = free_port()
     machine.docker("create", "--name", "web", "-p", f"{port}:80", "busybox", "sleep", "999")
-    done = machine.wherry("shell", "--", "python3", "-c", FROM_INSIDE, "web/start")
-    assert done.stdout == b"204\n"
+    assert inside(machine, "/containers/web/start") == "204"
     wait_until(lambda: answers("127.0.0.1", port), 20, "its port is open")
-    machine.wherry("shell", "--", "python3", "-c", FROM_INSIDE, "web/stop?t=0")
+    inside(machine, "/containers/web/stop?t=0")
     wait_until(lambda: not answers("127.0.0.1", port), 20, "its port is closed")
 
 
@@ -423,10 +430,22 @@ def test_a_container_that_ends_or_leaves_its_network_has_no_port(machine: Sandbo
     process = machine.docker("inspect", "-f", "{{.State.Pid}}", "ends").stdout.decode().strip()
     machine.docker("run", "-d", "--name", "web", "-p", f"{leaves}:80", "busybox", "sleep", "999")
     assert answers("127.0.0.1", leaves)
-    machine.docker("network", "disconnect", "bridge", "web")
+    body = '{"Container":"web"}'
+    assert inside(machine, "/networks/bridge/disconnect", body) == "200"
     wait_until(lambda: not answers("127.0.0.1", leaves), 20, "it has left its network")
     machine.wherry("shell", "--", "kill", "-9", process)
     wait_until(lambda: not answers("127.0.0.1", ends), 30, "the other one has ended")
+
+
+def test_a_port_comes_and_goes_with_the_network(machine: Sandbox) -> None:
+    """Before the command returns."""
+    port = free_port()
+    machine.docker("run", "-d", "--name", "web", "-p", f"{port}:80", "busybox", "sleep", "999")
+    for _ in range(2):
+        machine.docker("network", "disconnect", "bridge", "web")
+        assert not answers("127.0.0.1", port)
+        machine.docker("network", "connect", "bridge", "web")
+        assert answers("127.0.0.1", port)
 
 
 def ask_qemu(machine: Sandbox, line: str) -> str:
@@ -454,8 +473,8 @@ def test_what_happened_while_nobody_looked_is_found(machine: Sandbox, tmp_path: 
     config = tmp_path / "config"
     config.write_bytes(machine.wherry("ssh-config").stdout)
     os.kill(machine.status()["service_pid"], signal.SIGKILL)
-    inside = shlex.join(["python3", "-c", FROM_INSIDE, "one/stop?t=0"])
-    subprocess.run(["ssh", "-F", str(config), "wherry-default", inside], check=True, timeout=60)
+    stop = shlex.join(["python3", "-c", FROM_INSIDE, "/containers/one/stop?t=0", ""])
+    subprocess.run(["ssh", "-F", str(config), "wherry-default", stop], check=True, timeout=60)
     assert "removed" in ask_qemu(machine, f"hostfwd_remove net0 tcp:127.0.0.1:{lost}")
     assert answers("127.0.0.1", stopped)
     assert not answers("127.0.0.1", lost)
@@ -472,7 +491,7 @@ def test_a_port_that_becomes_free_is_taken_later(machine: Sandbox) -> None:
         machine.docker(
             "create", "--name", "web", "-p", f"127.0.0.1:{port}:80", "busybox", "sleep", "999"
         )
-        machine.wherry("shell", "--", "python3", "-c", FROM_INSIDE, "web/start")
+        inside(machine, "/containers/web/start")
         (found,) = settled(machine, 1, 20)
         assert found["state"] == "failed"
         assert "address already in use" in found["reason"]

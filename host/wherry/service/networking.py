@@ -47,6 +47,7 @@ log = logging.getLogger(__name__)
 _HOLD_S = 30.0
 """How long a request or its answer may be held; then it goes on, and events have to do."""
 
+_AGAIN_S = 1.0
 _VERIFY_S = 10.0
 _LISTENERS_S = 1.0
 _GUEST_S = 10.0
@@ -85,6 +86,7 @@ class Networking:
         self._watch: engine.ContainerWatch | None = None
         self._rounds: asyncio.Task[None] | None = None
         self._asked = asyncio.Event()
+        self._again: asyncio.TimerHandle | None = None
         self._waiters: list[asyncio.Future[None]] = []
         self._names: NameServer | None = None
         self._host_network: dict[str, str] = {}
@@ -95,6 +97,8 @@ class Networking:
         hooks.on("POST", "/containers/{id}/kill", self._on_end)
         hooks.on("POST", "/containers/{id}/wait", self._on_end)
         hooks.on("DELETE", "/containers/{id}", self._on_end)
+        hooks.on("POST", "/networks/{id}/connect", self._on_network)
+        hooks.on("POST", "/networks/{id}/disconnect", self._on_network)
 
     def answer_names(self, guest: Guest) -> None:
         """Answer the guest's queries of names; before its agent starts.
@@ -131,7 +135,7 @@ class Networking:
         self._rounds = asyncio.create_task(self._run(), name="ports")
         loop = self._loop
         self._watch = engine.ContainerWatch(
-            lambda: tunnel.open_unix(engine.SOCKET), lambda: post(loop, self._asked.set)
+            lambda: tunnel.open_unix(engine.SOCKET), lambda: post(loop, self._changed)
         )
         self._ready.set()
 
@@ -152,6 +156,8 @@ class Networking:
         """End the rounds and what we relay; QEMU's forwards end with QEMU."""
         if self._watch is not None:
             await in_thread(self._watch.close, name="container watch close")
+        if self._again is not None:
+            self._again.cancel()
         if self._rounds is not None:
             self._rounds.cancel()
             await asyncio.gather(self._rounds, return_exceptions=True)
@@ -179,6 +185,16 @@ class Networking:
             }
             for each in self._keeper.published()
         ]
+
+    def _changed(self) -> None:
+        """Have a round done, and another one soon.
+
+        The engine tells that a container has left a network before its list of containers does.
+        """
+        self._asked.set()
+        if self._again is not None:
+            self._again.cancel()
+        self._again = asyncio.get_running_loop().call_later(_AGAIN_S, self._asked.set)
 
     # -- rounds ------------------------------------------------------------------------------
 
@@ -389,14 +405,22 @@ class Networking:
             return None
 
         def settle(_: Any) -> None:
-            if not keeper.busy:
-                return
-            try:
-                self._wait(request, self._settled())
-            except WherryError as error:
-                log.info("ports: %s", error)
+            if keeper.busy:
+                self._settle(request)
 
         return Watch(line=settle) if request.path.endswith("/wait") else Watch(head=settle)
+
+    def _on_network(self, request: Request) -> Watch | None:
+        """Hold the answer until the ports are those of the networks that a container is in."""
+        if self._keeper is None:
+            return None
+        return Watch(head=lambda _: self._settle(request))
+
+    def _settle(self, request: Request) -> None:
+        try:
+            self._wait(request, self._settled())
+        except WherryError as error:
+            log.info("ports: %s", error)
 
     def _stop_container(self, id: str) -> None:
         try:
