@@ -55,10 +55,8 @@ if [ $# -gt 0 ]; then
     leave "$status"
 fi
 
-# Two runs side by side, which take about as long. One has a machine that its tests share. The other
-# one has what needs none, and what starts, stops and breaks machines; it says what it has to say
-# when the first has ended. Neither is killed: what tests have made, they remove.
-starts=(tests/vm/test_guest.py tests/vm/test_lifecycle.py)
+# Two runs side by side: one with a machine, and one without, which waits for much and says what
+# it has to say when the first has ended. Neither is killed: what tests have made, they remove.
 work=$(mktemp -d)
 others=
 finish() {
@@ -72,11 +70,11 @@ trap finish EXIT
 # A shell's background jobs ignore an interrupt, unless they are told otherwise.
 (
     trap - INT
-    exec python -m pytest -p no:cacheprovider tests/unit tests/integration "${starts[@]}"
+    exec python -m pytest -p no:cacheprovider tests/unit tests/integration
 ) >"$work/others" 2>&1 &
 others=$!
-python -m pytest tests/vm tests/clients "${starts[@]/#/--ignore=}" || status=$?
-say "The tests that run beside those"
+python -m pytest tests/vm tests/clients || status=$?
+say "The tests without a machine"
 wait "$others" || status=$?
 others=
 cat "$work/others"
