@@ -19,7 +19,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,7 +46,6 @@ ROUND_TRIPS = 40
 
 Measures = dict[str, tuple[str, bool, Callable[[Path], float]]]
 """Name: unit, whether more is better, and how to measure it on a socket."""
-
 
 Ask = Callable[[socket.socket], object]
 """Sends something small on a connection, and returns when it is answered."""
@@ -111,44 +110,42 @@ def new_connections(
 
 
 def kept_connection(
-    path: Path,
-    ask: Ask,
-    *,
-    times: int = 5 * ROUND_TRIPS,
-    pause_s: float = 0.0005,
-    during: Callable[[], object] | None = None,
+    path: Path, ask: Ask, *, times: int = 5 * ROUND_TRIPS, pause_s: float = 0.0005
 ) -> float:
-    """Median µs of a question on a connection that stays.
-
-    :param during: asked as long as this runs, instead of so many times.
-    """
-    found: list[float] = []
-    ended = threading.Event()
-
-    def run() -> None:
-        if during is not None:
-            during()
-            ended.set()
-
+    """Median µs of a question on a connection that stays."""
     with connect(path) as connection:
-        thread = threading.Thread(target=run)
-        thread.start()
-        if during is not None:
-            time.sleep(0.05)
-        while not ended.is_set() if during is not None else len(found) < times:
-            begun = time.perf_counter()
-            ask(connection)
-            found.append(time.perf_counter() - begun)
-            time.sleep(pause_s)
-        thread.join()
-    return statistics.median(found) * 1e6
+        return _median_us(connection, ask, range(times), pause_s)
 
 
 def under_load(path: Path, ask: Ask, transfer: Callable[[Path, int], None], size: int) -> float:
-    """Median µs of a question while all streams run."""
-    return kept_connection(
-        path, ask, pause_s=0.002, during=lambda: rate(transfer, path, size, STREAMS)
-    )
+    """Median µs of a question on a connection that stays, while all streams run."""
+    ended = threading.Event()
+
+    def load() -> None:
+        try:
+            rate(transfer, path, size, STREAMS)
+        finally:
+            ended.set()
+
+    with connect(path) as connection:
+        thread = threading.Thread(target=load)
+        thread.start()
+        time.sleep(0.05)
+        found = _median_us(connection, ask, iter(ended.is_set, True), 0.002)
+        thread.join()
+    return found
+
+
+def _median_us(
+    connection: socket.socket, ask: Ask, rounds: Iterable[object], pause_s: float
+) -> float:
+    found = []
+    for _ in rounds:
+        begun = time.perf_counter()
+        ask(connection)
+        found.append(time.perf_counter() - begun)
+        time.sleep(pause_s)
+    return statistics.median(found) * 1e6
 
 
 def run_relay(bench: Bench, directory: Path, port: int, user: str) -> None:

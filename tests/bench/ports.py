@@ -27,6 +27,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "support"))
 
 from harness import give_json
+from loopback import free_port
 from sandbox import Sandbox, wait_until
 
 MB = 1_000_000
@@ -154,12 +155,6 @@ def compare(sides: dict[str, Address], runs: int, size: int) -> dict[str, Any]:
 
 def median_ratio(samples: dict[str, list[float]], side: str, base: str) -> float:
     return statistics.median(a / b for a, b in zip(samples[side], samples[base], strict=True))
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def add_by_hand(monitor: Path, rule: str) -> None:

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 from docker_clients import Clients, write_tree
-from registries import free_port, wait_listening
+from loopback import free_port
+from registries import wait_listening
 from terminal import Terminal
 
 pytestmark = [pytest.mark.vm, pytest.mark.timeout(300)]

@@ -17,7 +17,8 @@ from pathlib import Path
 import pytest
 import trustme
 from docker_clients import Clients, write_tree
-from registries import PASSWORD, USER, Cutter, Server, free_port, registry, tinyproxy
+from loopback import free_port
+from registries import PASSWORD, USER, Cutter, Server, registry, tinyproxy
 
 pytestmark = [pytest.mark.vm, pytest.mark.timeout(900)]
 

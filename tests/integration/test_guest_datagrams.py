@@ -18,8 +18,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from fake_monitor import free_port
-from loopback import answering, one_more_ipv6
+from loopback import answering, free_port, one_more_ipv6
 from sandbox import wait_until
 from stub_engine import SocketStream
 

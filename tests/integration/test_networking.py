@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 from fake_host import wait_until
-from fake_monitor import Monitor, free_port
+from fake_monitor import Monitor
+from loopback import free_port
 
 from wherry.api.answers import Refusal
 from wherry.api.hooks import ClientGone, Hooks, Request, Watch
@@ -22,7 +23,7 @@ from wherry.core.errors import TunnelError
 from wherry.platform import current
 from wherry.ports.conflicts import try_bind
 from wherry.ports.desired import Forward
-from wherry.service import networking
+from wherry.service import engine, networking
 from wherry.service.networking import Networking
 
 ID = "a" * 64
@@ -35,8 +36,16 @@ class Engine:
     def __init__(self) -> None:
         self.container: dict[str, Any] = {"Id": ID, "Name": "/web", "State": {}, "HostConfig": {}}
         self.running: list[dict[str, Any]] = []
+        self.running_later: list[dict[str, Any]] | None = None
         self.networks: dict[str, dict[str, Any]] = {}
         self.stopped = threading.Event()
+
+    def listed(self) -> list[dict[str, Any]]:
+        """Return what runs; the next time, what runs later."""
+        found = self.running
+        if self.running_later is not None:
+            self.running, self.running_later = self.running_later, None
+        return found
 
     def open_unix(self, path: str) -> Stream:
         return Stream(self)
@@ -54,12 +63,14 @@ class Stream:
         target = data.decode().split()[1]
         if target.endswith("/stop?t=0"):
             self._engine.stopped.set()
-        answers = {
-            "/containers/json": self._engine.running,
+        answers: dict[str, Any] = {
             f"/containers/{ID}/json": self._engine.container,
             **{f"/networks/{name}": found for name, found in self._engine.networks.items()},
         }
-        body = json.dumps(answers.get(target.partition("?")[0], {})).encode()
+        path = target.partition("?")[0]
+        if path == "/containers/json":
+            answers[path] = self._engine.listed()
+        body = json.dumps(answers.get(path, {})).encode()
         self._answer = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body)
 
     def recv(self, size: int) -> bytes:
@@ -73,8 +84,8 @@ class Stream:
 class Machine:
     """A machine's networking on a loop in a thread of its own."""
 
-    def __init__(self) -> None:
-        self.monitor, self.engine, self.hooks = Monitor(), Engine(), Hooks()
+    def __init__(self, engine: Engine | None = None) -> None:
+        self.monitor, self.engine, self.hooks = Monitor(), engine or Engine(), Hooks()
         self.networking = Networking(self.hooks, current())
         self.loop = asyncio.new_event_loop()
         self.thread = threading.Thread(target=self.loop.run_forever, daemon=True)
@@ -97,9 +108,11 @@ class Machine:
     async def forwards(self) -> list[Any]:
         return [SimpleNamespace(**vars(each), guest_address="") for each in self.monitor.forwards()]
 
-    def send(self, what: str, patience: Any = threading.Event.wait) -> Watch | None:
+    def send(
+        self, what: str, patience: Any = threading.Event.wait, *, of: str = f"containers/{ID}"
+    ) -> Watch | None:
         """Have the hooks see a request about the container; return what they want of its answer."""
-        head = parse_request(f"POST /containers/{ID}/{what} HTTP/1.1\r\nHost: d\r\n\r\n".encode())
+        head = parse_request(f"POST /{of}/{what} HTTP/1.1\r\nHost: d\r\n\r\n".encode())
         watches: list[Watch] = []
         match = self.hooks.match(head)
         assert match is not None
@@ -166,7 +179,7 @@ def test_nobody_can_take_a_port_between_its_reservation_and_its_use(machine: Mac
     thief.start()
     try:
         time.sleep(THIEF_S)
-        machine.engine.running = [runs(machine, port)]
+        machine.engine.running = [runs(port)]
         starting.head(STARTED)
         starting.end(True)
         time.sleep(THIEF_S)
@@ -190,7 +203,7 @@ def test_a_port_that_the_engine_chose_and_somebody_took_since_fails_the_start(
     assert starting.head is not None
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        machine.engine.running = [runs(machine, port)]
+        machine.engine.running = [runs(port)]
         with pytest.raises(Refusal) as refused:
             starting.head(STARTED)
         assert f"endpoint web ({ID}): " in refused.value.message
@@ -216,7 +229,7 @@ def test_a_port_in_use_matters_only_where_the_engine_publishes_it(
             machine.send("start")
 
 
-def runs(machine: Machine, port: int, address: str = "127.0.0.1") -> dict[str, Any]:
+def runs(port: int, address: str = "127.0.0.1") -> dict[str, Any]:
     """What the engine lists when the container runs with its port."""
     published = {"IP": address, "PrivatePort": 80, "PublicPort": port, "Type": "tcp"}
     return {"Id": ID, "Names": ["/web"], "HostConfig": {}, "Ports": [published]}
@@ -232,7 +245,7 @@ def test_who_waits_for_the_end_before_the_start_finds_the_port_free(machine: Mac
     assert starting is not None
     assert starting.head is not None
     assert starting.end is not None
-    machine.engine.running = [runs(machine, port)]
+    machine.engine.running = [runs(port)]
     starting.head(STARTED)
     starting.end(True)
     assert machine.monitor.forwards() == [Forward("tcp", "127.0.0.1", port)]
@@ -241,9 +254,37 @@ def test_who_waits_for_the_end_before_the_start_finds_the_port_free(machine: Mac
     assert machine.monitor.forwards() == []
 
 
+def test_a_container_that_joins_a_network_has_its_ports_then(machine: Machine) -> None:
+    """And no port any more once it has left it: before the client gets the answer."""
+    port = free_port()
+    for what, running in (("connect", [runs(port)]), ("disconnect", [])):
+        watch = machine.send(what, of="networks/bridge")
+        assert watch is not None
+        assert watch.head is not None
+        machine.engine.running = running
+        watch.head(STARTED)
+        assert len(machine.monitor.forwards()) == len(running)
+
+
+def test_what_the_engine_lists_later_than_it_tells_is_found(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(networking, "_AGAIN_S", 0.1)
+    # The watch begins once, which counts as an event, and nothing else happens.
+    monkeypatch.setattr(engine, "_RETRY_S", 60)
+    port, lists = free_port(), Engine()
+    lists.running_later = [runs(port)]
+    made = Machine(lists)
+    try:
+        wait_until(made.monitor.forwards, 10, "its port is open")
+        assert made.monitor.forwards() == [Forward("tcp", "127.0.0.1", port)]
+    finally:
+        made.close()
+
+
 def test_a_forward_is_repaired_however_much_happens(machine: Machine) -> None:
     port = free_port()
-    machine.engine.running = [runs(machine, port)]
+    machine.engine.running = [runs(port)]
     machine.await_(machine.networking._settled())
     machine.monitor.sockets.popitem()[1].close()
 
@@ -274,7 +315,7 @@ def test_what_nobody_listens_on_any_more_is_in_no_start_s_way(machine: Machine) 
     starting = machine.send("start")
     assert starting is not None
     assert starting.head is not None
-    machine.engine.running = [other, runs(machine, port, "0.0.0.0")]
+    machine.engine.running = [other, runs(port, "0.0.0.0")]
     starting.head(STARTED)
     assert not machine.engine.stopped.is_set()
     assert machine.monitor.forwards() == [Forward("tcp", "0.0.0.0", port)]

@@ -16,8 +16,8 @@ from typing import Any
 
 import psutil
 import pytest
-from fake_monitor import Monitor, free_port
-from loopback import answering
+from fake_monitor import Monitor
+from loopback import answering, free_port
 from sandbox import wait_until
 
 from wherry.core.errors import TunnelError, WherryError

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import socket
 import subprocess
 import sys
 import time
@@ -386,6 +387,11 @@ def test_a_kernel_that_is_emulated_wrongly_is_booted_again(
     assert host.status()["state"] == "running"
     assert host.service_log().count("booting again") == len(boots)
     assert host.run("shell", "--", "echo", "well").stdout == "well\n"
+    with socket.socket(socket.AF_UNIX) as client:
+        client.settimeout(20)
+        client.connect(str(host.paths.docker_socket))
+        client.sendall(b"GET /_ping HTTP/1.1\r\nHost: docker\r\n\r\n")
+        assert client.recv(4096).startswith(b"HTTP/1.1 200 ")
     assert host.run("stop").status == 0
     host.at_rest()
 

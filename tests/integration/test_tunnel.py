@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fake_monitor import free_port
+from loopback import free_port
 from loopback_sshd import LoopbackSshd, echo, unix_server
 
 from wherry.core.errors import TunnelError

@@ -2,33 +2,9 @@
 
 from __future__ import annotations
 
-import secrets
 import socket
 
 from wherry.ports.desired import Forward
-
-_GIVEN_TO_NOBODY = range(20_000, 32_768)
-"""Ports that the system does not choose for who asks for any: Linux begins after them."""
-
-_chosen: set[int] = set()
-
-
-def free_port(kind: int = socket.SOCK_STREAM) -> int:
-    """Return a port that is free on all addresses, and another one each time.
-
-    It stays free: no connection of anybody's begins at it by chance.
-    """
-    while True:
-        port = secrets.choice(_GIVEN_TO_NOBODY)
-        with socket.socket(socket.AF_INET6, kind) as probe:
-            probe.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
-            try:
-                probe.bind(("::", port))
-            except OSError:
-                continue
-        if port not in _chosen:
-            _chosen.add(port)
-            return port
 
 
 class Monitor:

@@ -1,9 +1,10 @@
-"""What tests have on this computer's loopback: a server of datagrams, and one address more."""
+"""What tests have on this computer's loopback: ports, a server of datagrams, one address more."""
 
 from __future__ import annotations
 
 import contextlib
 import os
+import secrets
 import socket
 import subprocess
 import sys
@@ -11,6 +12,31 @@ import threading
 from collections.abc import Iterator
 
 import pytest
+
+_GIVEN_TO_NOBODY = range(24_000, 32_768)
+"""Ports that the system does not choose for who asks for any: Linux begins after them. Those
+before are left to tests that need many in a row."""
+
+_chosen: set[int] = set()
+
+
+def free_port(kind: int = socket.SOCK_STREAM) -> int:
+    """Return a port that is free on all addresses, and another one each time.
+
+    It stays free: no connection of anybody's begins at it by chance.
+    """
+    for _ in _GIVEN_TO_NOBODY:
+        port = secrets.choice(_GIVEN_TO_NOBODY)
+        with socket.socket(socket.AF_INET6, kind) as probe:
+            probe.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+            try:
+                probe.bind(("::", port))
+            except OSError:
+                continue
+        if port not in _chosen:
+            _chosen.add(port)
+            return port
+    pytest.fail("this computer has no port that is free")
 
 
 @contextlib.contextmanager

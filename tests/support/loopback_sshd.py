@@ -15,7 +15,7 @@ from pathlib import Path
 
 import psutil
 from fake_host import kill
-from fake_monitor import free_port
+from loopback import free_port
 
 from wherry.tunnel.connection import Connection, Watcher
 from wherry.tunnel.keys import MachineKeys, make_keys

@@ -12,6 +12,7 @@ from pathlib import Path
 import bcrypt
 import trustme
 from downloads import debian_programs
+from loopback import free_port
 from sandbox import wait_until
 
 LOOPBACK = "127.0.0.1"
@@ -19,13 +20,6 @@ HOST = "host.docker.internal"
 """This computer, as the engine in the guest has to call it."""
 
 USER, PASSWORD = "tester", "correct-horse-battery"
-
-
-def free_port() -> int:
-    """Return a port that was free just now."""
-    with socket.socket() as found:
-        found.bind((LOOPBACK, 0))
-        return int(found.getsockname()[1])
 
 
 def wait_listening(port: int) -> None:

@@ -33,6 +33,16 @@ class Crash(BaseException):
     """The process ends here."""
 
 
+def crash_at(point: str) -> Callable[[str], None]:
+    """Return what ends the process at a point."""
+
+    def action(now: str) -> None:
+        if now == point:
+            raise Crash
+
+    return action
+
+
 class Place:
     """A tree and its endpoint."""
 
@@ -662,11 +672,7 @@ def test_what_gets_the_name_while_a_torn_file_is_finished_is_left_alone(
     write(place.root, {"f": "1 and more"})
     place.end.pin("f")
 
-    def crash(point: str) -> None:
-        if point == "written in place":
-            raise Crash
-
-    place.action = crash
+    place.action = crash_at("written in place")
     with pytest.raises(Crash):
         place.one("f", "1 and more", "short")
     place.end.close()
@@ -682,11 +688,7 @@ def test_a_crash_in_place_is_never_an_edit(place: Place, point: str, edited: boo
     write(place.root, {"a": "1 and more"})
     (place.root / "b").hardlink_to(place.root / "a")
 
-    def action(now: str) -> None:
-        if now == point:
-            raise Crash
-
-    place.action = action
+    place.action = crash_at(point)
     with pytest.raises(Crash):
         place.one("a", "1 and more", "short")
     if edited:
@@ -702,10 +704,6 @@ def test_what_is_written_over_a_torn_file_is_kept_too(place: Place) -> None:
     write(place.root, {"a": "1 and more"})
     (place.root / "b").hardlink_to(place.root / "a")
 
-    def crash(point: str) -> None:
-        if point == "written in place":
-            raise Crash
-
     seen: list[str] = []
 
     def edit(point: str) -> None:
@@ -713,7 +711,7 @@ def test_what_is_written_over_a_torn_file_is_kept_too(place: Place) -> None:
         if point == "torn" and seen.count(point) == 1:
             (place.root / "a").write_text("mine")
 
-    place.action = crash
+    place.action = crash_at("written in place")
     with pytest.raises(Crash):
         place.one("a", "1 and more", "short")
     place.end.close()
@@ -733,10 +731,6 @@ def test_what_is_torn_anywhere_is_told_from_an_edit(
     """A kernel that ends a program ends its write where it likes, with space reserved or not."""
     old, new = before.encode(), after.encode()
 
-    def crash(point: str) -> None:
-        if point == "in place":
-            raise Crash
-
     found = [
         new[:done] + room[done:]
         for room in {old, old.ljust(len(new), b"\0")}
@@ -748,7 +742,7 @@ def test_what_is_torn_anywhere_is_told_from_an_edit(
             there[edited] ^= 1
         write(place.root, {"a": before})
         (place.root / "b").hardlink_to(place.root / "a")
-        place.action = crash
+        place.action = crash_at("in place")
         with pytest.raises(Crash):
             place.one("a", before, after)
         (place.root / "a").write_bytes(there)
@@ -776,11 +770,7 @@ def test_of_much_only_what_was_appended_is_known_to_be_torn(
     write(place.root, {"a": before})
     (place.root / "b").hardlink_to(place.root / "a")
 
-    def crash(now: str) -> None:
-        if now == point:
-            raise Crash
-
-    place.action = crash
+    place.action = crash_at(point)
     with pytest.raises(Crash):
         place.one("a", before, after)
     there = (place.root / "a").read_bytes()
@@ -804,14 +794,10 @@ def test_what_only_looks_torn_is_kept(
     write(place.root, {"a": "1 and more"})
     (place.root / "b").hardlink_to(place.root / "a")
 
-    def crash(point: str) -> None:
-        if point == "in place":
-            raise Crash
-
     def read_late(fd: int, name: str, before: Leaf) -> bytes:
         return there.encode()
 
-    place.action = crash
+    place.action = crash_at("in place")
     if late:
         monkeypatch.setattr(inplace, "old_contents", read_late)
     with pytest.raises(Crash):

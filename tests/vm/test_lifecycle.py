@@ -22,6 +22,7 @@ from pathlib import Path
 import psutil
 import pytest
 import trustme
+from loopback import free_port
 from registry import tls_registry
 from sandbox import Sandbox, wait_until
 
@@ -30,12 +31,6 @@ from wherry.platform import current
 from wherry.service.trust import FIRMWARE_BYTES
 
 pytestmark = [pytest.mark.vm, pytest.mark.timeout(600)]
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def fetch(url: str) -> bytes:

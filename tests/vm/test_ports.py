@@ -18,7 +18,7 @@ from typing import Any
 
 import psutil
 import pytest
-from loopback import one_more_ipv6
+from loopback import free_port, one_more_ipv6
 from sandbox import Sandbox, wait_until
 
 from wherry.config.layout import Layout
@@ -48,12 +48,6 @@ server.bind(("", 7))
 while True:
     server.sendto(*server.recvfrom(65536))
 """
-
-
-def free_port(kind: int = socket.SOCK_STREAM, address: str = "0.0.0.0") -> int:
-    with socket.socket(socket.AF_INET, kind) as probe:
-        probe.bind((address, 0))
-        return int(probe.getsockname()[1])
 
 
 def own_address() -> str:

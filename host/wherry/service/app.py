@@ -240,11 +240,11 @@ class Service:
             try:
                 await self._connect(driver, keys)
             except WherryError:
-                if not tries_left or not self._boot.was_emulated_wrongly():
+                if not tries_left or not self._boot.may_boot_again():
                     raise
             else:
                 return
-            # Nobody has used it yet, and what the engine has begun is as after a loss of power.
+            # Nobody was told that it runs; what it has begun is as after a loss of power.
             await self._tear_down(force=True)
             self._assemble()
 

@@ -243,7 +243,7 @@ class Boot:
     ) -> bool:
         """Return whether another try of a boot that failed is likely to do better."""
         if self.accelerator == "tcg":
-            return self.was_emulated_wrongly()
+            return self.may_boot_again()
         said = console.read(self._paths.console_log)
         if config.accelerator != "auto" or "wherry: init" in said:
             return False
@@ -254,8 +254,8 @@ class Boot:
         await self._choose_accelerator(config, chosen, tools)
         return self.accelerator != failed
 
-    def was_emulated_wrongly(self) -> bool:
-        """Whether a boot of ours failed in a way that the next one is likely not to."""
+    def may_boot_again(self) -> bool:
+        """Whether a boot of ours failed in a way that the next one is likely not to; logs that."""
         if self.adopted or self.accelerator != "tcg":
             return False
         oops = console.emulation_oops(console.read(self._paths.console_log))

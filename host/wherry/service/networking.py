@@ -48,6 +48,8 @@ _HOLD_S = 30.0
 """How long a request or its answer may be held; then it goes on, and events have to do."""
 
 _AGAIN_S = 1.0
+"""How much later than its event a change is in the engine's list of containers, at most."""
+
 _VERIFY_S = 10.0
 _LISTENERS_S = 1.0
 _GUEST_S = 10.0

@@ -38,11 +38,6 @@ class Conflicts:
     def __len__(self) -> int:
         return len(self._paths)
 
-    def load(self, kept: Keep) -> None:
-        """Take note of what is there from earlier."""
-        self.last = kept.last
-        self.update(kept)
-
     def update(self, kept: Keep) -> None:
         """Take note of what is there now, and say so of what is new."""
         paths = {each.number: str(self._root / each.path) for each in kept}

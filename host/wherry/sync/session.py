@@ -289,8 +289,9 @@ class Session:
                     )
                 ) as trash,
             ):
-                self._conflicts.load(conflicts)
-                self._status.conflicts = len(self._conflicts)
+                # Those from earlier are no news.
+                self._conflicts.last = conflicts.last
+                self._look_at(conflicts)
                 self._serve(store, conflicts, trash)
         except Exception as error:
             log.exception("%s is not synchronised any more", self.root.path)
