@@ -180,14 +180,21 @@ class Pair:
         self.fuse.left = None
         now, on_disk = self.image(side), self.on_disk[side]
         root = (self.host, self.guest)[side]
-        shutil.rmtree(root)
-        root.mkdir()
+        # The root itself stays: another one in its place would not be believed.
+        for child in root.iterdir():
+            if child.is_dir() and not child.is_symlink():
+                shutil.rmtree(child)
+            else:
+                child.unlink()
         after: dict[str, tuple[str, bytes, int]] = {}
         for name in sorted(now.keys() | on_disk.keys()):
             old, new = on_disk.get(name), now.get(name)
             picked = old
             if old != new:
-                parts = [old, new, "0", "1"] if side == HOST else [old, new, "0"]
+                parts: list[tuple[str, bytes, int] | str | None] = [old, new]
+                # A file that has only got another mode since has its contents on the disk.
+                if old is None or new is None or old[:2] != new[:2]:
+                    parts += ["0", "1"] if side == HOST else ["0"]
                 found = choices.choice(parts)
                 if isinstance(found, str):
                     like = new or old

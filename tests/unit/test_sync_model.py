@@ -82,6 +82,11 @@ class Model(RuleBasedStateMachine):
         self.precious: set[str] = set()
         # An empty file is what a loss of power leaves of one.
         self.written = {""}
+        # A host that has lost all of several things at once is not believed: see safety.py.
+        (self.pair.host / "kept").write_text(self.value())
+        self.pair.settle()
+        for side in (HOST, GUEST):
+            self.pair.flush(side)
 
     def teardown(self) -> None:
         if not hasattr(self, "pair"):
